@@ -1,0 +1,272 @@
+# moelab: builds the trainer, runs its tests. `make help` prints the menu.
+#
+# Every source file is found by its folder (train.c, model/, kernels/, data/, tests/test_*): adding one needs no change
+# here. Each kind of build is a "variant" with a folder of its own under build/, whose objects mirror the source tree:
+#
+#     cpu          the program                  build/cpu/kernels/matmul.o -> build/cpu/libmoelab.a -> train
+#     double       for gradient checks          build/double/...           real_t is double
+#     asan         with sanitizers, for tests   build/asan/...
+#     asan-double  both                         build/asan-double/...
+#     cuda         where there are .cu files    build/cuda/...             op.cu takes the place of op.c -> train_cuda
+#
+# Variables you may set on the command line, e.g. `make CC=clang OPENMP=0`:
+#     CC, ARCH (native), PRECISION (fp32|double), OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
+#     DEMO_OPTIONS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), V (1: print commands)
+
+DEMO_DIR = runs/demo
+DEMO_OPTIONS = --out $(DEMO_DIR) --steps 600 --sample 160 --eval-every 100
+
+ifeq ($(origin CC),default)
+CC = gcc
+endif
+ARCH = native
+PRECISION = fp32
+CLANG_FORMAT = clang-format
+NVCC = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+HASH := \#
+Q = $(if $(filter 1,$(V)),,@)
+
+# All cores, unless -j says otherwise. Two goals on one command line ("make clean train") run one after the other.
+MAKEFLAGS += --no-print-directory
+ifeq ($(MAKELEVEL)$(word 2,$(MAKECMDGOALS)),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
+endif
+
+# ---- flags of each variant
+
+# The compiler's own answer: 201511 where it has OpenMP, nothing where it has not.
+ifneq ($(OPENMP),0)
+OPENMP_DATE := $(shell printf '$(HASH)include <omp.h>\n_OPENMP\n' | $(CC) -fopenmp -E -P -x c - 2>/dev/null | tail -n 1)
+endif
+
+# Not -Ofast or -ffast-math: with those isnan() is always false and a diverged run goes unnoticed.
+FLAGS_common = -std=gnu11 -g -Wall -Wextra -Wno-unused-parameter \
+               -fno-math-errno -fno-trapping-math -ffp-contract=fast $(if $(ARCH),-march=$(ARCH)) \
+               $(if $(OPENMP_DATE),-fopenmp,-Wno-unknown-pragmas)
+FLAGS_sanitize = -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+FLAGS_cpu = $(FLAGS_common) -O3
+FLAGS_double = $(FLAGS_cpu) -DREAL_DOUBLE
+FLAGS_asan = $(FLAGS_common) $(FLAGS_sanitize)
+FLAGS_asan-double = $(FLAGS_asan) -DREAL_DOUBLE
+FLAGS_cuda = $(FLAGS_cpu)
+# sm_80 is Ampere; compute_90a (Hopper) cannot be had from the -arch=sm_90a shorthand when code uses wgmma.
+FLAGS_nvcc = -O3 -std=c++17 -lineinfo -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+
+LIBS = -lcjson -lm
+
+VARIANT := $(or $(if $(filter fp32,$(PRECISION)),cpu),$(if $(filter double,$(PRECISION)),double),\
+             $(error PRECISION=$(PRECISION): choose fp32 or double))
+
+# ---- sources
+
+SOURCES := $(wildcard kernels/*.c model/*.c data/*.c)
+CUDA_SOURCES := $(wildcard kernels/*.cu)
+WITHOUT_CUDA := $(filter-out $(CUDA_SOURCES:.cu=.c),$(SOURCES))
+
+# $1 variant
+objects_of = $(patsubst %,build/$1/%.o,$(basename $(if $(filter cuda,$1),$(CUDA_SOURCES) $(WITHOUT_CUDA),$(SOURCES))))
+
+# ---- what a bare `make` does
+
+.PHONY: all help detect train_cuda_if_any
+all: train train_cuda_if_any
+	@$(MAKE) help
+	@$(MAKE) detect
+
+help:
+	@echo "make           build ./train and print this menu"
+	@echo "make demo      train a small model for about a minute; the report is $(DEMO_DIR)/report.html"
+	@echo "make test      check, build and run every test, sanitizers included"
+	@echo "make check     include direction, headers that compile alone, formatting (seconds)"
+	@echo "make bench     measure the speed of the kernels and of training on this machine"
+	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
+	@echo "make format    apply .clang-format"
+	@echo "make clean     remove what was built; runs/ stays"
+	@echo "./train --help lists the options of the program"
+
+# One line per feature: what was found, what it is for, how to do without.
+detect:
+	@echo
+	@echo "OpenMP  $(call found,$(OPENMP_VERSION),$(OPENMP)); one process uses all cores (OPENMP=0: one core)"
+	@echo "MPI     $(call found,$(MPI_VERSION),$(MPI)); no program of this version uses it (MPI=0: do without)"
+	@echo "CUDA    $(call found,$(CUDA_VERSION),$(CUDA)); $(CUDA_USE) (CUDA=0: do without)"
+	@echo "NCCL    $(call found,$(NCCL_VERSION),$(NCCL)); no program of this version uses it (NCCL=0: do without)"
+
+# $1 version, $2 override
+found = $(if $(filter 0,$2),off,$(if $1,found $1,not found))
+
+OPENMP_VERSION = $(patsubst 201511,4.5,$(patsubst 201811,5.0,$(patsubst 202011,5.1,$(OPENMP_DATE))))
+MPI_VERSION = $(shell mpirun --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')
+CUDA_VERSION = $(if $(NVCC),$(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
+CUDA_USE = $(if $(CUDA_SOURCES),train_cuda runs on GPUs,no CUDA kernels in this version)
+NCCL_HEADER = $(firstword $(wildcard $(addsuffix /nccl.h,$(NVCC:bin/nvcc=include) /usr/local/include /usr/include)))
+NCCL_NUMBER = sed -n 's/.define NCCL_\(MAJOR\|MINOR\|PATCH\) //p' $(NCCL_HEADER) | paste -sd.
+NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
+
+# ---- what must be installed: header:package
+
+BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev
+TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev
+
+# Packages to install so that the headers $1 can be included; empty when all is there.
+missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $1; do \
+    echo "$(HASH)include <$${need%:*}>" | $(CC) $(CPPFLAGS) -E -x c - >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
+
+.PHONY: setup setup-tests toolchain
+setup: NEEDS = $(BUILD_NEEDS)
+setup-tests: NEEDS = $(TEST_NEEDS)
+setup setup-tests:
+	@missing="$(call missing,$(NEEDS))"; \
+	[ -n "$$missing" ] || exit 0; \
+	if ! command -v apt-get >/dev/null; then \
+	    echo "moelab needs gcc, the C library's headers, cJSON and, for make test, cmocka: install them with your" \
+	         "package manager (missing, by Debian's names: $$missing)" >&2; exit 1; \
+	fi; \
+	install="apt-get install -y --no-install-recommends $$missing"; \
+	if [ "$$(id -u)" = 0 ]; then sudo=env; \
+	elif sudo -n true 2>/dev/null || { command -v sudo && true </dev/tty; } >/dev/null 2>&1; then sudo="sudo env"; \
+	else echo "moelab: no right to install packages here; have this run: sudo $$install" >&2; exit 1; \
+	fi; \
+	echo "setup: installing $$missing with apt-get"; \
+	log=$$(mktemp); apt="$$sudo DEBIAN_FRONTEND=noninteractive"; \
+	if $$apt $$install </dev/null >$$log 2>&1 || \
+	   { $$apt apt-get update </dev/null >>$$log 2>&1; $$apt $$install </dev/null >>$$log 2>&1; }; then rm -f $$log; \
+	else tail -n 20 $$log >&2; rm -f $$log; echo "moelab: could not install; try: sudo $$install" >&2; exit 1; \
+	fi
+
+# Runs before the first object is compiled, so that what is missing is named by its package, not by a failed #include.
+toolchain:
+	@missing="$(call missing,$(BUILD_NEEDS))"; [ -z "$$missing" ] || { \
+	    echo "moelab: run make setup (or: sudo apt-get install $$missing)" >&2; exit 1; }
+
+# ---- compiling and linking
+
+# Files that are written only when their content changes, so that what depends on them is rebuilt then and only then.
+# $1 the file, $2 a command that prints its content
+.PHONY: FORCE
+write_if_changed = mkdir -p $(dir $1) && { $2; } >$1.$$$$ && { cmp -s $1.$$$$ $1 && rm $1.$$$$ || mv $1.$$$$ $1; }
+
+# Compiler and flags: another CC or ARCH rebuilds everything.
+build/%/flags: FORCE
+	@$(call write_if_changed,$@,echo '$(CC) $(FLAGS_$*) $(CPPFLAGS) $(if $(filter cuda,$*),$(NVCC) $(FLAGS_nvcc))')
+
+# The commit that the log's first line names, as compiler arguments (read with @file by model/log.c alone).
+GIT_SHA = $(if $(wildcard .git),$(shell git rev-parse --short=12 --verify --quiet HEAD 2>/dev/null))
+GIT_CHANGES = $(if $(GIT_SHA),$(shell git status --porcelain -- Makefile train.c model kernels data 2>/dev/null))
+GIT_DIRTY = $(if $(GIT_SHA),$(if $(GIT_CHANGES),1,0),unknown)
+GIT_MACROS = -DMOELAB_GIT_SHA=\"$(or $(GIT_SHA),unknown)\" -DMOELAB_GIT_DIRTY=\"$(GIT_DIRTY)\"
+build/git: FORCE
+	@$(call write_if_changed,$@,echo '$(GIT_MACROS)')
+
+# $1 variant, $2 folder of its test programs. A line "// link: FLAGS" in a test adds flags to its link.
+define VARIANT_RULES
+build/$1/%.o: %.c build/$1/flags | toolchain
+	@mkdir -p $$(@D)
+	@echo "CC  $$@"
+	$(Q)$$(CC) $$(FLAGS_$1) $$(CPPFLAGS) $$(VERSION) -MMD -MP -c $$< -o $$@
+
+build/$1/model/log.o: VERSION = @build/git
+build/$1/model/log.o: build/git
+build/$1/model/report.o: $(wildcard model/report.html)
+
+build/$1/libmoelab.a: $$(call objects_of,$1)
+	@rm -f $$@
+	$(Q)ar rcs $$@ $$^
+
+build/$2/%: build/$1/tests/%.o build/$1/libmoelab.a
+	@mkdir -p $$(@D)
+	$(Q)$$(CC) $$(FLAGS_$1) $$< build/$1/libmoelab.a \
+	    $$$$(sed -n 's,^// link: ,,p' tests/$$*.c) $$(LDFLAGS) -lcmocka $$(LIBS) -o $$@
+endef
+$(eval $(call VARIANT_RULES,cpu,test))
+$(eval $(call VARIANT_RULES,double,test-double))
+$(eval $(call VARIANT_RULES,asan,test-asan))
+$(eval $(call VARIANT_RULES,asan-double,test-asan-double))
+
+train: build/$(VARIANT)/train.o build/$(VARIANT)/libmoelab.a build/train.variant
+	@echo "LD  $@"
+	$(Q)$(CC) $(FLAGS_$(VARIANT)) $(filter %.o %.a,$^) $(LDFLAGS) $(LIBS) -o $@
+
+build/train.variant: FORCE
+	@$(call write_if_changed,$@,echo $(VARIANT))
+
+# Compiled objects are kept, though no rule names them; -MMD wrote down which headers each one includes.
+.SECONDARY:
+-include $(wildcard build/*/*.d build/*/*/*.d)
+
+# ---- CUDA: the same train.c, model/ and data/; where kernels/ has op.cu it is linked instead of op.c
+
+CUDA_PROGRAM = $(if $(and $(CUDA_SOURCES),$(NVCC)),train_cuda,no_cuda)
+
+# Built by a bare `make` where it can be; where it cannot, only who asked for it with CUDA=1 is told.
+train_cuda_if_any: $(if $(filter 0,$(CUDA)),,$(if $(CUDA),$(CUDA_PROGRAM),$(filter train_cuda,$(CUDA_PROGRAM))))
+
+.PHONY: no_cuda
+no_cuda:
+	@echo "moelab: $(if $(CUDA_SOURCES),$(NO_NVCC),$(NO_CUDA_PROGRAM))" >&2; exit 1
+NO_NVCC = nvcc is not found: install the CUDA Toolkit, or name it with NVCC=/path/to/nvcc
+NO_CUDA_PROGRAM = this version has no CUDA program; without CUDA=1 the CPU is used
+
+ifeq ($(CUDA_PROGRAM),train_cuda)
+$(eval $(call VARIANT_RULES,cuda,test-cuda))
+
+build/cuda/%.o: %.cu build/cuda/flags
+	@mkdir -p $(@D)
+	@echo "NVCC $@"
+	$(Q)$(NVCC) $(FLAGS_nvcc) $(CPPFLAGS) -MMD -c $< -o $@
+
+train_cuda: build/cuda/train.o build/cuda/libmoelab.a
+	@echo "LD  $@"
+	$(Q)$(NVCC) $(FLAGS_nvcc) $(if $(OPENMP_DATE),-Xcompiler -fopenmp) $^ $(LDFLAGS) $(LIBS) -o $@
+else
+train_cuda: no_cuda
+endif
+
+# ---- demo, tests, benchmark
+
+# Each step is a make of its own: after setup has installed a compiler, the next make finds it.
+.PHONY: demo test check bench format clean
+DEMO_PROGRAM = $(if $(filter-out 0,$(CUDA)),$(CUDA_PROGRAM),train)
+demo: $(filter no_cuda,$(DEMO_PROGRAM))
+	@$(MAKE) setup
+	@$(MAKE) $(DEMO_PROGRAM)
+	./$(DEMO_PROGRAM) $(DEMO_OPTIONS)
+	@echo "report: $(DEMO_DIR)/report.html (open it in a browser)"
+
+# A test with a line "// build: double" is for the double build alone, one with "// build: both" is built twice.
+TEST_SOURCES := $(wildcard tests/test_*.c)
+IN_DOUBLE := $(shell grep -lE '^// build: (double|both)' $(TEST_SOURCES) /dev/null)
+NOT_IN_FLOAT := $(shell grep -lE '^// build: double' $(TEST_SOURCES) /dev/null)
+TESTS = $(patsubst tests/%,%,$(TEST_SOURCES:.c=) $(wildcard tests/test_*.sh))
+SANITIZE = 1
+
+chosen_tests = $(filter $(TESTS),$(patsubst tests/%.c,%,$1))
+FLOAT_TESTS = $(call chosen_tests,$(filter-out $(NOT_IN_FLOAT),$(TEST_SOURCES)))
+DOUBLE_TESTS = $(call chosen_tests,$(IN_DOUBLE))
+TEST_PROGRAMS = $(FLOAT_TESTS:%=build/test/%) $(DOUBLE_TESTS:%=build/test-double/%)
+ifneq ($(SANITIZE),0)
+TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(DOUBLE_TESTS:%=build/test-asan-double/%)
+endif
+TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
+
+# Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
+test:
+	@$(MAKE) setup-tests
+	@build=; $(MAKE) -k train $(TEST_PROGRAMS) || build=failed; BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
+	    tests/run_tests.sh tests/check_tree.sh train $(TEST_SCRIPTS) $(TEST_PROGRAMS)
+
+check:
+	@CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' tests/check_tree.sh
+
+bench: $(patsubst experiments/%.c,build/%,$(wildcard experiments/bench_cpu.c))
+	@$(if $^,build/bench_cpu $(BENCH_OPTIONS),echo "moelab: experiments/bench_cpu.c is not there" >&2; exit 1)
+
+build/bench_cpu: build/cpu/experiments/bench_cpu.o build/cpu/libmoelab.a
+	$(Q)$(CC) $(FLAGS_cpu) $^ $(LDFLAGS) $(LIBS) -o $@
+
+format:
+	find train.c model kernels data tests experiments -regex '.*\.\(c\|h\|cu\|cuh\)' -exec $(CLANG_FORMAT) -i {} +
+
+clean:
+	rm -rf build train train_cuda

@@ -1,0 +1,256 @@
+/* Training data as a function of (split, step, sequence). Two kinds stand behind it:
+ *
+ *     builtin   sequence g is made of documents of its own, numbers g*D, g*D + 1, ... of the split's stream, the last
+ *               one cut; so the floor is exact from the first token of a sequence on
+ *     text      a window of T+1 tokens of the stream; the next window starts T tokens later, so that each token is a
+ *               target once. W = (tokens - 1) / T windows.
+ *
+ * where g = step * batch + place in the step. Shuffled, an epoch visits each of its windows once: their order is a
+ * keyed permutation that is computed window by window (a Feistel network, Luby and Rackoff 1988, repeated until the
+ * result is a window), and they are shifted together by a random phase, so that the cuts fall elsewhere each time.
+ *
+ * Called by train.c. Read next: data/builtin.c, data/text_loader.h. */
+#define TEXT_LOADER_IMPLEMENTATION
+#include "text_loader.h"
+
+#include "corpus.h"
+
+#include <assert.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "../kernels/check.h"
+#include "../kernels/random.h"
+#include "builtin.h"
+
+enum { SHORTEST_DOCUMENT = 20, BUILTIN_VOCAB = 128, FEISTEL_ROUNDS = 6 };
+
+/* A split of text: tokens [first, first + tokens) of a loader's stream. */
+typedef struct {
+    TextLoader *loader;
+    uint64_t first;
+    uint64_t tokens;
+} Part;
+
+struct Corpus {
+    bool builtin;
+    uint64_t keys[2]; /* of the builtin documents, by Split */
+    Part parts[2];    /* of text, by Split; they may share a loader */
+    int seq;
+    int batch;
+    int vocab;
+    bool shuffle;
+    uint64_t seed;
+};
+
+static bool is_builtin(const char *name) {
+    return strcmp(name, "builtin") == 0;
+}
+
+static bool is_file(const char *path) {
+    struct stat status;
+    return stat(path, &status) == 0 && S_ISREG(status.st_mode);
+}
+
+static void open_text(Corpus *corpus, const char *train, const char *val) {
+    char error[TEXT_LOADER_ERROR_BYTES];
+    Part *parts = corpus->parts;
+    CHECK(strcmp(train, val) != 0,
+          "--val is the same as --data: leave --val out to hold a part of it out, or give other text for validation");
+    parts[SPLIT_TRAIN].loader = text_loader_open(train, NULL, "val", error);
+    CHECK(parts[SPLIT_TRAIN].loader, "--data: %s", error);
+    uint64_t tokens = text_loader_tokens(parts[SPLIT_TRAIN].loader);
+    parts[SPLIT_TRAIN].tokens = tokens;
+    if (*val) {
+        parts[SPLIT_VAL].loader = text_loader_open(val, NULL, NULL, error);
+        CHECK(parts[SPLIT_VAL].loader, "--val: %s", error);
+        parts[SPLIT_VAL].tokens = text_loader_tokens(parts[SPLIT_VAL].loader);
+    } else if (is_file(train)) {
+        uint64_t tenth = tokens / 10;
+        parts[SPLIT_TRAIN].tokens = tokens - tenth;
+        parts[SPLIT_VAL] = (Part){parts[SPLIT_TRAIN].loader, tokens - tenth, tenth};
+    } else {
+        parts[SPLIT_VAL].loader = text_loader_open(train, "val", NULL, error);
+        CHECK(parts[SPLIT_VAL].loader, "validation data: %s; give some with --val", error);
+        parts[SPLIT_VAL].tokens = text_loader_tokens(parts[SPLIT_VAL].loader);
+    }
+    CHECK(text_loader_is_text(parts[SPLIT_TRAIN].loader) == text_loader_is_text(parts[SPLIT_VAL].loader),
+          "one of --data %s and --val %s is text and the other is token shards: give both in one form", train, val);
+    for (int split = SPLIT_TRAIN; split <= SPLIT_VAL; split++) {
+        CHECK(parts[split].tokens > (uint64_t)corpus->seq,
+              "%s has %llu tokens for %s, but a sequence takes %d (--seq %d and one more): lower --seq or give more "
+              "data%s",
+              split == SPLIT_VAL && *val ? val : train, (unsigned long long)parts[split].tokens,
+              split == SPLIT_VAL ? "validation" : "training", corpus->seq + 1, corpus->seq,
+              split == SPLIT_VAL ? " with --val" : "");
+    }
+}
+
+Corpus *corpus_open(const CorpusOptions *options) {
+    assert(options->seq >= 1 && options->batch >= 1 && options->vocab >= 1);
+    const char *train = options->train, *val = options->val;
+    Corpus *corpus = calloc(1, sizeof *corpus);
+    CHECK(corpus, "out of memory");
+    corpus->builtin = is_builtin(train);
+    corpus->keys[SPLIT_TRAIN] = random_key(options->seed, RANDOM_TRAIN_DATA, 0);
+    corpus->keys[SPLIT_VAL] = random_key(options->seed, RANDOM_VAL_DATA, 0);
+    corpus->seq = options->seq;
+    corpus->batch = options->batch;
+    corpus->vocab = options->vocab;
+    corpus->shuffle = options->shuffle;
+    corpus->seed = options->seed;
+    CHECK(*val == '\0' || is_builtin(val) == corpus->builtin,
+          "--data %s and --val %s do not go together: the builtin corpus has its own validation text, leave --val out",
+          train, val);
+    if (corpus->builtin) {
+        CHECK(options->vocab >= BUILTIN_VOCAB,
+              "--vocab %d is too small for --data builtin, which is ASCII: give at least %d", options->vocab,
+              BUILTIN_VOCAB);
+    } else {
+        open_text(corpus, train, val);
+    }
+    return corpus;
+}
+
+void corpus_close(Corpus *corpus) {
+    if (!corpus) {
+        return;
+    }
+    if (corpus->parts[SPLIT_VAL].loader != corpus->parts[SPLIT_TRAIN].loader) {
+        text_loader_close(corpus->parts[SPLIT_VAL].loader);
+    }
+    text_loader_close(corpus->parts[SPLIT_TRAIN].loader);
+    free(corpus);
+}
+
+/* The i-th of [0, n) in an order that the key decides: a bijection of [0, 4^half), followed from i until it is back
+ * inside [0, n), which is a bijection again. */
+static uint64_t permute(uint64_t key, uint64_t i, uint64_t n) {
+    int half = 1;
+    while (half < 32 && (UINT64_C(1) << (2 * half)) < n) {
+        half++;
+    }
+    uint64_t mask = (UINT64_C(1) << half) - 1;
+    do {
+        uint64_t left = i >> half, right = i & mask;
+        for (uint64_t round = 1; round <= FEISTEL_ROUNDS; round++) {
+            uint64_t next = left ^ (random_bits(key, round << 32 | right) & mask);
+            left = right;
+            right = next;
+        }
+        i = left << half | right;
+    } while (i >= n);
+    return i;
+}
+
+/* Where in its part sequence g starts. */
+static uint64_t window_start(const Corpus *corpus, Split split, uint64_t g) {
+    uint64_t seq = (uint64_t)corpus->seq;
+    uint64_t windows = (corpus->parts[split].tokens - 1) / seq;
+    if (split == SPLIT_VAL || !corpus->shuffle || windows == 1) {
+        return g % windows * seq;
+    }
+    uint64_t fitting = windows - 1; /* a phase below T moves the last window past the end */
+    uint64_t key = random_key(corpus->seed, RANDOM_SHUFFLE, g / fitting);
+    uint64_t phase = random_below(key, 0, seq);
+    return permute(key, g % fitting, fitting) * seq + phase;
+}
+
+static void read_text(const Corpus *corpus, Split split, uint64_t g, int *tokens, int *targets) {
+    const Part *part = &corpus->parts[split];
+    uint64_t seq = (uint64_t)corpus->seq;
+    uint64_t start = part->first + window_start(corpus, split, g);
+    char error[TEXT_LOADER_ERROR_BYTES];
+    for (int shift = 0; shift <= 1; shift++) {
+        int *out = shift ? targets : tokens;
+        if (out) {
+            bool good = text_loader_read(part->loader, start + (uint64_t)shift, seq, corpus->vocab, out, error);
+            CHECK(good, "%s: raise --vocab, or give data of this vocabulary", error);
+        }
+    }
+}
+
+/* Any of the arrays, each of T, may be NULL. */
+static void make_documents(const Corpus *corpus, Split split, uint64_t g, int *tokens, int *targets,
+                           unsigned char *domains, double *floors) {
+    unsigned char bytes[BUILTIN_DOCUMENT_BYTES];
+    double nats[BUILTIN_DOCUMENT_BYTES];
+    int seq = corpus->seq;
+    /* D: as many documents as T+1 bytes may take; at least 64, so that a sequence of another T often starts alike. */
+    int documents = seq / SHORTEST_DOCUMENT + 1;
+    uint64_t index = g * (uint64_t)(documents > 64 ? documents : 64);
+    for (int t = 0; t <= seq;) {
+        int domain;
+        int length = builtin_document(corpus->keys[split], index++, bytes, nats, &domain);
+        assert(length >= SHORTEST_DOCUMENT);
+        for (int i = 0; i < length && t <= seq; i++, t++) {
+            if (tokens && t < seq) {
+                tokens[t] = bytes[i];
+            }
+            if (t == 0) {
+                continue; /* nothing predicts the first token */
+            }
+            if (targets) {
+                targets[t - 1] = bytes[i];
+            }
+            if (domains) {
+                domains[t - 1] = (unsigned char)domain;
+            }
+            if (floors) {
+                floors[t - 1] = nats[i];
+            }
+        }
+    }
+}
+
+void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Batch *batch) {
+    assert(step >= 0 && first >= 0 && count >= 0);
+    size_t seq = (size_t)corpus->seq;
+    for (int i = 0; i < count; i++) {
+        uint64_t g = (uint64_t)step * (uint64_t)corpus->batch + (uint64_t)first + (uint64_t)i;
+        size_t row = (size_t)i * seq;
+        int *tokens = batch->tokens ? batch->tokens + row : NULL;
+        int *targets = batch->targets ? batch->targets + row : NULL;
+        unsigned char *domain = batch->domain ? batch->domain + row : NULL;
+        double *floors = batch->floor ? batch->floor + row : NULL;
+        if (corpus->builtin) {
+            make_documents(corpus, split, g, tokens, targets, domain, floors);
+            continue;
+        }
+        read_text(corpus, split, g, tokens, targets);
+        for (size_t t = 0; t < seq; t++) {
+            if (domain) {
+                domain[t] = 0;
+            }
+            if (floors) {
+                floors[t] = NAN;
+            }
+        }
+    }
+}
+
+int corpus_domains(const Corpus *corpus) {
+    return corpus->builtin ? builtin_domains() : 1;
+}
+
+const char *corpus_domain_name(const Corpus *corpus, int domain) {
+    return corpus->builtin ? builtin_domain_name(domain) : "text";
+}
+
+bool corpus_has_floor(const Corpus *corpus) {
+    return corpus->builtin;
+}
+
+const char *corpus_prompt(const Corpus *corpus, int domain) {
+    return corpus->builtin ? builtin_prompt(domain) : "";
+}
+
+double corpus_bytes_per_token(const Corpus *corpus) {
+    return corpus->builtin || text_loader_is_text(corpus->parts[SPLIT_TRAIN].loader) ? 1.0 : NAN;
+}
+
+int64_t corpus_tokens(const Corpus *corpus, Split split) {
+    return corpus->builtin ? -1 : (int64_t)corpus->parts[split].tokens;
+}

@@ -1,0 +1,67 @@
+/* What training reads: batches of token sequences, from the builtin corpus, a text file or token shards.
+ *
+ * A batch is a function of (corpus, split, step, first sequence): there is no position to save, so resuming is exact,
+ * and any rank can read any share of any step.
+ *
+ *     Corpus *corpus = corpus_open(&options);
+ *     corpus_batch(corpus, SPLIT_TRAIN, step, rank * share, share, &batch);
+ *
+ * Includes nothing of the project but kernels/check.h.
+ */
+#ifndef DATA_CORPUS_H
+#define DATA_CORPUS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef enum { SPLIT_TRAIN, SPLIT_VAL } Split;
+
+typedef struct {
+    const char *train; /* "builtin", FILE (bytes; named *.bin: a shard), DIR of *.bin, or a quoted GLOB of them; of DIR
+                        * and GLOB, files with "val" in their name are never trained on */
+    const char *val;   /* same; "": the last tenth of a FILE, or the files of DIR or GLOB with "val" in their name */
+    int seq;           /* T */
+    int batch;         /* B, sequences of one step over all ranks */
+    int vocab;         /* tokens must be below it */
+    bool shuffle;      /* false: sequence j of step s is the T+1 tokens from (s*B + j)*T of the stream */
+    uint64_t seed;
+} CorpusOptions;
+
+typedef struct Corpus Corpus;
+
+/* One batch, in arrays of the caller, each (count, T) or NULL where it is not wanted. */
+typedef struct {
+    int *tokens;
+    int *targets;          /* the token after each token */
+    unsigned char *domain; /* domain of each target, 0 .. corpus_domains - 1 */
+    double *floor;         /* -ln of the target's true probability given all before it, in nats; NAN where unknown */
+} Batch;
+
+/* Opens and checks the data. Ends the program with one line when a path is missing or empty, a shard is malformed, or
+ * there is less than one sequence of T+1 tokens (naming how many there are). Copies what it needs of the options.
+ * Caller closes. */
+Corpus *corpus_open(const CorpusOptions *options);
+void corpus_close(Corpus *corpus);
+
+/* Fills `count` sequences, the first of which is sequence `first` of step `step`. Step 0 of SPLIT_VAL is always the
+ * same text (for the builtin corpus: of one seed). SPLIT_VAL is never shuffled. Ends the program on a token at or above
+ * vocab (file, position, value). Thread-safe. */
+void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Batch *batch);
+
+/* Number of latent domains (1 for text) and their names. */
+int corpus_domains(const Corpus *corpus);
+const char *corpus_domain_name(const Corpus *corpus, int domain);
+
+/* Whether Batch.floor is known (the builtin corpus). */
+bool corpus_has_floor(const Corpus *corpus);
+
+/* A short prompt that starts a document of the domain ("" when there is none); used to sample one text per domain. */
+const char *corpus_prompt(const Corpus *corpus, int domain);
+
+/* Mean bytes of text per token (1 at byte level; NAN when unknown, as for foreign shards). */
+double corpus_bytes_per_token(const Corpus *corpus);
+
+/* Tokens of the split, or -1 when it has no end (builtin). */
+int64_t corpus_tokens(const Corpus *corpus, Split split);
+
+#endif

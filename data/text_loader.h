@@ -1,0 +1,387 @@
+/* text_loader.h: read text and token files as one stream of tokens. Single header, C11 or C++, POSIX.
+ *
+ * In one source file:
+ *
+ *     #define TEXT_LOADER_IMPLEMENTATION
+ *     #include "text_loader.h"   // before the system's headers, since it asks them for POSIX
+ *
+ * and where it is used:
+ *
+ *     char error[TEXT_LOADER_ERROR_BYTES];
+ *     TextLoader *loader = text_loader_open("shards/fineweb_*.bin", NULL, "val", error);
+ *     int window[129];
+ *     if (!loader || !text_loader_read(loader, 1000, 129, 50257, window, error)) {
+ *         fprintf(stderr, "%s\n", error);
+ *     }
+ *     text_loader_close(loader);
+ *
+ * What can be opened
+ *     FILE        its bytes are the tokens, unless its name ends in .bin: then it is a token shard
+ *     DIR         the shards (*.bin) in it
+ *     "GLOB"      the files that match; all of them shards, or none
+ * Several files are one stream, in the order of their names (strcmp).
+ *
+ * A token shard is what llm.c and its relatives write: 256 little-endian int32, of which [0] is 20240520, [1] is 1 and
+ * [2] the number of tokens, then the tokens as little-endian uint16, and no byte more.
+ *
+ * Files are mapped, not read, so opening is immediate and memory is the page cache's. Sizes and positions have 64 bits.
+ * Everything in a file is checked before it is used. A file that is cut short while it is open ends the program
+ * (SIGBUS). Several threads may read one loader. Errors are one line in a buffer of the caller, and nothing exits. */
+#ifndef TEXT_LOADER_H
+#define TEXT_LOADER_H
+
+#ifdef TEXT_LOADER_IMPLEMENTATION /* these have an effect before the first system header only */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { TEXT_LOADER_ERROR_BYTES = 512 };
+
+typedef struct TextLoader TextLoader;
+
+/* Opens and checks every file. Of DIR and GLOB only files are taken whose names (without the folder) contain `with`
+ * and do not contain `without`; either may be NULL. Returns NULL, with a line in `error`, on failure. */
+TextLoader *text_loader_open(const char *path, const char *with, const char *without, char *error);
+
+void text_loader_close(TextLoader *loader); /* NULL is fine */
+
+/* Length of the stream; at least 1. */
+uint64_t text_loader_tokens(const TextLoader *loader);
+
+/* Whether tokens are bytes of text (else: of shards). */
+bool text_loader_is_text(const TextLoader *loader);
+
+/* Copies tokens [position, position + count) of the stream. False, with a line in `error`, when that is not all inside
+ * the stream or a token is not below `vocab`. */
+bool text_loader_read(const TextLoader *loader, uint64_t position, uint64_t count, int vocab, int *tokens, char *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
+
+#ifdef TEXT_LOADER_IMPLEMENTATION
+#ifndef TEXT_LOADER_IMPLEMENTED
+#define TEXT_LOADER_IMPLEMENTED
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum {
+    TEXT_LOADER_MAGIC = 20240520,
+    TEXT_LOADER_VERSION = 1,
+    TEXT_LOADER_HEADER_BYTES = 256 * 4,
+};
+
+typedef struct {
+    char *name;
+    const unsigned char *map; /* the whole file */
+    uint64_t bytes;
+    uint64_t start; /* position of its first token in the stream */
+    uint64_t tokens;
+} TextLoaderFile;
+
+struct TextLoader {
+    TextLoaderFile *files;
+    size_t count;
+    uint64_t tokens;
+    bool text;
+};
+
+/* Writes the line and returns false. */
+static bool text_loader_fail(char *error, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(error, TEXT_LOADER_ERROR_BYTES, format, arguments);
+    va_end(arguments);
+    return false;
+}
+
+static bool text_loader_ends_in_bin(const char *name) {
+    size_t length = strlen(name);
+    return length >= 4 && strcmp(name + length - 4, ".bin") == 0;
+}
+
+static int32_t text_loader_header_word(const unsigned char *map, int i) {
+    const unsigned char *p = map + 4 * i;
+    uint32_t bits = (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+    return (int32_t)bits; /* two's complement, as every compiler for POSIX has it */
+}
+
+/* Checks a mapped shard's header against the file's size and sets its number of tokens. */
+static bool text_loader_check_shard(TextLoaderFile *file, char *error) {
+    unsigned long long bytes = file->bytes;
+    if (bytes < TEXT_LOADER_HEADER_BYTES) {
+        return text_loader_fail(error, "%s has %llu bytes, but a shard's header takes %d: %s", file->name, bytes,
+                                (int)TEXT_LOADER_HEADER_BYTES,
+                                "it is truncated, or it is text that must not be named *.bin");
+    }
+    int magic = text_loader_header_word(file->map, 0);
+    int version = text_loader_header_word(file->map, 1);
+    int tokens = text_loader_header_word(file->map, 2);
+    if (magic != TEXT_LOADER_MAGIC) {
+        return text_loader_fail(error, "%s starts with %d, but a token shard with %d: %s", file->name, magic,
+                                (int)TEXT_LOADER_MAGIC, "write it again in llm.c's format, or rename it if it is text");
+    }
+    if (version != TEXT_LOADER_VERSION) {
+        return text_loader_fail(error, "%s is a shard of version %d: write it again as version %d, with uint16 tokens",
+                                file->name, version, (int)TEXT_LOADER_VERSION);
+    }
+    if (tokens <= 0) {
+        return text_loader_fail(error, "%s has no tokens (its header says %d): write it again or remove it", file->name,
+                                tokens);
+    }
+    /* No overflow: tokens < 2^31. */
+    uint64_t expected = TEXT_LOADER_HEADER_BYTES + 2 * (uint64_t)tokens;
+    if (bytes != expected) {
+        return text_loader_fail(
+            error, "%s has %llu bytes, but its header's %d tokens take %llu: it is %s, copy it again", file->name,
+            bytes, tokens, (unsigned long long)expected, bytes < expected ? "truncated" : "too long");
+    }
+    file->tokens = (uint64_t)tokens;
+    return true;
+}
+
+/* Maps the file and checks it. The name is set by the caller. */
+static bool text_loader_map(TextLoaderFile *file, bool text, char *error) {
+    /* O_NONBLOCK: opening a named pipe must fail below, not wait for its writer. */
+    int descriptor = open(file->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (descriptor < 0) {
+        return text_loader_fail(error, "cannot open %s: %s", file->name, strerror(errno));
+    }
+    struct stat status;
+    void *map = MAP_FAILED;
+    bool regular = fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
+    if (regular && status.st_size > 0 && (uint64_t)status.st_size <= SIZE_MAX) {
+        map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+    }
+    int reason = errno;
+    close(descriptor);
+    if (!regular) {
+        return text_loader_fail(error, "%s is not a regular file: give a file, a folder or a glob of them", file->name);
+    }
+    if (status.st_size == 0) {
+        return text_loader_fail(error, "%s is empty: give a file with text or tokens", file->name);
+    }
+    if (map == MAP_FAILED) {
+        return text_loader_fail(error, "cannot map %s: %s", file->name, strerror(reason));
+    }
+    file->map = (const unsigned char *)map;
+    file->bytes = (uint64_t)status.st_size;
+    file->tokens = file->bytes;
+    return text || text_loader_check_shard(file, error);
+}
+
+static bool text_loader_add(TextLoader *loader, const char *folder, const char *name, char *error) {
+    size_t bytes = strlen(folder) + strlen(name) + 2;
+    TextLoaderFile *files = (TextLoaderFile *)realloc(loader->files, (loader->count + 1) * sizeof *files);
+    char *path = (char *)malloc(bytes);
+    if (files) {
+        loader->files = files;
+    }
+    if (!files || !path) {
+        free(path);
+        return text_loader_fail(error, "out of memory for the names of %zu files", loader->count + 1);
+    }
+    snprintf(path, bytes, "%s%s%s", folder, *folder ? "/" : "", name);
+    memset(&files[loader->count], 0, sizeof *files);
+    files[loader->count].name = path;
+    loader->count++;
+    return true;
+}
+
+static bool text_loader_wanted(const char *path, const char *with, const char *without) {
+    const char *slash = strrchr(path, '/');
+    const char *name = slash ? slash + 1 : path;
+    return (!with || strstr(name, with)) && (!without || !strstr(name, without));
+}
+
+/* DIR or GLOB left no file: why. `seen` is how many there were before the names were looked at. */
+static bool text_loader_none(char *error, const char *path, const char *why, size_t seen, const char *with,
+                             const char *without) {
+    if (seen == 0) {
+        return text_loader_fail(error, "%s %s: give a text file, or a folder or quoted glob of *.bin shards", path,
+                                why);
+    }
+    return text_loader_fail(error, "%s: %s of its %zu files has \"%s\" in its name", path, with ? "none" : "each", seen,
+                            with ? with : without);
+}
+
+static bool text_loader_list_folder(TextLoader *loader, const char *path, const char *with, const char *without,
+                                    char *error) {
+    DIR *folder = opendir(path);
+    if (!folder) {
+        return text_loader_fail(error, "cannot open %s: %s", path, strerror(errno));
+    }
+    size_t seen = 0;
+    bool good = true;
+    for (struct dirent *entry; good && (entry = readdir(folder));) {
+        if (entry->d_name[0] != '.' && text_loader_ends_in_bin(entry->d_name)) {
+            seen++;
+            if (text_loader_wanted(entry->d_name, with, without)) {
+                good = text_loader_add(loader, path, entry->d_name, error);
+            }
+        }
+    }
+    closedir(folder);
+    return good && (loader->count > 0 || text_loader_none(error, path, "has no *.bin in it", seen, with, without));
+}
+
+static bool text_loader_list_glob(TextLoader *loader, const char *path, const char *with, const char *without,
+                                  char *error) {
+    glob_t found;
+    int code = glob(path, 0, NULL, &found);
+    if (code != 0 && code != GLOB_NOMATCH) {
+        const char *reason = code == GLOB_NOSPACE ? "out of memory" : strerror(errno);
+        return text_loader_fail(error, "cannot list %s: %s", path, reason);
+    }
+    size_t seen = code == 0 ? (size_t)found.gl_pathc : 0;
+    bool good = true;
+    for (size_t i = 0; good && i < seen; i++) {
+        if (text_loader_wanted(found.gl_pathv[i], with, without)) {
+            good = text_loader_add(loader, "", found.gl_pathv[i], error);
+        }
+    }
+    globfree(&found);
+    return good && (loader->count > 0 || text_loader_none(error, path, "matches no file", seen, with, without));
+}
+
+static int text_loader_compare(const void *a, const void *b) {
+    return strcmp(((const TextLoaderFile *)a)->name, ((const TextLoaderFile *)b)->name);
+}
+
+static bool text_loader_fill(TextLoader *loader, const char *path, const char *with, const char *without, char *error) {
+    struct stat status;
+    bool good;
+    if (stat(path, &status) == 0) {
+        good = S_ISDIR(status.st_mode) ? text_loader_list_folder(loader, path, with, without, error)
+                                       : text_loader_add(loader, "", path, error);
+    } else if (strpbrk(path, "*?[")) {
+        good = text_loader_list_glob(loader, path, with, without, error);
+    } else {
+        good = text_loader_fail(error, "cannot open %s: %s", path, strerror(errno));
+    }
+    if (!good) {
+        return false;
+    }
+    qsort(loader->files, loader->count, sizeof *loader->files, text_loader_compare);
+    loader->text = !text_loader_ends_in_bin(loader->files[0].name);
+    for (size_t i = 0; i < loader->count; i++) {
+        TextLoaderFile *file = &loader->files[i];
+        if (text_loader_ends_in_bin(file->name) == loader->text) {
+            return text_loader_fail(error, "%s mixes text (%s) and token shards (%s): give the one or the other", path,
+                                    loader->files[loader->text ? 0 : i].name, loader->files[loader->text ? i : 0].name);
+        }
+        if (!text_loader_map(file, loader->text, error)) {
+            return false;
+        }
+        file->start = loader->tokens;
+        if (file->tokens > UINT64_MAX - loader->tokens) {
+            return text_loader_fail(error, "%s: more tokens than 64 bits can count", path);
+        }
+        loader->tokens += file->tokens;
+    }
+    return true;
+}
+
+TextLoader *text_loader_open(const char *path, const char *with, const char *without, char *error) {
+    TextLoader *loader = (TextLoader *)calloc(1, sizeof *loader);
+    if (!loader) {
+        text_loader_fail(error, "out of memory");
+        return NULL;
+    }
+    if (!text_loader_fill(loader, path, with, without, error)) {
+        text_loader_close(loader);
+        return NULL;
+    }
+    return loader;
+}
+
+void text_loader_close(TextLoader *loader) {
+    if (!loader) {
+        return;
+    }
+    for (size_t i = 0; i < loader->count; i++) {
+        TextLoaderFile *file = &loader->files[i];
+        if (file->map) {
+            munmap((void *)(uintptr_t)file->map, (size_t)file->bytes);
+        }
+        free(file->name);
+    }
+    free(loader->files);
+    free(loader);
+}
+
+uint64_t text_loader_tokens(const TextLoader *loader) {
+    return loader->tokens;
+}
+
+bool text_loader_is_text(const TextLoader *loader) {
+    return loader->text;
+}
+
+/* The file that holds the token at `position`, which is inside the stream: binary search over the files' starts. */
+static size_t text_loader_file_at(const TextLoader *loader, uint64_t position) {
+    size_t low = 0, high = loader->count; /* files[low].start <= position < files[high].start */
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (loader->files[middle].start <= position) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+bool text_loader_read(const TextLoader *loader, uint64_t position, uint64_t count, int vocab, int *tokens,
+                      char *error) {
+    if (position > loader->tokens || count > loader->tokens - position) {
+        return text_loader_fail(error, "%llu tokens at %llu are beyond the end of the %llu there are",
+                                (unsigned long long)count, (unsigned long long)position,
+                                (unsigned long long)loader->tokens);
+    }
+    for (size_t f = count ? text_loader_file_at(loader, position) : 0; count > 0; f++) {
+        const TextLoaderFile *file = &loader->files[f];
+        uint64_t from = position - file->start;
+        uint64_t here = file->tokens - from < count ? file->tokens - from : count;
+        for (uint64_t i = 0; i < here; i++) {
+            uint64_t at = loader->text ? from + i : TEXT_LOADER_HEADER_BYTES + 2 * (from + i);
+            int token = loader->text ? file->map[at] : file->map[at] | file->map[at + 1] << 8;
+            if (token >= vocab) {
+                return text_loader_fail(error, "%s: token %llu is %d, which is not below the vocabulary size %d",
+                                        file->name, (unsigned long long)(from + i), token, vocab);
+            }
+            tokens[i] = token;
+        }
+        tokens += here;
+        position += here;
+        count -= here;
+    }
+    return true;
+}
+
+#endif
+#endif

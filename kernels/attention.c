@@ -1,0 +1,149 @@
+/* One (sequence, head) at a time and in it some query rows at a time, whose scores against all keys up to theirs stand
+ * in a buffer on the stack: two matrix products with a softmax between them. Forward runs over (sequence, query head),
+ * backward over (sequence, key/value head), so that the gradients of a key and a value have one owner. */
+#include "attention.h"
+
+#include "tile.h"
+
+enum { QUERY_ROWS = 64, MOST_SCORES = 40960 };
+
+/* Query rows taken at once: about QUERY_ROWS in equal shares of T and whole tiles, fewer when the scores of T keys
+ * would not fit. */
+static int query_rows(int T) {
+    int blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
+    int rows = (T + blocks - 1) / blocks;
+    rows = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    rows = (size_t)rows * T > MOST_SCORES ? MOST_SCORES / T : rows;
+    return rows < 1 ? 1 : rows;
+}
+
+/* Softmax of one row of raw scores s (keys): the first `visible` become probabilities, the rest 0. Returns the
+ * log-sum-exp. */
+static acc_t softmax_row(real_t *s, int visible, int keys, real_t scale) {
+    real_t largest = s[0];
+    for (int j = 1; j < visible; j++) {
+        largest = s[j] > largest ? s[j] : largest;
+    }
+    acc_t lane[LANES] = {0};
+    int j = 0;
+    for (; j + LANES <= visible; j += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            s[j + i] = exp_fast((s[j + i] - largest) * scale);
+            lane[i] += s[j + i];
+        }
+    }
+    for (int i = 0; j + i < visible; i++) {
+        s[j + i] = exp_fast((s[j + i] - largest) * scale);
+        lane[i] += s[j + i];
+    }
+    acc_t sum = lanes_sum(lane);
+    real_t inverse = 1 / sum;
+    for (j = 0; j < visible; j++) {
+        s[j] *= inverse;
+    }
+    memset(s + visible, 0, sizeof(real_t) * (keys - visible));
+    return largest * scale + (acc_t)log(sum);
+}
+
+/* out (rows, HS) of the queries at positions first .. first+rows-1 against keys 0 .. first+rows-1; lse (rows) may be
+ * NULL. */
+static void attend(real_t *out, size_t out_row, acc_t *lse, const real_t *q, size_t q_row, const real_t *k,
+                   const real_t *v, size_t kv_row, int first, int rows, int HS) {
+    real_t scores[MOST_SCORES] __attribute__((aligned(64)));
+    int keys = first + rows;
+    block_multiply(scores, keys, q, q_row, 1, k, 1, kv_row, rows, keys, HS, 0);
+    for (int t = 0; t < rows; t++) {
+        acc_t row_lse = softmax_row(scores + (size_t)t * keys, first + t + 1, keys, 1 / (real_t)sqrt(HS));
+        if (lse) {
+            lse[t] = row_lse;
+        }
+    }
+    block_multiply(out, out_row, scores, keys, 1, v, kv_row, 1, rows, HS, keys, 0);
+}
+
+void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, int B, int T, int NH, int NKV, int HS,
+                       Stream *stream) {
+    size_t width = (size_t)(NH + 2 * NKV) * HS;
+    int size = query_rows(T), blocks = (T + size - 1) / size;
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < B * NH * blocks; i++) {
+        int b = i / blocks / NH, head = i / blocks % NH, first = i % blocks * size;
+        int rows = T - first < size ? T - first : size;
+        const real_t *sequence = qkv + (size_t)b * T * width;
+        const real_t *k = sequence + (NH + head / (NH / NKV)) * HS;
+        size_t row = (size_t)b * T + first;
+        attend(out + (row * NH + head) * HS, (size_t)NH * HS, lse + ((size_t)b * NH + head) * T + first,
+               qkv + row * width + head * HS, width, k, k + NKV * HS, width, first, rows, HS);
+    }
+}
+
+/* Scores to dS in place: p = exp(score - lse), ds = p (dp - D) / sqrt(HS). p stays in `scores`, dp becomes ds. */
+static void softmax_row_backward(real_t *restrict p, real_t *restrict dp, int visible, int keys, acc_t lse, real_t d,
+                                 real_t scale) {
+    for (int j = 0; j < visible; j++) {
+        p[j] = exp_fast(p[j] * scale - lse);
+    }
+    for (int j = 0; j < visible; j++) {
+        dp[j] = p[j] * (dp[j] - d) * scale;
+    }
+    memset(p + visible, 0, sizeof(real_t) * (keys - visible));
+    memset(dp + visible, 0, sizeof(real_t) * (keys - visible));
+}
+
+void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv, int B,
+                        int T, int NH, int NKV, int HS, Stream *stream) {
+    size_t width = (size_t)(NH + 2 * NKV) * HS, out_width = (size_t)NH * HS;
+    int size = query_rows(T), group = NH / NKV;
+    real_t scale = 1 / (real_t)sqrt(HS);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < B * NKV; i++) {
+        real_t p[MOST_SCORES] __attribute__((aligned(64)));
+        real_t ds[MOST_SCORES] __attribute__((aligned(64)));
+        int b = i / NKV, kv_head = i % NKV;
+        size_t start = (size_t)b * T;
+        const real_t *k = qkv + start * width + (NH + kv_head) * HS, *v = k + NKV * HS;
+        real_t *dk = dqkv + start * width + (NH + kv_head) * HS, *dv = dk + NKV * HS;
+        for (int t = 0; t < T; t++) {
+            memset(dk + t * width, 0, sizeof(real_t) * HS);
+            memset(dv + t * width, 0, sizeof(real_t) * HS);
+        }
+        for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            for (int first = 0; first < T; first += size) {
+                int rows = T - first < size ? T - first : size, keys = first + rows;
+                const real_t *q = qkv + (start + first) * width + head * HS;
+                const real_t *o = out + (start + first) * out_width + head * HS;
+                const real_t *d_o = dout + (start + first) * out_width + head * HS;
+                const acc_t *row_lse = lse + ((size_t)b * NH + head) * T + first;
+                block_multiply(p, keys, q, width, 1, k, 1, width, rows, keys, HS, 0);
+                block_multiply(ds, keys, d_o, out_width, 1, v, 1, width, rows, keys, HS, 0);
+                for (int t = 0; t < rows; t++) {
+                    real_t d = dot(d_o + t * out_width, o + t * out_width, HS);
+                    softmax_row_backward(p + (size_t)t * keys, ds + (size_t)t * keys, first + t + 1, keys, row_lse[t],
+                                         d, scale);
+                }
+                block_multiply(dv, width, p, 1, keys, d_o, out_width, 1, keys, HS, rows, 1);
+                block_multiply(dk, width, ds, 1, keys, q, width, 1, keys, HS, rows, 1);
+                block_multiply(dqkv + (start + first) * width + head * HS, width, ds, keys, 1, k, width, 1, rows, HS,
+                               keys, 0);
+            }
+        }
+    }
+}
+
+void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, int B, int T, int NH,
+                      int NKV, int HS, Stream *stream) {
+    size_t width = (size_t)(NH + 2 * NKV) * HS, kv_width = (size_t)NKV * HS;
+#pragma omp parallel for
+    for (int i = 0; i < B * NKV; i++) {
+        int b = i / NKV, kv_head = i % NKV;
+        const real_t *row = qkv + b * width;
+        real_t *k = keys + (size_t)b * T * kv_width + kv_head * HS,
+               *v = values + (size_t)b * T * kv_width + kv_head * HS;
+        memcpy(k + position * kv_width, row + (NH + kv_head) * HS, sizeof(real_t) * HS);
+        memcpy(v + position * kv_width, row + (NH + NKV + kv_head) * HS, sizeof(real_t) * HS);
+        for (int head = kv_head * (NH / NKV); head < (kv_head + 1) * (NH / NKV); head++) {
+            attend(out + ((size_t)b * NH + head) * HS, HS, NULL, row + head * HS, width, k, v, kv_width, position, 1,
+                   HS);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+#include "check.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static int rank_shown = 0;
+static void (*end_ranks)(int exit_code) = NULL;
+
+void check_set_rank(int rank, void (*end_all_ranks)(int exit_code)) {
+    rank_shown = rank;
+    end_ranks = end_all_ranks;
+}
+
+void die(const char *file, int line, const char *format, ...) {
+    char message[1024];
+    char host[64] = "localhost";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    gethostname(host, sizeof host - 1);
+    fflush(stdout);
+    fprintf(stderr, "moelab: %s [%s:%d, rank %d on %s]\n", message, file, line, rank_shown, host);
+    if (end_ranks) {
+        end_ranks(EXIT_ERROR);
+    }
+    exit(EXIT_ERROR);
+}

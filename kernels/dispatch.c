@@ -1,0 +1,46 @@
+#include "dispatch.h"
+
+#include <string.h>
+
+void dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
+    int computed = plan->offset[plan->E];
+#pragma omp parallel for
+    for (int r = 0; r < computed; r++) {
+        real_t *to = rows + (size_t)r * C;
+        if (plan->entry[r] < 0) {
+            memset(to, 0, sizeof(real_t) * C);
+        } else {
+            memcpy(to, x + (size_t)(plan->entry[r] / plan->K) * C, sizeof(real_t) * C);
+        }
+    }
+}
+
+/* y[n] (+)= sum_j weight[n,j] rows[row[n,j]], a weight of 1 when there are none. */
+static void gather_sum(real_t *y, const real_t *rows, const acc_t *weight, const Plan *plan, int C, int accumulate) {
+    int K = plan->K;
+#pragma omp parallel for
+    for (int n = 0; n < plan->N; n++) {
+        real_t *to = y + (size_t)n * C;
+        if (!accumulate) {
+            memset(to, 0, sizeof(real_t) * C);
+        }
+        for (int j = n * K; j < (n + 1) * K; j++) {
+            if (plan->row[j] < 0) {
+                continue;
+            }
+            const real_t *from = rows + (size_t)plan->row[j] * C;
+            real_t w = weight ? weight[j] : 1;
+            for (int c = 0; c < C; c++) {
+                to[c] += w * from[c];
+            }
+        }
+    }
+}
+
+void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C, int accumulate, Stream *stream) {
+    gather_sum(dx, drows, NULL, plan, C, accumulate);
+}
+
+void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int accumulate, Stream *stream) {
+    gather_sum(y, rows, plan->weight, plan, C, accumulate);
+}

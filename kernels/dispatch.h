@@ -1,0 +1,24 @@
+/* Tokens to expert rows and back. Both directions, forward and backward, are gathers: every output element has one
+ * owner that adds in a fixed order.
+ *
+ *     dispatch   rows[r] = x[entry[r] / K]                       padding rows are zero
+ *     combine    y[n]    = sum_j weight[n,j] rows[row[n,j]]      dropped entries add nothing
+ *
+ * Backward by linearity: the gradient of combine is a dispatch of dy (the weight is applied inside the expert's
+ * backward, experts.h), the gradient of dispatch is a combine without weights.
+ */
+#ifndef KERNELS_DISPATCH_H
+#define KERNELS_DISPATCH_H
+
+#include "plan.h"
+
+/* rows (plan->rows, C); x (N,C). Backward of combine: the same with dy for x. */
+void dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream);
+
+/* dx (N,C) = sum_j drows[row[n,j]], added to dx when accumulate is 1 */
+void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C, int accumulate, Stream *stream);
+
+/* y (N,C) = sum_j weight[n,j] rows[row[n,j]], added to y when accumulate is 1 */
+void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int accumulate, Stream *stream);
+
+#endif

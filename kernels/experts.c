@@ -1,0 +1,160 @@
+/* Work is cut into pieces of one expert and some of its rows. A thread takes a piece through the whole network, so that
+ * a, h and their gradients are used while they are in its cache; weight gradients follow in a second sweep, each
+ * (expert, rows of W) with one owner. The pieces divide the work; they do not change bits (tile.h). */
+#include "experts.h"
+
+#include "device.h"
+#include "tile.h"
+
+enum { LEAST_ROWS = 8 * TILE_ROWS, MOST_ROWS = 2 * TILE_BLOCK, WEIGHT_ROWS = TILE_BLOCK };
+
+#define GELU_CUBIC 0.044715
+#define GELU_SLOPE 0.7978845608028654 /* sqrt(2 / pi) */
+
+int experts_a_width(ExpertShape shape) {
+    return shape.gelu ? shape.H : 2 * shape.H;
+}
+
+/* tanh(x) = 2 sigmoid(2x) - 1 */
+static inline real_t gelu_gate(real_t a) {
+    real_t inner = (real_t)GELU_SLOPE * (a + (real_t)GELU_CUBIC * a * a * a);
+    return sigmoid(2 * inner);
+}
+
+/* h (H) from one row of a. */
+static void activate(real_t *restrict h, const real_t *restrict a, int H, int gelu) {
+    if (gelu) {
+        for (int i = 0; i < H; i++) {
+            h[i] = a[i] * gelu_gate(a[i]);
+        }
+    } else {
+        for (int i = 0; i < H; i++) {
+            h[i] = a[i] * sigmoid(a[i]) * a[H + i];
+        }
+    }
+}
+
+/* One row: from u = dy W2 (in da's first H elements) to h, then w h (in h), da, and <u, h>, the gradient of the weight.
+ */
+static acc_t activate_backward(real_t *restrict h, real_t *restrict da, const real_t *restrict a, acc_t weight, int H,
+                               int gelu) {
+    real_t w = weight;
+    activate(h, a, H, gelu);
+    acc_t dweight = dot(da, h, H);
+    if (gelu) {
+        for (int i = 0; i < H; i++) {
+            real_t s = gelu_gate(a[i]);
+            real_t slope = (real_t)(2 * GELU_SLOPE) * (1 + (real_t)(3 * GELU_CUBIC) * a[i] * a[i]);
+            da[i] = w * da[i] * (s + a[i] * s * (1 - s) * slope);
+        }
+    } else {
+        for (int i = 0; i < H; i++) {
+            real_t gate = a[i], up = a[H + i], du = w * da[i];
+            real_t s = sigmoid(gate);
+            da[H + i] = du * gate * s;
+            da[i] = du * up * s * (1 + gate * (1 - s));
+        }
+    }
+    for (int i = 0; i < H; i++) {
+        h[i] *= w;
+    }
+    return dweight;
+}
+
+/* A run of rows of one expert. */
+typedef struct {
+    int expert, first, rows;
+} Piece;
+
+static int pieces_of(const int *offset, int e, int size) {
+    return (offset[e + 1] - offset[e] + size - 1) / size;
+}
+
+static int count_pieces(const int *offset, int E, int size) {
+    int pieces = 0;
+    for (int e = 0; e < E; e++) {
+        pieces += pieces_of(offset, e, size);
+    }
+    return pieces;
+}
+
+static Piece find_piece(const int *offset, int size, int index) {
+    int e = 0;
+    while (index >= pieces_of(offset, e, size)) {
+        index -= pieces_of(offset, e, size);
+        e++;
+    }
+    int first = offset[e] + index * size;
+    int left = offset[e + 1] - first;
+    return (Piece){e, first, left < size ? left : size};
+}
+
+/* Rows of a piece: enough pieces that all threads stay busy, not so few rows that packing the weights shows. */
+static int piece_rows(int rows) {
+    int size = rows / (4 * device_threads());
+    size = size < LEAST_ROWS ? LEAST_ROWS : size;
+    return size > MOST_ROWS ? MOST_ROWS : size;
+}
+
+void experts_forward(real_t *y, real_t *a, real_t *h, const real_t *x, const real_t *w1, const real_t *w2,
+                     const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+    size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
+    int size = piece_rows(offset[shape.E]);
+    int pieces = count_pieces(offset, shape.E, size);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < pieces; i++) {
+        Piece p = find_piece(offset, size, i);
+        const real_t *p_x = x + p.first * C;
+        real_t *p_a = a + p.first * A, *p_h = h + p.first * H, *p_y = y + p.first * C;
+        block_multiply(p_a, A, p_x, C, 1, w1 + p.expert * A * C, 1, C, p.rows, A, C, 0);
+        for (int r = 0; r < p.rows; r++) {
+            activate(p_h + r * H, p_a + r * A, H, shape.gelu);
+        }
+        block_multiply(p_y, C, p_h, H, 1, w2 + p.expert * C * H, 1, H, p.rows, C, H, accumulate);
+    }
+}
+
+/* dw (M,N) of one expert += left (rows,M)^T right (rows,N), the WEIGHT_ROWS rows of dw from `first` on. */
+static void weight_gradient(acc_t *dw, const real_t *left, const real_t *right, int first, int M, int N, int rows) {
+    int count = M - first < WEIGHT_ROWS ? M - first : WEIGHT_ROWS;
+    block_multiply(dw + (size_t)first * N, N, left + first, 1, M, right, N, 1, count, N, rows, 1);
+}
+
+void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, const real_t *dy,
+                      const real_t *x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
+                      const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+    size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
+    int size = piece_rows(offset[shape.E]);
+    int pieces = count_pieces(offset, shape.E, size);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < pieces; i++) {
+        Piece p = find_piece(offset, size, i);
+        const real_t *p_a = a + p.first * A;
+        real_t *p_h = h + p.first * H, *p_da = da + p.first * A, *p_dx = dx + p.first * C;
+        block_multiply(p_da, A, dy + p.first * C, C, 1, w2 + p.expert * C * H, H, 1, p.rows, H, C, 0);
+        for (int r = 0; r < p.rows; r++) {
+            acc_t weight = row_weight ? row_weight[p.first + r] : 1;
+            acc_t dweight = activate_backward(p_h + r * H, p_da + r * A, p_a + r * A, weight, H, shape.gelu);
+            if (drow_weight) {
+                drow_weight[p.first + r] = dweight;
+            }
+        }
+        block_multiply(p_dx, C, p_da, A, 1, w1 + p.expert * A * C, C, 1, p.rows, C, A, accumulate);
+    }
+
+    int blocks1 = (A + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+    int blocks2 = (C + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+    int blocks = blocks1 + blocks2;
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < shape.E * blocks; i++) {
+        int e = i / blocks, block = i % blocks;
+        size_t first = offset[e];
+        int rows = offset[e + 1] - offset[e];
+        if (block < blocks1) {
+            weight_gradient(dw1 + e * A * C, da + first * A, x + first * C, block * WEIGHT_ROWS, A, C, rows);
+        } else {
+            weight_gradient(dw2 + e * C * H, dy + first * C, h + first * H, (block - blocks1) * WEIGHT_ROWS, C, H,
+                            rows);
+        }
+    }
+}

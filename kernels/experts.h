@@ -1,0 +1,38 @@
+/* The experts: E two-layer networks, each over its own rows offset[e] .. offset[e+1].
+ *
+ *     SwiGLU   a = x W1^T, W1 (2H,C): gate rows first, then up     h = silu(a_gate) * a_up      y = h W2^T, W2 (C,H)
+ *     GELU     a = x W1^T, W1 (H,C)                                h = gelu(a) (tanh form)      y = h W2^T
+ *
+ * Backward, with dy the gradient of the combined output in row order (not yet weighted) and w the row's combine weight:
+ *
+ *     u   = dy W2                     the gradient of h, were the weight 1
+ *     dw  = <u, h>                    the gate's gradient: it equals <dy, y> and needs no stored y
+ *     dW2 += dy^T (w h)               da = act'(a) (w u)          dW1 += da^T x          dx = da W1
+ */
+#ifndef KERNELS_EXPERTS_H
+#define KERNELS_EXPERTS_H
+
+#include "types.h"
+
+typedef struct {
+    int E, C, H;
+    int rows; /* length of the row arrays */
+    int gelu; /* 1: GELU, 0: SwiGLU */
+} ExpertShape;
+
+/* Columns of a: 2H for SwiGLU, H for GELU. */
+int experts_a_width(ExpertShape shape);
+
+/* y (rows,C) = the experts' outputs, unweighted, added to y when accumulate is 1; a (rows, 2H or H) is saved for the
+ * backward; h (rows,H) is scratch; x (rows,C); w1 (E, 2H or H, C); w2 (E,C,H); offset (E+1). */
+void experts_forward(real_t *y, real_t *a, real_t *h, const real_t *x, const real_t *w1, const real_t *w2,
+                     const int *offset, ExpertShape shape, int accumulate, Stream *stream);
+
+/* dx (rows,C) overwritten, or added to when accumulate is 1; drow_weight (rows) overwritten, NULL with row_weight NULL
+ * (all weights 1); dw1, dw2 accumulate, those of an expert without rows keep their bits; h (rows,H) and da (rows, 2H or
+ * H) are scratch; dy (rows,C); row_weight (rows); x, a, w1, w2, offset as in the forward. */
+void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, const real_t *dy,
+                      const real_t *x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
+                      const int *offset, ExpertShape shape, int accumulate, Stream *stream);
+
+#endif

@@ -1,0 +1,22 @@
+/* Completes a plan (see plan.h): a stable counting sort of the entries by expert.
+ *
+ *     demand  histogram of expert[]        count = min(demand, capacity), places given by the drop policy
+ *     offset  exclusive prefix sum         row   = offset[e] + rank of the entry within e, in token order
+ */
+#ifndef KERNELS_PERMUTE_H
+#define KERNELS_PERMUTE_H
+
+#include "plan.h"
+
+/* Rows that a plan of this shape needs at most: N*K compact, E*capacity padded (capacity N when dropless: every token
+ * may choose e). */
+int plan_rows(int N, int E, int K, int capacity, Layout layout);
+
+/* Reads plan->expert, plan->weight; writes row, entry, row_weight, demand, count, offset. */
+void plan_build(Plan *plan, Stream *stream);
+
+/* The gradient of the weights, back from rows to entries: dweight (N,K) = drow_weight[row], 0 where dropped.
+ * drow_weight (rows). */
+void plan_weight_backward(acc_t *dweight, const acc_t *drow_weight, const Plan *plan, Stream *stream);
+
+#endif

@@ -1,0 +1,107 @@
+/* Every option of the program, once: the table in options.c drives the parser, --help, config.json and the log header.
+ *
+ *     Config config;
+ *     config_parse(&config, argc, argv);     // defaults, then the resumed run's config.json, then the command line
+ *     config_finish(&config);                // derives what follows from the rest; refuses contradictions
+ *
+ * To add an option: one field here, one row in the table of options.c.
+ */
+#ifndef MODEL_CONFIG_H
+#define MODEL_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../kernels/plan.h"
+
+typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
+typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
+typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER } Freeze;
+
+enum { CONFIG_TEXT = 256 };
+
+/* What is computed. Two runs whose ModelConfig differs cannot share a checkpoint. */
+typedef struct {
+    int layers, dim, heads, kv_heads, seq, vocab;
+    int qk_norm; /* 0|1: RMSNorm of every query and key head */
+    int tie;     /* 0|1: the head is the embedding */
+    char router[32];
+    int experts, top_k, expert_dim, shared_experts;
+    int renorm;    /* 0|1: weights renormalised over the chosen; -1 until config_finish picks the router's */
+    int moe_every; /* every n-th layer is MoE, the others are dense MLPs of matched active width */
+    int chain_steps;
+    double capacity_factor; /* 0: dropless */
+    int act;                /* Activation */
+    int layout;             /* Layout */
+    int drop;               /* DropPolicy */
+    double norm_eps, rope_base;
+} ModelConfig;
+
+typedef struct {
+    /* data */
+    char data[CONFIG_TEXT], val[CONFIG_TEXT], tokenizer[CONFIG_TEXT];
+    int shuffle;
+    int allow_leak;
+    /* losses */
+    double aux_coef, z_coef;
+    /* training */
+    int batch, grad_accum, steps, warmup, schedule;
+    double lr, min_lr, weight_decay, beta1, beta2, clip; /* min_lr: share of lr left at the end; clip 0: off */
+    int64_t seed;
+    int eval_every, eval_batches, log_every, save_every;
+    int max_skips; /* stop after this many non-finite steps in a row */
+    int freeze;    /* Freeze */
+    /* parallel */
+    int ep;
+    /* output */
+    char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT];
+    int sample; /* tokens to sample at the end, per prompt; 0: none */
+    char prompt[CONFIG_TEXT];
+    double temperature, top_p;
+    int sample_top_k;
+    int eval_drop; /* 1: evaluate with the capacity of training; 0: dropless */
+    /* measure */
+    int profile, trace_syncs;
+} TrainConfig;
+
+typedef struct {
+    ModelConfig model;
+    TrainConfig train;
+    uint64_t given; /* bit i: row i of the option table was set on the command line */
+} Config;
+
+/* Defaults of every option. */
+void config_defaults(Config *config);
+
+/* Parses a command line into *config. With --resume DIR the configuration of DIR/config.json takes the place of the
+ * defaults, --out becomes DIR unless given, and a model option that differs from DIR's is refused. --help prints the
+ * grouped table and exits with 0. Ends the program with one line on an unknown option (naming the nearest), a
+ * missing, malformed or out-of-range value. Both "--lr 1e-3" and "--lr=1e-3" are accepted. */
+void config_parse(Config *config, int argc, char **argv);
+
+/* Fills what follows from the rest (kv_heads 0 -> heads, vocab 0 -> 256, renorm -1 -> the router's own; top1
+ * implies its top_k), then refuses what cannot work, one line each, naming the options and the way out. Calls
+ * router_find. Idempotent. */
+void config_finish(Config *config);
+
+/* The whole configuration as one JSON object, keys = option names with '_' for '-', in table order. Returned string
+ * is the caller's (free). */
+char *config_to_json(const Config *config);
+
+/* Reads such an object (unknown keys, wrong types and out-of-range values are refused: message in error, returns
+ * false). Keys that are absent keep the value *config already has. */
+bool config_from_json(Config *config, const char *json, char *error, size_t error_size);
+
+/* Names (as on the command line) of the options in which a and b differ and which decide what is trained (model,
+ * data, losses, training; not output, measure, steps-independent ones such as --log-every), comma-separated; "" when
+ * none. */
+void config_difference(const Config *a, const Config *b, char *names, size_t size);
+
+/* Width of the MLP of a dense layer: the active width of a MoE layer, (top_k + shared_experts) * expert_dim. */
+int config_dense_width(const ModelConfig *model);
+
+/* Rows an expert takes from N tokens: ceil(capacity_factor * top_k * N / experts) but at most N, 0 when dropless. */
+int config_capacity(const ModelConfig *model, int N);
+
+#endif

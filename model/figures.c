@@ -1,0 +1,102 @@
+#include "figures.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "../kernels/check.h"
+#include "router.h"
+
+StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, const acc_t *loss, Stream *stream) {
+    int layers = model->moe_count, slices = model->slices, E = model->config->experts;
+    StepFigures f = {.norms = optimizer_norms(optimizer, &model->tensors, stream), .moe_count = layers, .E = E};
+    size_t places = (size_t)slices * layers;
+    acc_t step_loss, *load = calloc(places * LOAD_VALUES + 1, sizeof(acc_t));
+    int *demand = calloc(places * E + 1, sizeof(int));
+    f.counts = calloc((size_t)layers * E + 1, sizeof(double));
+    f.layer_entropy = calloc(layers + 1, sizeof(double));
+    CHECK(load && demand && f.counts && f.layer_entropy, "out of memory for the statistics of %d layers", layers);
+    host_from_device(&step_loss, loss, sizeof step_loss, stream);
+    host_from_device(&f.adam, optimizer->state, sizeof f.adam, stream);
+    host_from_device(load, model->load, places * LOAD_VALUES * sizeof(acc_t), stream);
+    host_from_device(demand, model->demand, places * E * sizeof(int), stream);
+    f.loss = step_loss;
+    for (size_t i = 0; i < places; i++) { /* slices first, layers within */
+        const acc_t *values = load + i * LOAD_VALUES;
+        f.aux += values[LOAD_BALANCE] / places;
+        f.z += values[LOAD_Z] / places;
+        f.entropy += values[LOAD_ENTROPY] / places;
+        f.dropped += values[LOAD_DROPPED] / places;
+        f.layer_entropy[i % layers] += values[LOAD_ENTROPY] / slices;
+        for (int e = 0; e < E; e++) {
+            f.counts[i % layers * E + e] += demand[i * E + e];
+        }
+    }
+    for (int l = 0; l < layers; l++) {
+        LoadSummary s = load_summary(f.counts + (size_t)l * E, E);
+        f.load.cv += s.cv / layers;
+        f.load.kl += s.kl / layers;
+        f.load.max_vio += s.max_vio / layers;
+        f.load.dead += s.dead;
+    }
+    free(load);
+    free(demand);
+    return f;
+}
+
+void figures_free(StepFigures *f) {
+    free(f->counts);
+    free(f->layer_entropy);
+    *f = (StepFigures){0};
+}
+
+static void print_value(FILE *out, const char *key, double value) {
+    if (isfinite(value)) {
+        fprintf(out, ",\"%s\":%.9g", key, value);
+    } else {
+        fprintf(out, ",\"%s\":null", key);
+    }
+}
+
+static void print_counts(FILE *out, const StepFigures *f) {
+    fputs(",\"counts\":[", out);
+    for (int l = 0; l < f->moe_count; l++) {
+        for (int e = 0; e < f->E; e++) {
+            fprintf(out, "%s%.0f", e > 0 ? "," : (l > 0 ? ",[" : "["), f->counts[l * f->E + e]);
+        }
+        fputs("]", out);
+    }
+    fputs("],\"layer_entropy\":[", out);
+    for (int l = 0; l < f->moe_count; l++) {
+        fprintf(out, "%s%.6g", l > 0 ? "," : "", isfinite(f->layer_entropy[l]) ? f->layer_entropy[l] : 0);
+    }
+    fputs("]", out);
+}
+
+void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t step, double seconds) {
+    double tokens = (double)config->train.batch * config->model.seq;
+    char *text = NULL;
+    size_t length = 0;
+    FILE *out = open_memstream(&text, &length);
+    CHECK(out, "out of memory for a line of the log");
+    fprintf(out, "{\"step\":%lld,\"tokens\":%.0f", (long long)step, step * tokens);
+    print_value(out, "loss", f->loss);
+    print_value(out, "aux", f->aux);
+    print_value(out, "z", f->z);
+    print_value(out, "lr", learning_rate(&config->train, step - 1));
+    print_value(out, "grad_norm", f->norms.total);
+    print_value(out, "router_grad_norm", f->norms.router);
+    fprintf(out, ",\"ms\":%.4g,\"tok_s\":%.0f,\"mfu\":null", 1e3 * seconds, tokens / seconds);
+    print_value(out, "drop", f->dropped);
+    print_value(out, "load_cv", f->load.cv);
+    print_value(out, "load_kl", f->load.kl);
+    print_value(out, "max_vio", f->load.max_vio);
+    print_value(out, "entropy", f->entropy);
+    fprintf(out, ",\"dead\":%d,\"leaky\":%s,\"skipped\":%lld", f->load.dead,
+            router_find(config->model.router)->causal ? "false" : "true", (long long)f->adam.skipped);
+    print_counts(out, f);
+    fputs("}", out);
+    fclose(out);
+    log_line(log, "%s", text);
+    free(text);
+}

@@ -1,0 +1,33 @@
+/* What a training step tells about itself: the figures of a step line of the log. */
+#ifndef MODEL_FIGURES_H
+#define MODEL_FIGURES_H
+
+#include <stdint.h>
+
+#include "balance.h"
+#include "log.h"
+#include "optimizer.h"
+#include "transformer.h"
+
+typedef struct {
+    double loss, aux,
+        z; /* cross-entropy; mean over MoE layers of the balance loss and of the z-loss, before their coefficients */
+    double entropy;      /* mean over tokens and MoE layers of the routing entropy, nats */
+    double dropped;      /* share of entries without a place */
+    LoadSummary load;    /* mean over the MoE layers; dead is their sum */
+    GradientNorms norms; /* before clipping */
+    AdamState adam;
+    int moe_count, E;
+    double *counts;        /* (moe_count, E) entries that chose each expert */
+    double *layer_entropy; /* (moe_count) */
+} StepFigures;
+
+/* Reads the last step's figures from the device; loss is the device scalar of the step. The arrays are the caller's
+ * (figures_free). */
+StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, const acc_t *loss, Stream *stream);
+void figures_free(StepFigures *figures);
+
+/* The step line (see log.h). step: steps done; seconds: of one step. A value that is not finite is written as null. */
+void figures_log(const StepFigures *figures, Log *log, const Config *config, int64_t step, double seconds);
+
+#endif

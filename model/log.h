@@ -1,0 +1,56 @@
+/* RUN/log.jsonl: one JSON object a line, each appended with a single write, so that a killed run leaves whole lines.
+ *
+ * Line 1 is the header. Then, told apart by their keys:
+ *   step line   {"step":120,"tokens":..,"loss":..,"aux":..,"z":..,"lr":..,"grad_norm":..,"router_grad_norm":..,"ms":..,
+ *                "tok_s":..,"mfu":null,"drop":..,"load_cv":..,"load_kl":..,"max_vio":..,"entropy":..,"dead":0,
+ *                "leaky":false,"skipped":0,"counts":[[E ints] per MoE layer],"layer_entropy":[..]}
+ *   evaluation  {"step":..,"tokens":..,"val_loss":..,"val_bpb":..,"val_floor":.. or null,
+ *                "val_domains":{"stories":{"loss":..,"floor":..,"tokens":..},..},
+ *                "domain_expert":[[[E shares] per domain] per MoE layer],"mi":[nats per MoE layer]}
+ *   event       {"event":"resume"|"skip"|"sample"|"memory"|"checkpoint"|"alarm"|"end", ...}
+ * Losses are nats per token; floats are printed with nine digits, so that equal bits give equal text.
+ */
+#ifndef MODEL_LOG_H
+#define MODEL_LOG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "config.h"
+
+typedef struct {
+    int fd;
+    bool warned; /* a write failed, and stderr was told */
+    char path[CONFIG_TEXT + 16];
+} Log;
+
+/* What the header says beside ts, git sha and the configuration. */
+typedef struct {
+    const char *device;
+    int64_t params_total, params_active;
+    double flops_per_token; /* of training, forward and backward */
+    int domain_count;
+    const char *const *domains;
+    int moe_layer_count;
+    const int *moe_layers;
+    bool leaky;
+} LogHeader;
+
+/* Makes RUN (and its parents) and RUN/config.json, and starts a log with its header. A RUN that exists with another
+ * configuration is refused with one line naming the options that differ; with the same one it is started over. With
+ * resume, appends to the log, first cutting off lines past `resume_step`. */
+void log_open(Log *log, const Config *config, const LogHeader *header, int64_t resume_step);
+void log_close(Log *log);
+
+/* Appends one line: printf with the newline added. A failed write (full disk) warns on stderr once and training goes
+ * on. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+void log_line(Log *log, const char *format, ...);
+
+/* Text as a JSON string literal, quotes included, each byte that is not UTF-8 as \ufffd; returns out. What exceeds size
+ * (at least 3) is left out at the end, so that out is always a whole literal. */
+const char *json_quote(char *out, size_t size, const char *text, size_t length);
+
+#endif

@@ -1,0 +1,74 @@
+/* The mixture-of-experts layer:
+ *
+ *     x -> router -> plan -> dispatch -> experts -> combine -> y          and back
+ *
+ * The stages are separate kernels, called one after the other in moe.c and timed apart. With the router "dense", or in
+ * a layer that --moe-every skips, the layer is one MLP of the active width.
+ */
+#ifndef MODEL_MOE_H
+#define MODEL_MOE_H
+
+#include "../kernels/balance_loss.h"
+#include "../kernels/device.h"
+#include "../kernels/experts.h"
+#include "../kernels/plan.h"
+#include "config.h"
+#include "router.h"
+
+typedef struct {
+    int N, C;
+    const Router *router; /* NULL: a dense layer */
+    RouterPass pass;
+    Plan plan;
+    ExpertShape experts; /* the routed experts, or the one MLP of a dense layer */
+    ExpertShape shared;  /* the shared experts as one MLP; H 0: none */
+    Plan configured;     /* plan as the options ask, for moe_set_dropless */
+    const real_t *w1, *w2, *shared_w1, *shared_w2;
+    acc_t *dw1, *dw2, *dshared_w1, *dshared_w2;
+    /* saved by forward */
+    real_t *a, *shared_a; /* (rows, 2H or H), (N, ..) before the activation */
+    acc_t *mean_prob;     /* (E) */
+} MoeLayer;
+
+/* Buffers that all layers take turns in. */
+typedef struct {
+    real_t *rows, *drows; /* (rows,C) dispatched inputs; outputs, later their gradients */
+    real_t *dy_rows;      /* (rows,C) */
+    real_t *h, *da;       /* (rows,H), (rows, 2H or H) */
+    acc_t *drow_weight;   /* (rows) */
+    acc_t *dweight;       /* (N,K) */
+    int *all_rows;        /* {0, N}: the offsets of a single expert that takes every token */
+} MoeScratch;
+
+/* What the layers need of those: rows, elements of h, elements of da. */
+typedef struct {
+    size_t rows, h, a;
+} ScratchSize;
+
+/* Describes layer `layer`'s tensors; appends them to the list. */
+void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer);
+
+/* Whether layer `layer` routes at all. */
+bool moe_is_routed(const ModelConfig *config, int layer);
+
+/* Reserves what the layer saves for N tokens; `size` grows to what it needs of the shared buffers. */
+void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slices, int moe_count, ScratchSize *size,
+                 Arena *arena);
+
+/* Reserves the shared buffers, those of backward only where there is one. */
+void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
+                         Arena *arena);
+
+/* Takes every token (no capacity, compact rows), or works as configured again. */
+void moe_set_dropless(MoeLayer *moe, bool dropless);
+
+/* y (N,C) from x (N,C); load (LOAD_VALUES) receives the losses and statistics, demand (E) the choices. Both unused in a
+ * dense layer. */
+void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
+                 Profile *profile, Stream *stream);
+
+/* dx (N,C) is overwritten; parameter gradients accumulate. */
+void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
+                  Stream *stream);
+
+#endif

@@ -1,0 +1,283 @@
+/* The option table and the reading and printing of single values. The contract is options.h.
+ *
+ * A row's help should say what the option does in words of the field; --help adds the default. Ranges keep out the
+ * absurd (a width of 1e9, whose products would overflow); what contradicts another option is refused by config_finish.
+ */
+#include "options.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MODEL(field) offsetof(Config, model.field)
+#define TRAIN(field) offsetof(Config, train.field)
+#define TEXT (CONFIG_TEXT - 1)
+#define EXACT 9007199254740991.0 /* 2^53 - 1: whole numbers up to here survive JSON, where every number is a double */
+
+const Option option_table[] = {
+    {"data", "data", true, TYPE_TEXT, TRAIN(data), "builtin", 0, TEXT, "builtin|FILE|DIR|GLOB",
+     "text to train on: generated, a file's bytes, or *.bin token shards"},
+    {"data", "val", true, TYPE_TEXT, TRAIN(val), "", 0, TEXT, "SAME",
+     "text to evaluate on; empty: the last tenth of FILE, or the shards named *val*"},
+    {"data", "tokenizer", true, TYPE_TEXT, TRAIN(tokenizer), "byte", 0, TEXT, "byte|FILE", "what a token is"},
+    {"data", "shuffle", true, TYPE_INT, TRAIN(shuffle), "1", 0, 1, "0|1", "0: read the text in order"},
+    {"data", "allow-leak", false, TYPE_SWITCH, TRAIN(allow_leak), "0", 0, 1, "",
+     "let a router see later tokens (marked in the log)"},
+
+    {"model", "layers", true, TYPE_INT, MODEL(layers), "4", 1, 1024, "N", "transformer layers"},
+    {"model", "dim", true, TYPE_INT, MODEL(dim), "128", 2, 65536, "N", "model width"},
+    {"model", "heads", true, TYPE_INT, MODEL(heads), "4", 1, 4096, "N", "query heads"},
+    {"model", "kv-heads", true, TYPE_INT, MODEL(kv_heads), "0", 0, 4096, "N",
+     "key and value heads; 0: as many as --heads"},
+    {"model", "qk-norm", true, TYPE_INT, MODEL(qk_norm), "1", 0, 1, "0|1", "RMSNorm of every query and key head"},
+    {"model", "seq", true, TYPE_INT, MODEL(seq), "128", 2, 1048576, "N", "tokens in a sequence"},
+    {"model", "vocab", true, TYPE_INT, MODEL(vocab), "0", 0, 65536, "N",
+     "different tokens; 0: the tokenizer's (256 bytes)"},
+    {"model", "tie", true, TYPE_INT, MODEL(tie), "0", 0, 1, "0|1", "1: the head is the embedding"},
+    {"model", "norm-eps", true, TYPE_REAL, MODEL(norm_eps), "1e-6", 1e-12, 1, "X", "epsilon of every RMSNorm"},
+    {"model", "rope-base", true, TYPE_REAL, MODEL(rope_base), "10000", 1, 1e9, "X", "base of the rotary embedding"},
+    {"model", "router", true, TYPE_TEXT, MODEL(router), "topk", 0, sizeof(((Config *)0)->model.router) - 1, "NAME",
+     "who picks the experts: "},
+    {"model", "experts", true, TYPE_INT, MODEL(experts), "8", 1, 4096, "N", "experts in a MoE layer"},
+    {"model", "top-k", true, TYPE_INT, MODEL(top_k), "2", 1, 4096, "N", "experts per token"},
+    {"model", "expert-dim", true, TYPE_INT, MODEL(expert_dim), "256", 1, 65536, "N", "hidden width of one expert"},
+    {"model", "shared-experts", true, TYPE_INT, MODEL(shared_experts), "0", 0, 64, "N",
+     "experts that every token visits besides"},
+    {"model", "renorm", true, TYPE_CHOICE, MODEL(renorm), "auto", -1, 0, "auto|0|1",
+     "1: a token's weights sum to 1; auto: the router's custom"},
+    {"model", "act", true, TYPE_CHOICE, MODEL(act), "swiglu", ACT_SWIGLU, 0, "swiglu|gelu", "what is inside an expert"},
+    {"model", "moe-every", true, TYPE_INT, MODEL(moe_every), "1", 1, 1024, "N",
+     "every N-th layer is MoE, the others dense of the same active width"},
+    {"model", "chain-steps", true, TYPE_INT, MODEL(chain_steps), "1", 1, 16, "N", "times a MoE layer is iterated"},
+    {"model", "capacity-factor", true, TYPE_REAL, MODEL(capacity_factor), "0", 0, 4096, "X",
+     "places per expert, as a multiple of the fair share; 0: dropless"},
+    {"model", "layout", true, TYPE_CHOICE, MODEL(layout), "compact", LAYOUT_COMPACT, 0, "compact|padded",
+     "rows of the experts; padded without a capacity holds experts x tokens rows"},
+    {"model", "drop", true, TYPE_CHOICE, MODEL(drop), "token", DROP_TOKEN, 0, "token|slot|weight",
+     "who keeps a place at a full expert: earlier tokens, first choices, heavier weights"},
+
+    {"losses", "aux-coef", true, TYPE_REAL, TRAIN(aux_coef), "0.01", 0, 1000, "X", "coefficient of the balance loss"},
+    {"losses", "z-coef", true, TYPE_REAL, TRAIN(z_coef), "0.001", 0, 1000, "X", "coefficient of the router's z-loss"},
+
+    {"training", "batch", true, TYPE_INT, TRAIN(batch), "16", 1, 1048576, "N",
+     "sequences of one optimizer step, over all ranks"},
+    {"training", "grad-accum", true, TYPE_INT, TRAIN(grad_accum), "1", 1, 1048576, "N",
+     "slices a batch is computed in, to save memory"},
+    {"training", "steps", true, TYPE_INT, TRAIN(steps), "1000", 0, 1000000000, "N",
+     "optimizer steps; 0: only the initial weights"},
+    {"training", "lr", true, TYPE_REAL, TRAIN(lr), "3e-3", 0, 100, "X", "peak learning rate"},
+    {"training", "min-lr", true, TYPE_REAL, TRAIN(min_lr), "0.1", 0, 1, "X", "share of --lr that is left at the end"},
+    {"training", "warmup", true, TYPE_INT, TRAIN(warmup), "50", 0, 1000000000, "N", "steps until the peak"},
+    {"training", "schedule", true, TYPE_CHOICE, TRAIN(schedule), "cosine", SCHEDULE_COSINE, 0, "cosine|constant|wsd",
+     "learning rate after the warm-up"},
+    {"training", "weight-decay", true, TYPE_REAL, TRAIN(weight_decay), "0.1", 0, 100, "X",
+     "AdamW's decay of the matrices"},
+    {"training", "beta1", true, TYPE_REAL, TRAIN(beta1), "0.9", 0, 0.999999, "X", "AdamW's memory of the gradient"},
+    {"training", "beta2", true, TYPE_REAL, TRAIN(beta2), "0.95", 0, 0.999999, "X", "AdamW's memory of its square"},
+    {"training", "clip", true, TYPE_REAL, TRAIN(clip), "1.0", 0, 1e9, "X",
+     "largest norm of the whole gradient; 0: no clipping"},
+    {"training", "seed", true, TYPE_INT64, TRAIN(seed), "1337", 0, EXACT, "N", "of weights, data and sampling"},
+    {"training", "freeze", true, TYPE_CHOICE, TRAIN(freeze), "none", FREEZE_NONE, 0, "none|experts|router",
+     "what stays at its initial values"},
+    {"training", "max-skips", false, TYPE_INT, TRAIN(max_skips), "10", 1, 1000000, "N",
+     "stop after so many non-finite steps in a row"},
+    {"training", "eval-every", false, TYPE_INT, TRAIN(eval_every), "100", 0, 1000000000, "N",
+     "steps between evaluations; 0: only at the end"},
+    {"training", "eval-batches", false, TYPE_INT, TRAIN(eval_batches), "8", 1, 1000000, "N",
+     "batches of one evaluation"},
+    {"training", "log-every", false, TYPE_INT, TRAIN(log_every), "10", 1, 1000000000, "N", "steps between log lines"},
+    {"training", "save-every", false, TYPE_INT, TRAIN(save_every), "0", 0, 1000000000, "N",
+     "steps between checkpoints; 0: only at the end"},
+    {"training", "resume", false, TYPE_TEXT, TRAIN(resume), "", 0, TEXT, "DIR",
+     "go on with the run in DIR; its options hold unless given"},
+
+    {"parallel", "ep", false, TYPE_INT, TRAIN(ep), "1", 1, 4096, "N", "ranks that share the experts"},
+
+    {"output", "out", false, TYPE_TEXT, TRAIN(out), "runs/default", 0, TEXT, "DIR",
+     "the run's directory: config.json, log.jsonl, checkpoint/, report.html"},
+    {"output", "sample", false, TYPE_INT, TRAIN(sample), "0", 0, 1048576, "N",
+     "tokens to sample at the end, per prompt"},
+    {"output", "prompt", false, TYPE_TEXT, TRAIN(prompt), "", 0, TEXT, "TEXT",
+     "what samples start with; empty: one start per domain"},
+    {"output", "temperature", false, TYPE_REAL, TRAIN(temperature), "0.8", 0, 100, "X",
+     "of sampling; 0: always the likeliest token"},
+    {"output", "sample-top-k", false, TYPE_INT, TRAIN(sample_top_k), "0", 0, 65536, "N",
+     "sample among the N likeliest; 0: all"},
+    {"output", "top-p", false, TYPE_REAL, TRAIN(top_p), "1", 0, 1, "X",
+     "sample among the likeliest that make up this probability"},
+    {"output", "eval-drop", false, TYPE_INT, TRAIN(eval_drop), "0", 0, 1, "0|1",
+     "1: evaluate with the capacity of training; 0: dropless"},
+    {"output", "export-hf", false, TYPE_TEXT, TRAIN(export_hf), "", 0, TEXT, "DIR",
+     "write the model for Hugging Face transformers"},
+
+    {"measure", "profile", false, TYPE_SWITCH, TRAIN(profile), "0", 0, 1, "", "time the stages of the MoE layer"},
+    {"measure", "trace-syncs", false, TYPE_SWITCH, TRAIN(trace_syncs), "0", 0, 1, "",
+     "report where the host waits for the device"},
+};
+
+enum { OPTIONS = sizeof option_table / sizeof *option_table };
+
+_Static_assert(OPTIONS <= 64, "Config.given has one bit per option");
+
+const int option_count = OPTIONS;
+
+int option_find(const char *name) {
+    for (int i = 0; i < OPTIONS; i++) {
+        if (!strcmp(option_table[i].name, name)) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+int name_distance(const char *typed, const char *name) {
+    enum { LONGEST = 40 };
+    int d[LONGEST + 1][LONGEST + 1];
+    int n = (int)strnlen(typed, LONGEST), m = (int)strnlen(name, LONGEST);
+    if (n > 0 && !strncmp(typed, name, n)) {
+        return 0;
+    }
+    for (int i = 0; i <= n; i++) {
+        for (int j = 0; j <= m; j++) {
+            if (i == 0 || j == 0) {
+                d[i][j] = i + j;
+                continue;
+            }
+            int best = d[i - 1][j - 1] + (typed[i - 1] != name[j - 1]);
+            best = d[i - 1][j] + 1 < best ? d[i - 1][j] + 1 : best;
+            best = d[i][j - 1] + 1 < best ? d[i][j - 1] + 1 : best;
+            if (i > 1 && j > 1 && typed[i - 1] == name[j - 2] && typed[i - 2] == name[j - 1] &&
+                d[i - 2][j - 2] + 1 < best) {
+                best = d[i - 2][j - 2] + 1;
+            }
+            d[i][j] = best;
+        }
+    }
+    return d[n][m];
+}
+
+/* The i-th name of "a|b|c" into name; false past the last. */
+static bool choice_name(const char *values, int i, char *name, size_t size) {
+    for (; i > 0 && values; i--) {
+        values = strchr(values, '|');
+        values = values ? values + 1 : NULL;
+    }
+    if (!values) {
+        return false;
+    }
+    snprintf(name, size, "%.*s", (int)strcspn(values, "|"), values);
+    return true;
+}
+
+/* Whether text is UTF-8: only then can JSON carry it. Accepts overlong and surrogate forms, which do no harm here. */
+static bool is_utf8(const char *text) {
+    const unsigned char *byte = (const unsigned char *)text;
+    while (*byte) {
+        int more = *byte < 0x80 ? 0 : *byte >> 5 == 6 ? 1 : *byte >> 4 == 14 ? 2 : *byte >> 3 == 30 ? 3 : -1;
+        if (more < 0) {
+            return false;
+        }
+        for (byte++; more > 0; more--, byte++) {
+            if (*byte >> 6 != 2) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static bool choice_set(Config *config, const Option *option, const char *text, char *error, size_t size) {
+    char name[OPTION_TEXT], nearest[OPTION_TEXT] = "";
+    int nearest_distance = INT_MAX;
+    for (int i = 0; choice_name(option->values, i, name, sizeof name); i++) {
+        if (!strcmp(name, text)) {
+            *(int *)((char *)config + option->offset) = (int)option->min + i;
+            return true;
+        }
+        int distance = name_distance(text, name);
+        if (distance < nearest_distance) {
+            nearest_distance = distance;
+            memcpy(nearest, name, sizeof nearest);
+        }
+    }
+    snprintf(error, size, "--%s has no value '%.80s': it is one of %s (nearest: %s)", option->name, text,
+             option->values, nearest);
+    return false;
+}
+
+bool option_set(Config *config, const Option *option, const char *text, char *error, size_t size) {
+    char *field = (char *)config + option->offset;
+    if (option->type == TYPE_CHOICE) {
+        return choice_set(config, option, text, error, size);
+    }
+    if (option->type == TYPE_TEXT) {
+        if (strlen(text) > option->max || !is_utf8(text)) {
+            snprintf(error, size, "--%s takes at most %g bytes of UTF-8 text, not '%.80s'", option->name, option->max,
+                     text);
+            return false;
+        }
+        memset(field, 0, (size_t)option->max + 1);
+        memcpy(field, text, strlen(text));
+        return true;
+    }
+    bool whole = option->type != TYPE_REAL;
+    char *end = NULL;
+    errno = 0;
+    long long integer = whole ? strtoll(text, &end, 10) : 0;
+    double value = whole ? (double)integer : strtod(text, &end);
+    /* strtod alone would take "nan", "inf", "0x10" and " 1". */
+    if (!*text || *end || text[strspn(text, "0123456789+-.eE")]) {
+        snprintf(error, size, "--%s takes a %s, not '%.80s'", option->name, whole ? "whole number" : "number", text);
+        return false;
+    }
+    if (errno == ERANGE || !(value >= option->min && value <= option->max)) {
+        snprintf(error, size, "--%s %.80s is out of range: it goes from %.16g to %.16g", option->name, text,
+                 option->min, option->max);
+        return false;
+    }
+    if (option->type == TYPE_INT64) {
+        *(int64_t *)field = integer;
+    } else if (option->type == TYPE_REAL) {
+        *(double *)field = value;
+    } else {
+        *(int *)field = (int)integer;
+    }
+    return true;
+}
+
+void option_print(const Config *config, const Option *option, char *text, size_t size) {
+    const char *field = (const char *)config + option->offset;
+    if (option->type == TYPE_TEXT) {
+        snprintf(text, size, "%s", field);
+    } else if (option->type == TYPE_INT64) {
+        snprintf(text, size, "%lld", (long long)*(const int64_t *)field);
+    } else if (option->type == TYPE_REAL) {
+        double value = *(const double *)field;
+        for (int digits = 6; digits <= 17; digits++) {
+            snprintf(text, size, "%.*g", digits, value);
+            if (strtod(text, NULL) == value) {
+                break;
+            }
+        }
+    } else if (option->type == TYPE_CHOICE) {
+        bool known = choice_name(option->values, *(const int *)field - (int)option->min, text, size);
+        assert(known);
+        (void)known;
+    } else {
+        snprintf(text, size, "%d", *(const int *)field);
+    }
+}
+
+bool option_equal(const Config *a, const Config *b, const Option *option) {
+    char value_a[OPTION_TEXT], value_b[OPTION_TEXT];
+    option_print(a, option, value_a, sizeof value_a);
+    option_print(b, option, value_b, sizeof value_b);
+    return !strcmp(value_a, value_b);
+}
+
+bool option_in_model(const Option *option) {
+    return option->offset < offsetof(Config, train);
+}

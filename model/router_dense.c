@@ -1,0 +1,17 @@
+/* dense: no routing. Every layer is one MLP of the width that a token would meet in its K experts and the shared ones:
+ * the control with equal work per token that every comparison needs.
+ */
+#include "../kernels/check.h"
+#include "router.h"
+
+static void check(const ModelConfig *model) {
+    CHECK(model->capacity_factor == 0, "--router dense has no experts to fill: drop --capacity-factor");
+}
+
+const Router router_dense = {
+    .name = "dense",
+    .summary = "no routing: one MLP of the active width, the control",
+    .causal = true,
+    .dense = true,
+    .check = check,
+};

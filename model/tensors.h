@@ -1,0 +1,47 @@
+/* The list of parameters: one list drives memory, initial values, decay, the optimizer, checkpoints and gradient
+ * checks.
+ *
+ * All tensors lie one after the other in flat buffers (weights, gradients, optimizer moments), each at its offset.
+ */
+#ifndef MODEL_TENSORS_H
+#define MODEL_TENSORS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../kernels/types.h"
+
+typedef enum { TENSOR_DENSE, TENSOR_ROUTER, TENSOR_EXPERT } TensorKind;
+
+typedef struct {
+    char name[64]; /* "layers.0.moe.experts.w1" */
+    int ndim;
+    int shape[3];
+    size_t count;  /* elements */
+    size_t offset; /* first element in the flat buffers; a multiple of 16 */
+    TensorKind kind;
+    int layer;       /* -1: outside the layers */
+    double init_std; /* normal(0, std); 0: zeros; < 0: ones */
+    bool decay;      /* weight decay: two or more dimensions */
+} Tensor;
+
+typedef struct {
+    Tensor *items; /* owned */
+    int count, capacity;
+    size_t total; /* elements of a flat buffer, gaps included */
+} TensorList;
+
+/* Appends a tensor of shape (d0), (d0,d1) or (d0,d1,d2); unused extents are 0. Returns its index. */
+int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, int d0, int d1, int d2,
+                const char *name_format, ...);
+
+void tensors_free(TensorList *list);
+
+/* Elements of real parameters, gaps left out. */
+size_t tensors_parameters(const TensorList *list);
+
+/* Initial values into a host buffer of list->total elements: a function of seed, tensor name and element index. */
+void tensors_init(const TensorList *list, acc_t *host, uint64_t seed);
+
+#endif

@@ -1,0 +1,118 @@
+/* The model: a decoder-only transformer whose feed-forward layers are mixtures of experts (the block of Qwen3-MoE).
+ *
+ *     x = embedding[tokens]
+ *     L times:   x += attention(rope(norm(x) Wqkv)) Wo          x += moe(norm(x))
+ *     loss = cross_entropy(norm(x) Whead)
+ *
+ * Use:  transformer_reserve(&model, ...); arena_commit(&arena); transformer_load(&model, host_weights);
+ *       transformer_forward(&model, tokens, slice, s); transformer_loss(&model, targets, ...);
+ * transformer_backward(&model, tokens, s);
+ *
+ * Read transformer.c from the top: forward and backward of each part stand next to each other. Then moe.c.
+ */
+#ifndef MODEL_TRANSFORMER_H
+#define MODEL_TRANSFORMER_H
+
+#include <stdbool.h>
+
+#include "../kernels/device.h"
+#include "config.h"
+#include "moe.h"
+#include "tensors.h"
+
+/* A parameter as the kernels see it: the compute copy, the full-precision copy, the gradient (NULL where nothing is
+ * trained). */
+typedef struct {
+    const real_t *w;
+    const acc_t *master;
+    acc_t *grad;
+} Weight;
+
+/* One layer's parameters and what its forward keeps for its backward. */
+typedef struct {
+    Weight attn_norm, qkv, q_norm, k_norm, attn_out, ffn_norm;
+    real_t *x;             /* (N,C) residual stream at the layer's start */
+    real_t *xn;            /* (N,C) normalised */
+    acc_t *x_rstd;         /* (N) */
+    real_t *qkv_raw;       /* (N, (NH+2*NKV)*HS) as projected */
+    real_t *qkv_turned;    /* the same after QK-norm and RoPE */
+    acc_t *qk_rstd;        /* (N, NH+NKV) */
+    real_t *att;           /* (N, NH*HS) */
+    acc_t *lse;            /* (B,NH,T) */
+    real_t *mid;           /* (N,C) residual stream after attention */
+    real_t *mn;            /* (N,C) normalised */
+    acc_t *mid_rstd;       /* (N) */
+    real_t *keys, *values; /* (B,T,NKV,HS) generation only */
+    MoeLayer moe;
+} Layer;
+
+typedef struct {
+    const ModelConfig *config;
+    int B, T, N; /* sequences, time, rows of one forward */
+    int slices;  /* forwards per optimizer step */
+    TensorList tensors;
+    Weight embedding, final_norm, head;
+    Layer *layers;   /* (L), host */
+    int *moe_layers; /* (moe_count) index of each MoE layer, host */
+    int moe_count;
+
+    acc_t *master, *grads; /* flat (tensors.total) */
+    real_t *weights;       /* flat; master itself where real_t is acc_t */
+
+    acc_t *angles;            /* (T,HS) table of RoPE */
+    real_t *final_x, *hidden; /* (N,C) */
+    acc_t *final_rstd;        /* (N) */
+    real_t *branch;           /* (N,C) what attention or the experts add to the stream */
+    real_t *logits;           /* (head_rows, V): the head works on some rows at a time */
+    int head_rows;
+    acc_t *losses;     /* (N) nats */
+    acc_t *slice_loss; /* (slices) mean of losses */
+    acc_t *load;       /* (slices, moe_count, LOAD_VALUES) */
+    int *demand;       /* (slices, moe_count, E) entries that chose each expert */
+
+    real_t *dx;          /* (N,C) gradient of the residual stream */
+    real_t *dn;          /* (N,C) gradient of a normalised input */
+    real_t *dqkv, *datt; /* (N, (NH+2*NKV)*HS), (N, NH*HS) */
+    MoeScratch scratch;
+    Profile *profile; /* NULL: no stage times */
+} Transformer;
+
+typedef enum { USE_TRAIN, USE_GENERATE } TransformerUse;
+
+/* Reserves all device memory of a model that works on `batch` sequences at once, in `slices` forwards per step.
+ * USE_GENERATE reserves neither gradients nor backward buffers but a cache of keys and values, reads one token per
+ * sequence and forward, and shares the weights of `source`. `config` must outlive the model. */
+void transformer_reserve(Transformer *model, const Config *config, int batch, int slices, TransformerUse use,
+                         Transformer *source, Arena *arena);
+
+/* After arena_commit: connects the parts to their weights and fills the tables. */
+void transformer_connect(Transformer *model);
+void transformer_free(Transformer *model);
+
+/* Parameters from and to a host buffer of tensors.total values. */
+void transformer_load(Transformer *model, const acc_t *host);
+void transformer_store(const Transformer *model, acc_t *host);
+
+/* Parameters a token meets (expert tensors count K/E), and training FLOPs per token: 6 per active matrix parameter and
+ * 6 T NH HS per layer for causal attention (half of the T x T scores). */
+size_t transformer_active_parameters(const Transformer *model);
+double transformer_flops_per_token(const Transformer *model);
+
+/* tokens (N) on the device -> model->hidden. Books routing statistics under `slice`. */
+void transformer_forward(Transformer *model, const int *tokens, int slice, Stream *stream);
+
+/* targets (N) -> model->losses, model->slice_loss[slice]. With gradient, also the gradients of the head and of hidden;
+ * each token weighs 1 / (N * slices). */
+void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream);
+
+/* After transformer_loss with gradient: adds to model->grads. */
+void transformer_backward(Transformer *model, const int *tokens, Stream *stream);
+
+/* One token per sequence at `position`, after those before it; leaves logits (B,V) in model->logits. USE_GENERATE only.
+ */
+void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream);
+
+/* Evaluation takes every token (capacity 0) unless the user wants training's drops. */
+void transformer_set_dropless(Transformer *model, bool dropless);
+
+#endif

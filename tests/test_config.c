@@ -1,0 +1,583 @@
+/* The option table: every option from the command line to JSON and back, what --help promises, and each refusal.
+ *
+ * What an option may be is learned from --help and from the JSON of the defaults, so an option that is added to the
+ * table is tested without a change here.
+ */
+#include "forked.h"
+
+#include <cjson/cJSON.h>
+#include <ctype.h>
+#include <math.h>
+#include <sys/stat.h>
+
+#include "../model/config.h"
+
+static char directory[] = "/tmp/moelab-config-XXXXXX";
+static char run_directory[64];
+
+enum { ARGUMENTS = 32 };
+
+/* Splits a command line at its blanks, in place. */
+static int split(char *line, char **argv) {
+    int argc = 0;
+    argv[argc++] = "train";
+    for (char *word = strtok(line, " "); word; word = strtok(NULL, " ")) {
+        assert_true(argc < ARGUMENTS);
+        argv[argc++] = word;
+    }
+    return argc;
+}
+
+static void parse(Config *config, const char *command) {
+    char line[512], *argv[ARGUMENTS];
+    snprintf(line, sizeof line, "%s", command);
+    int argc = split(line, argv);
+    config_parse(config, argc, argv);
+}
+
+static void parse_and_finish(void *command) {
+    Config config;
+    parse(&config, command);
+    config_finish(&config);
+}
+
+static void assert_command_refused(const char *command, const char *words) {
+    char copy[512];
+    Forked result;
+    snprintf(copy, sizeof copy, "%s", command);
+    run_forked(&result, parse_and_finish, copy);
+    assert_refused(&result, words);
+}
+
+static void write_file(const char *path, const char *text) {
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    assert_true(fputs(text, file) >= 0);
+    assert_int_equal(fclose(file), 0);
+}
+
+/* Makes run_directory the directory of a run with this configuration. */
+static void make_run(const Config *config) {
+    char path[96];
+    snprintf(path, sizeof path, "%s/config.json", run_directory);
+    char *json = config_to_json(config);
+    write_file(path, json);
+    free(json);
+}
+
+/* --- the table as --help and JSON show it --- */
+
+typedef struct {
+    char name[64], values[64], initial[64];
+} HelpLine;
+
+static void ask_help(void *unused) {
+    Config config;
+    parse(&config, "--help");
+}
+
+/* The line of --help about the option whose JSON key is `key`. */
+static HelpLine help_line(const char *help, const char *key) {
+    HelpLine line = {0};
+    char start[80];
+    snprintf(line.name, sizeof line.name, "%s", key);
+    for (char *bar = strchr(line.name, '_'); bar; bar = strchr(bar, '_')) {
+        *bar = '-';
+    }
+    snprintf(start, sizeof start, "\n  --%s ", line.name);
+    const char *at = strstr(help, start);
+    if (!at) {
+        fail_msg("--help does not show --%s", line.name);
+        return line;
+    }
+    at += strlen(start);
+    snprintf(line.values, sizeof line.values, "%.*s", (int)strcspn(at, " \n"), at);
+    const char *end = strchr(at, '\n'), *bracket = at;
+    for (const char *c = at; c < end; c++) {
+        bracket = *c == '[' ? c : bracket;
+    }
+    assert_true(*bracket == '[' && end[-1] == ']');
+    snprintf(line.initial, sizeof line.initial, "%.*s", (int)(end - 1 - bracket - 1), bracket + 1);
+    return line;
+}
+
+/* A value of the option other than its default, as text. */
+static void another_value(const HelpLine *line, const cJSON *initial, char *text, size_t size) {
+    char names[64];
+    snprintf(names, sizeof names, "%s", line->values);
+    for (char *name = strtok(names, "|"); name && strchr(line->values, '|'); name = strtok(NULL, "|")) {
+        if (!isupper((unsigned char)*name) && strcmp(name, line->initial) != 0) {
+            snprintf(text, size, "%s", name);
+            return;
+        }
+    }
+    if (!strcmp(line->name, "resume")) {
+        snprintf(text, size, "%s", run_directory);
+    } else if (!line->values[0]) {
+        snprintf(text, size, "1");
+    } else if (cJSON_IsString(initial)) {
+        snprintf(text, size, "a \"b\" \\ \xc3\xa9");
+    } else if (!strcmp(line->values, "X")) {
+        snprintf(text, size, "%.17g", initial->valuedouble != 0 ? initial->valuedouble * 0.7 : 0.7);
+    } else {
+        snprintf(text, size, "%.0f", initial->valuedouble + 1);
+    }
+}
+
+static void check_round_trip(const HelpLine *line, const char *key, const cJSON *defaults, bool with_equals) {
+    char value[128], joined[256], dashed[80], error[256];
+    another_value(line, cJSON_GetObjectItemCaseSensitive(defaults, key), value, sizeof value);
+    snprintf(joined, sizeof joined, "--%s=%s", line->name, value);
+    snprintf(dashed, sizeof dashed, "--%s", line->name);
+    char *apart[] = {"train", dashed, value}, *together[] = {"train", joined};
+    Config config, again;
+    config_parse(&config, with_equals ? 2 : 3, with_equals ? together : apart);
+    char *json = config_to_json(&config);
+    config_defaults(&again);
+    if (!config_from_json(&again, json, error, sizeof error)) {
+        fail_msg("--%s %s does not survive JSON: %s", line->name, value, error);
+    }
+    char *json_again = config_to_json(&again);
+    assert_string_equal(json, json_again);
+
+    cJSON *object = cJSON_Parse(json);
+    for (const cJSON *item = object->child; item; item = item->next) {
+        bool equal = cJSON_Compare(item, cJSON_GetObjectItemCaseSensitive(defaults, item->string), true);
+        bool follows = !strcmp(line->name, "resume") && !strcmp(item->string, "out");
+        if (equal != (strcmp(item->string, key) != 0) && !follows) {
+            fail_msg("--%s %s %s %s", line->name, value, equal ? "did not change" : "changed", item->string);
+        }
+    }
+    const cJSON *ours = cJSON_GetObjectItemCaseSensitive(object, key);
+    if (cJSON_IsNumber(ours)) {
+        assert_true(ours->valuedouble == strtod(value, NULL));
+    } else {
+        assert_string_equal(ours->valuestring, value);
+    }
+    cJSON_Delete(object);
+    free(json);
+    free(json_again);
+}
+
+static void test_every_option_round_trips(void **state) {
+    Forked help;
+    Config config;
+    run_forked(&help, ask_help, NULL);
+    config_defaults(&config);
+    char *json = config_to_json(&config);
+    make_run(&config);
+    cJSON *defaults = cJSON_Parse(json);
+    for (const cJSON *item = defaults->child; item; item = item->next) {
+        HelpLine line = help_line(help.out, item->string);
+        check_round_trip(&line, item->string, defaults, true);
+        check_round_trip(&line, item->string, defaults, false);
+    }
+    cJSON_Delete(defaults);
+    free(json);
+}
+
+static void test_help_shows_every_option_with_its_default(void **state) {
+    Forked help;
+    Config config;
+    run_forked(&help, ask_help, NULL);
+    assert_int_equal(help.exit_code, 0);
+    assert_string_equal(help.err, "");
+    config_defaults(&config);
+    char *json = config_to_json(&config);
+    cJSON *defaults = cJSON_Parse(json);
+    int lines = 0;
+    for (const char *at = strstr(help.out, "\n  --"); at; at = strstr(at + 1, "\n  --")) {
+        lines++;
+    }
+    assert_int_equal(lines, cJSON_GetArraySize(defaults) + 1); /* and --help itself */
+    for (const cJSON *item = defaults->child; item; item = item->next) {
+        HelpLine line = help_line(help.out, item->string);
+        if (cJSON_IsNumber(item)) {
+            char *end = NULL;
+            assert_true(strtod(line.initial, &end) == item->valuedouble);
+            assert_true(end != line.initial && *end == '\0');
+        } else {
+            assert_string_equal(line.initial, item->valuestring);
+        }
+    }
+    const char *groups[] = {"\ndata\n",     "\nmodel\n",  "\nlosses\n", "\ntraining\n",
+                            "\nparallel\n", "\noutput\n", "\nmeasure\n"};
+    const char *after = help.out;
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
+        after = strstr(after, groups[i]);
+        if (!after) {
+            fail_msg("--help has no group %s in its place", groups[i]);
+            return;
+        }
+    }
+    cJSON_Delete(defaults);
+    free(json);
+}
+
+/* Names that scripts and notebooks rely on. */
+static void test_stable_names(void **state) {
+    const char *names =
+        "data val tokenizer shuffle allow_leak layers dim heads kv_heads qk_norm seq vocab expert_dim experts top_k "
+        "shared_experts router renorm act moe_every chain_steps capacity_factor layout aux_coef z_coef batch "
+        "grad_accum "
+        "steps lr warmup schedule weight_decay beta1 beta2 clip seed eval_every eval_batches log_every save_every "
+        "resume "
+        "freeze ep out sample export_hf profile trace_syncs tie drop norm_eps rope_base min_lr max_skips prompt "
+        "temperature sample_top_k top_p eval_drop";
+    char copy[1024];
+    Config config;
+    config_defaults(&config);
+    char *json = config_to_json(&config);
+    cJSON *object = cJSON_Parse(json);
+    int count = 0;
+    snprintf(copy, sizeof copy, "%s", names);
+    for (char *name = strtok(copy, " "); name; name = strtok(NULL, " "), count++) {
+        if (!cJSON_HasObjectItem(object, name)) {
+            fail_msg("option %s is gone", name);
+        }
+    }
+    assert_int_equal(count, cJSON_GetArraySize(object));
+    cJSON_Delete(object);
+    free(json);
+}
+
+static void test_options_reach_their_fields(void **state) {
+    Config config;
+    parse(&config,
+          "--router top1 --renorm 0 --act gelu --layout padded --schedule wsd --freeze router --seed 9007199254740991"
+          " --lr=2e-4 --profile --data x.txt");
+    assert_string_equal(config.model.router, "top1");
+    assert_string_equal(config.train.data, "x.txt");
+    assert_int_equal(config.model.renorm, 0);
+    assert_int_equal(config.model.act, ACT_GELU);
+    assert_int_equal(config.model.layout, LAYOUT_PADDED);
+    assert_int_equal(config.train.schedule, SCHEDULE_WSD);
+    assert_int_equal(config.train.freeze, FREEZE_ROUTER);
+    assert_true(config.train.seed == INT64_C(9007199254740991));
+    assert_true(config.train.lr == 2e-4);
+    assert_int_equal(config.train.profile, 1);
+    parse(&config, "--profile --allow-leak 0 --trace-syncs 1 --drop weight --renorm auto --freeze experts");
+    assert_int_equal(config.train.profile, 1);
+    assert_int_equal(config.train.allow_leak, 0);
+    assert_int_equal(config.train.trace_syncs, 1);
+    assert_int_equal(config.model.drop, DROP_WEIGHT);
+    assert_int_equal(config.model.renorm, -1);
+    assert_int_equal(config.train.freeze, FREEZE_EXPERTS);
+}
+
+static void test_defaults(void **state) {
+    Config config;
+    parse(&config, "");
+    assert_true(config.given == 0);
+    assert_string_equal(config.train.data, "builtin");
+    assert_string_equal(config.train.out, "runs/default");
+    assert_string_equal(config.model.router, "topk");
+    assert_int_equal(config.model.layers, 4);
+    assert_int_equal(config.model.dim, 128);
+    assert_int_equal(config.model.experts, 8);
+    assert_int_equal(config.model.top_k, 2);
+    assert_int_equal(config.model.expert_dim, 256);
+    assert_int_equal(config.train.batch, 16);
+    assert_true(config.model.norm_eps == 1e-6 && config.train.lr == 3e-3 && config.train.beta2 == 0.95);
+    assert_true(config.train.aux_coef == 0.01 && config.train.z_coef == 0.001);
+}
+
+/* --- what follows from the rest --- */
+
+static void test_finish_derives(void **state) {
+    Config config;
+    parse(&config, "");
+    config_finish(&config);
+    assert_int_equal(config.model.kv_heads, 4);
+    assert_int_equal(config.model.vocab, 256);
+    assert_int_equal(config.model.renorm, 1);
+    parse(&config, "--top-k 1");
+    config_finish(&config);
+    assert_int_equal(config.model.renorm, 0);
+    parse(&config, "--router top1");
+    config_finish(&config);
+    assert_int_equal(config.model.top_k, 1);
+    assert_int_equal(config.model.renorm, 0);
+    parse(&config, "--router dense --top-k 3 --shared-experts 1 --expert-dim 10");
+    config_finish(&config);
+    assert_int_equal(config_dense_width(&config.model), 40);
+}
+
+static void test_finish_is_idempotent(void **state) {
+    const char *commands[] = {"", "--router top1", "--router dense", "--top-k 1", "--capacity-factor 1.25 --drop slot"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        Config config;
+        parse(&config, commands[i]);
+        config_finish(&config);
+        char *once = config_to_json(&config);
+        config_finish(&config);
+        char *twice = config_to_json(&config);
+        assert_string_equal(once, twice);
+        free(once);
+        free(twice);
+    }
+}
+
+static void test_capacity(void **state) {
+    Config config;
+    config_defaults(&config);
+    assert_int_equal(config_capacity(&config.model, 100), 0);
+    config.model.capacity_factor = 1.25;
+    assert_int_equal(config_capacity(&config.model, 128), 40);
+    assert_int_equal(config_capacity(&config.model, 1), 1);
+    assert_int_equal(config_capacity(&config.model, 100), 32); /* 31.25 */
+    config.model.experts = 10;
+    config.model.capacity_factor = 1.1;
+    assert_int_equal(config_capacity(&config.model, 100), 22); /* 22.000000000000004 in binary */
+    config.model.capacity_factor = 100;
+    assert_int_equal(config_capacity(&config.model, 100), 100);
+}
+
+static void test_difference(void **state) {
+    Config a, b;
+    char names[256];
+    parse(&a, "");
+    parse(&b, "--log-every 1 --out x --sample 5 --profile --eval-every 7 --save-every 3 --resume=");
+    config_difference(&a, &b, names, sizeof names);
+    assert_string_equal(names, "");
+    parse(&b, "--dim 64 --lr 0.1 --data x --aux-coef 0 --seed 1 --log-every 1");
+    config_difference(&a, &b, names, sizeof names);
+    assert_string_equal(names, "--data, --dim, --aux-coef, --lr, --seed");
+    config_difference(&a, &b, names, 12);
+    assert_int_equal(strlen(names), 11);
+}
+
+/* --- refusals --- */
+
+typedef struct {
+    const char *command, *words;
+} Refusal;
+
+static void assert_all_refused(const Refusal *refusals, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        assert_command_refused(refusals[i].command, refusals[i].words);
+    }
+}
+
+static void test_malformed_command_lines(void **state) {
+    static const Refusal refusals[] = {
+        {"--lrr 1", "unknown option --lrr: the nearest is --lr"},
+        {"--top_k 2", "the nearest is --top-k"},
+        {"--expert 4", "the nearest is --experts"},
+        {"--temp 1", "the nearest is --temperature"},
+        {"--bacth 4", "the nearest is --batch"},
+        {"--hepl", "the nearest is --help"},
+        {"--steps", "--steps needs a value"},
+        {"--steps --dim 64", "--steps needs a value (N), found --dim"},
+        {"--qk-norm", "--qk-norm needs a value (0|1)"},
+        {"train.txt", "unexpected 'train.txt'"},
+        {"-h", "unexpected '-h'"},
+        {"--", "unexpected '--'"},
+        {"--lr 1 --lr=1", "--lr is given twice"},
+        {"--profile --profile", "--profile is given twice"},
+        {"--profile=2", "--profile 2 is out of range"},
+        {"--lr fast", "--lr takes a number, not 'fast'"},
+        {"--lr 1e-3x", "not '1e-3x'"},
+        {"--lr=", "--lr takes a number"},
+        {"--lr nan", "not 'nan'"},
+        {"--lr -inf", "not '-inf'"},
+        {"--lr 0x10", "not '0x10'"},
+        {"--lr 1e999", "out of range"},
+        {"--lr -1", "--lr -1 is out of range: it goes from 0 to 100"},
+        {"--steps 1e3", "--steps takes a whole number"},
+        {"--steps 1.5", "--steps takes a whole number"},
+        {"--steps 99999999999999999999", "out of range"},
+        {"--seed 9007199254740993", "out of range"},
+        {"--dim 1000000000", "--dim 1000000000 is out of range: it goes from 2 to 65536"},
+        {"--experts -8", "out of range"},
+        {"--seq 1", "out of range"},
+        {"--vocab 65537", "out of range"},
+        {"--beta1 1", "--beta1 1 is out of range"},
+        {"--aux-coef -0.1", "out of range"},
+        {"--shuffle 2", "--shuffle 2 is out of range"},
+        {"--schedule cosin", "one of cosine|constant|wsd (nearest: cosine)"},
+        {"--act relu", "one of swiglu|gelu"},
+        {"--renorm 2", "one of auto|0|1"},
+        {"--data \xff.txt", "UTF-8"},
+    };
+    char long_text[300] = "--out ";
+    memset(long_text + 6, 'x', 280);
+    assert_all_refused(refusals, sizeof refusals / sizeof *refusals);
+    assert_command_refused(long_text, "--out takes at most 255 bytes");
+}
+
+static void test_contradictions(void **state) {
+    static const Refusal refusals[] = {
+        {"--top-k 9", "--top-k 9 is above --experts 8"},
+        {"--dim 130", "--dim 130 is not divisible by --heads 4"},
+        {"--dim 12", "odd size 3"},
+        {"--kv-heads 3", "--heads 4 is not divisible by --kv-heads 3"},
+        {"--vocab 1", "--vocab 1"},
+        {"--batch 5 --grad-accum 2", "--batch 5 is not divisible by --grad-accum 2"},
+        {"--steps 10 --warmup 20", "--warmup 20 is longer than --steps 10"},
+        {"--router tpok", "unknown --router tpok: the nearest is topk"},
+        {"--router top2", "the nearest is top1"},
+        {"--router top1 --renorm 1", "would get no gradient"},
+        {"--top-k 1 --renorm 1", "would get no gradient"},
+        {"--router top1 --top-k 2", "--router top1 sends a token to 1 expert"},
+        {"--router dense --capacity-factor 1.5", "drop --capacity-factor"},
+        {"--drop slot", "add --capacity-factor"},
+        {"--moe-every 5", "--moe-every 5"},
+        {"--batch 1048576 --seq 1048576", "raise --grad-accum"},
+        {"--batch 4096 --seq 1024 --layout padded --experts 4096", "--layout padded"},
+        {"--out=", "--out is empty"},
+        {"--data=", "--data is empty"},
+        {"--ep 2", "--ep 2"},
+        {"--export-hf x", "--export-hf x"},
+        {"--tokenizer bpe.json", "--tokenizer bpe.json"},
+        {"--chain-steps 2", "--chain-steps 2"},
+        {"--trace-syncs", "--trace-syncs"},
+    };
+    assert_all_refused(refusals, sizeof refusals / sizeof *refusals);
+}
+
+static void test_accepts_what_is_close_to_a_refusal(void **state) {
+    const char *commands[] = {"--top-k 8",
+                              "--router top1 --top-k 1 --renorm 0",
+                              "--router topk --top-k 1 --renorm auto",
+                              "--steps 0",
+                              "--layout padded",
+                              "--capacity-factor 1 --drop weight",
+                              "--router dense --moe-every 8",
+                              "--steps 50 --warmup 50",
+                              "--kv-heads 1 --vocab 2 --batch 6 --grad-accum 3",
+                              "--freeze experts --ep 1 --tokenizer byte --chain-steps 1 --export-hf= --trace-syncs 0"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        Forked result;
+        char copy[256];
+        snprintf(copy, sizeof copy, "%s", commands[i]);
+        run_forked(&result, parse_and_finish, copy);
+        if (result.exit_code != 0 || result.err[0] || result.out[0]) {
+            fail_msg("%s was refused: %s", commands[i], result.err);
+        }
+    }
+}
+
+static void test_json_refusals(void **state) {
+    static const Refusal refusals[] = {
+        {"", "one whole JSON object"},
+        {"[1]", "one whole JSON object"},
+        {"{\"dim\":64", "one whole JSON object"},
+        {"{\"dim\":64} x", "one whole JSON object"},
+        {"{\"dmi\":64}", "\"dmi\" is no option"},
+        {"{\"dim\":64,\"dim\":32}", "\"dim\" stands twice"},
+        {"{\"dim\":\"64\"}", "\"dim\" must hold a number"},
+        {"{\"dim\":null}", "\"dim\" must hold a number"},
+        {"{\"act\":1}", "\"act\" must hold a string"},
+        {"{\"act\":\"relu\"}", "one of swiglu|gelu"},
+        {"{\"dim\":64.5}", "whole number"},
+        {"{\"dim\":1e30}", "whole number"},
+        {"{\"lr\":1e999}", "not 'inf'"},
+        {"{\"top_k\":0}", "out of range"},
+    };
+    for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++) {
+        Config config;
+        char error[256] = "";
+        config_defaults(&config);
+        char *before = config_to_json(&config);
+        bool accepted = config_from_json(&config, refusals[i].command, error, sizeof error);
+        if (accepted || !strstr(error, refusals[i].words)) {
+            fail_msg("%s: expected \"%s\", got \"%s\"", refusals[i].command, refusals[i].words, error);
+        }
+        char *after = config_to_json(&config);
+        assert_string_equal(before, after);
+        free(before);
+        free(after);
+    }
+}
+
+static void test_json_keeps_absent_keys(void **state) {
+    Config config;
+    char error[256];
+    parse(&config, "--layers 7 --lr 0.5");
+    assert_true(config_from_json(&config, "{\"lr\": 0.25}", error, sizeof error));
+    assert_int_equal(config.model.layers, 7);
+    assert_true(config.train.lr == 0.25);
+}
+
+/* --- --resume --- */
+
+static void test_resume_takes_the_runs_configuration(void **state) {
+    char command[256];
+    Config config;
+    parse(&config, "--dim 64 --experts 4 --lr 0.1 --out elsewhere");
+    config_finish(&config);
+    make_run(&config);
+    snprintf(command, sizeof command, "--steps 77 --resume %s --dim 64 --kv-heads 0 --renorm auto --vocab 256",
+             run_directory);
+    parse(&config, command);
+    config_finish(&config);
+    assert_int_equal(config.model.dim, 64);
+    assert_int_equal(config.model.experts, 4);
+    assert_int_equal(config.model.renorm, 1);
+    assert_int_equal(config.train.steps, 77);
+    assert_true(config.train.lr == 0.1);
+    assert_string_equal(config.train.out, run_directory);
+    assert_string_equal(config.train.resume, run_directory);
+    snprintf(command, sizeof command, "--resume %s --out other", run_directory);
+    parse(&config, command);
+    assert_string_equal(config.train.out, "other");
+}
+
+static void test_resume_refusals(void **state) {
+    char command[256], path[96];
+    Config config;
+    parse(&config, "--dim 64");
+    config_finish(&config);
+    make_run(&config);
+    snprintf(command, sizeof command, "--resume %s --dim 256", run_directory);
+    assert_command_refused(command, "--dim 256 differs from the 64 of");
+    snprintf(command, sizeof command, "--router top1 --resume %s", run_directory);
+    assert_command_refused(command, "--router top1 differs from the topk of");
+    snprintf(command, sizeof command, "--resume %s --kv-heads 2", run_directory);
+    assert_command_refused(command, "--kv-heads 2 differs from the 4 of");
+    assert_command_refused("--resume /nowhere/run", "cannot read /nowhere/run/config.json");
+    snprintf(path, sizeof path, "%s/config.json", run_directory);
+    snprintf(command, sizeof command, "--resume %s", run_directory);
+    write_file(path, "{\"dim\": 64");
+    assert_command_refused(command, "is not a run's configuration");
+    write_file(path, "{\"colour\": 1}");
+    assert_command_refused(command, "\"colour\" is no option");
+}
+
+static int set_up(void **state) {
+    if (!mkdtemp(directory)) {
+        return -1;
+    }
+    snprintf(run_directory, sizeof run_directory, "%s/run", directory);
+    return mkdir(run_directory, 0777);
+}
+
+static int tear_down(void **state) {
+    char path[96];
+    snprintf(path, sizeof path, "%s/config.json", run_directory);
+    unlink(path);
+    return rmdir(run_directory) || rmdir(directory);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_option_round_trips),
+        cmocka_unit_test(test_help_shows_every_option_with_its_default),
+        cmocka_unit_test(test_stable_names),
+        cmocka_unit_test(test_options_reach_their_fields),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_finish_derives),
+        cmocka_unit_test(test_finish_is_idempotent),
+        cmocka_unit_test(test_capacity),
+        cmocka_unit_test(test_difference),
+        cmocka_unit_test(test_malformed_command_lines),
+        cmocka_unit_test(test_contradictions),
+        cmocka_unit_test(test_accepts_what_is_close_to_a_refusal),
+        cmocka_unit_test(test_json_refusals),
+        cmocka_unit_test(test_json_keeps_absent_keys),
+        cmocka_unit_test(test_resume_takes_the_runs_configuration),
+        cmocka_unit_test(test_resume_refusals),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}

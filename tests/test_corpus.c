@@ -1,0 +1,485 @@
+/* Batches: which tokens each sequence holds, in order and shuffled, and which data is refused with which line.
+ *
+ * Files are written under a temporary folder, which is the current folder while the tests run. Read next:
+ * data/corpus.c. */
+#define _GNU_SOURCE /* nftw */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <fcntl.h>
+#include <ftw.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../data/builtin.h"
+#include "../data/corpus.h"
+#include "../kernels/random.h"
+
+/* ---- the builtin corpus ---- */
+
+enum { MOST = 8 * 3000 };
+
+typedef struct {
+    int tokens[MOST], targets[MOST];
+    unsigned char domain[MOST];
+    double floor[MOST];
+} Arrays;
+
+static Corpus *open_builtin(int seq, int batch) {
+    return corpus_open(&(CorpusOptions){
+        .train = "builtin", .val = "", .seq = seq, .batch = batch, .vocab = 256, .shuffle = true, .seed = 1337});
+}
+
+static void read_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Arrays *arrays, int at) {
+    Batch batch = {arrays->tokens + at, arrays->targets + at, arrays->domain + at, arrays->floor + at};
+    corpus_batch(corpus, split, step, first, count, &batch);
+}
+
+static void test_batch_does_not_depend_on_shares(void **state) {
+    static Arrays whole, parts;
+    enum { T = 128, B = 8 };
+    Corpus *corpus = open_builtin(T, B);
+    memset(&whole, 0, sizeof whole);
+    memset(&parts, 0, sizeof parts);
+    read_batch(corpus, SPLIT_TRAIN, 7, 0, B, &whole, 0);
+    read_batch(corpus, SPLIT_TRAIN, 7, 5, 3, &parts, 5 * T);
+    read_batch(corpus, SPLIT_TRAIN, 7, 0, 1, &parts, 0);
+    read_batch(corpus, SPLIT_TRAIN, 7, 1, 4, &parts, 1 * T);
+    assert_memory_equal(&whole, &parts, sizeof whole);
+    /* Sequence 8 of step 6 would be sequence 0 of step 7, and other splits and steps differ. */
+    read_batch(corpus, SPLIT_TRAIN, 6, 8, 1, &parts, 0);
+    assert_memory_equal(whole.tokens, parts.tokens, T * sizeof(int));
+    read_batch(corpus, SPLIT_VAL, 7, 0, B, &parts, 0);
+    assert_memory_not_equal(whole.tokens, parts.tokens, T * sizeof(int));
+    read_batch(corpus, SPLIT_TRAIN, 8, 0, B, &parts, 0);
+    assert_memory_not_equal(whole.tokens, parts.tokens, T * sizeof(int));
+    corpus_close(corpus);
+}
+
+/* Sequence g is documents g*D, g*D + 1, ... one after another. */
+static void check_sequences(int seq, int batch, uint64_t documents) {
+    static Arrays a;
+    static struct {
+        unsigned char bytes[BUILTIN_DOCUMENT_BYTES];
+        double nats[BUILTIN_DOCUMENT_BYTES];
+        int length, domain;
+    } d;
+    Corpus *corpus = open_builtin(seq, batch);
+    for (int64_t step = 0; step < 3; step++) {
+        read_batch(corpus, SPLIT_VAL, step, 0, batch, &a, 0);
+        for (int j = 0; j < batch; j++) {
+            uint64_t index = ((uint64_t)step * (uint64_t)batch + (uint64_t)j) * documents;
+            int at = -1; /* of the next byte among the targets; the first byte is a token only */
+            while (at < seq) {
+                d.length = builtin_document(random_key(1337, RANDOM_VAL_DATA, 0), index++, d.bytes, d.nats, &d.domain);
+                for (int t = 0; t < d.length && at < seq; t++, at++) {
+                    int k = j * seq + at;
+                    if (at >= 0) {
+                        assert_int_equal(a.targets[k], d.bytes[t]);
+                        assert_int_equal(a.domain[k], d.domain);
+                        assert_true(a.floor[k] == d.nats[t]);
+                    }
+                    if (at + 1 < seq) {
+                        assert_int_equal(a.tokens[k + 1], d.bytes[t]);
+                    }
+                }
+            }
+        }
+    }
+    corpus_close(corpus);
+}
+
+static void test_sequences_are_their_documents(void **state) {
+    check_sequences(128, 8, 64);
+    check_sequences(1, 8, 64);
+    check_sequences(17, 3, 64);
+    check_sequences(3000, 2, 151);
+}
+
+static void test_batch_skips_arrays_that_are_not_wanted(void **state) {
+    static Arrays whole, alone;
+    enum { T = 40, B = 4 };
+    Corpus *corpus = open_builtin(T, B);
+    read_batch(corpus, SPLIT_TRAIN, 0, 0, B, &whole, 0);
+    corpus_batch(corpus, SPLIT_TRAIN, 0, 0, B, &(Batch){.tokens = alone.tokens});
+    corpus_batch(corpus, SPLIT_TRAIN, 0, 0, B, &(Batch){.targets = alone.targets});
+    corpus_batch(corpus, SPLIT_TRAIN, 0, 0, B, &(Batch){.domain = alone.domain});
+    corpus_batch(corpus, SPLIT_TRAIN, 0, 0, B, &(Batch){.floor = alone.floor});
+    assert_memory_equal(&whole, &alone, sizeof whole);
+    corpus_close(corpus);
+}
+
+static void test_corpus_describes_the_builtin_text(void **state) {
+    Corpus *corpus = open_builtin(128, 8);
+    assert_true(corpus_has_floor(corpus));
+    assert_int_equal(corpus_domains(corpus), builtin_domains());
+    assert_string_equal(corpus_domain_name(corpus, 3), "recall");
+    assert_string_equal(corpus_prompt(corpus, 2), builtin_prompt(2));
+    assert_true(corpus_bytes_per_token(corpus) == 1.0);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_TRAIN), -1);
+    corpus_close(corpus);
+}
+
+/* ---- files ---- */
+
+static void write_file(const char *name, const void *bytes, size_t count) {
+    FILE *file = fopen(name, "wb");
+    assert_non_null(file);
+    assert_int_equal(fwrite(bytes, 1, count, file), count);
+    assert_int_equal(fclose(file), 0);
+}
+
+static void put_u32(unsigned char *p, uint32_t value) {
+    for (int i = 0; i < 4; i++) {
+        p[i] = (unsigned char)(value >> 8 * i);
+    }
+}
+
+/* A shard of tokens first, first + 1, ... */
+static void write_shard(const char *name, int first, int count) {
+    size_t bytes = 1024 + 2 * (size_t)count;
+    unsigned char *buffer = calloc(1, bytes);
+    assert_non_null(buffer);
+    put_u32(buffer, 20240520);
+    put_u32(buffer + 4, 1);
+    put_u32(buffer + 8, (uint32_t)count);
+    for (int i = 0; i < count; i++) {
+        buffer[1024 + 2 * i] = (unsigned char)((first + i) & 255);
+        buffer[1024 + 2 * i + 1] = (unsigned char)((first + i) >> 8);
+    }
+    write_file(name, buffer, bytes);
+    free(buffer);
+}
+
+/* Text whose byte at i is text_byte(i): neighbourhoods of more than a few bytes differ. */
+static int text_byte(uint64_t i) {
+    return (int)((i * 7 + i / 251 * 13) % 251);
+}
+
+static void write_text(const char *name, int count) {
+    unsigned char *buffer = malloc((size_t)count + 1);
+    assert_non_null(buffer);
+    for (int i = 0; i < count; i++) {
+        buffer[i] = (unsigned char)text_byte((uint64_t)i);
+    }
+    write_file(name, buffer, (size_t)count);
+    free(buffer);
+}
+
+static int remove_entry(const char *path, const struct stat *status, int kind, struct FTW *walk) {
+    return remove(path);
+}
+
+static char folder[64];
+
+/* Each test starts in an empty folder. */
+static int enter_folder(void **state) {
+    strcpy(folder, "/tmp/moelab-loader-XXXXXX");
+    return mkdtemp(folder) && chdir(folder) == 0 ? 0 : -1;
+}
+
+static int leave_folder(void **state) {
+    return chdir("/") == 0 ? nftw(folder, remove_entry, 8, FTW_DEPTH | FTW_PHYS) : -1;
+}
+
+static void assert_error_has(const char *line, const char *part) {
+    if (!strstr(line, part)) {
+        fail_msg("\"%s\" lacks \"%s\"", line, part);
+    }
+}
+
+/* ---- text and shards ---- */
+
+static CorpusOptions options_of(const char *train, int seq, int batch, bool shuffle) {
+    return (CorpusOptions){
+        .train = train, .val = "", .seq = seq, .batch = batch, .vocab = 256, .shuffle = shuffle, .seed = 42};
+}
+
+/* The batch row of sequence `first` of the step must be the T+1 bytes of text from `start`. */
+static void assert_window(const Corpus *corpus, Split split, int64_t step, int first, int T, uint64_t start) {
+    int tokens[64], targets[64];
+    unsigned char domain[64];
+    double floors[64];
+    corpus_batch(corpus, split, step, first, 1, &(Batch){tokens, targets, domain, floors});
+    for (int t = 0; t < T; t++) {
+        assert_int_equal(tokens[t], text_byte(start + (uint64_t)t));
+        assert_int_equal(targets[t], text_byte(start + (uint64_t)t + 1));
+        assert_int_equal(domain[t], 0);
+        assert_true(isnan(floors[t]));
+    }
+}
+
+static void test_sequential_windows_follow_the_stream(void **state) {
+    enum { N = 1111, T = 10, B = 4, TRAIN = 1000, VAL = 111 };
+    write_text("a.txt", N);
+    CorpusOptions options = options_of("a.txt", T, B, false);
+    Corpus *corpus = corpus_open(&options);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_TRAIN), TRAIN);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_VAL), VAL);
+    uint64_t windows = (TRAIN - 1) / T, val_windows = (VAL - 1) / T;
+    for (int64_t step = 0; step < 60; step++) {
+        for (int j = 0; j < B; j++) {
+            uint64_t g = (uint64_t)(step * B + j);
+            assert_window(corpus, SPLIT_TRAIN, step, j, T, g % windows * T);
+            assert_window(corpus, SPLIT_VAL, step, j, T, TRAIN + g % val_windows * T);
+        }
+    }
+    assert_false(corpus_has_floor(corpus));
+    assert_int_equal(corpus_domains(corpus), 1);
+    assert_string_equal(corpus_prompt(corpus, 0), "");
+    assert_true(corpus_bytes_per_token(corpus) == 1.0);
+    corpus_close(corpus);
+}
+
+/* Sequence j of step s starts at (s*B + j)*T, also where that is beyond 32 bits: a sparse file with one byte far out.
+ */
+static void test_sequences_far_into_a_long_text(void **state) {
+    enum { T = 29, B = 2 };
+    const int64_t bytes = INT64_C(6) << 30, at = INT64_C(5) << 30;
+    int row[T];
+    write_file("long.txt", "", 0);
+    if (truncate("long.txt", (off_t)bytes) != 0) {
+        skip(); /* a file system without sparse files */
+    }
+    int file = open("long.txt", O_RDWR);
+    assert_int_equal(pwrite(file, "x", 1, (off_t)at), 1);
+    close(file);
+    CorpusOptions options = options_of("long.txt", T, B, false);
+    Corpus *corpus = corpus_open(&options);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_TRAIN), bytes - bytes / 10);
+    int64_t g = at / T;
+    corpus_batch(corpus, SPLIT_TRAIN, g / B, (int)(g % B), 1, &(Batch){.tokens = row});
+    for (int t = 0; t < T; t++) {
+        assert_int_equal(row[t], g * T + t == at ? 'x' : 0);
+    }
+    corpus_close(corpus);
+}
+
+/* Where a shuffled sequence of shards that count up starts: its first token. */
+static int first_token(const Corpus *corpus, Split split, uint64_t g, int B, int T) {
+    int tokens[64], targets[64];
+    Batch batch = {.tokens = tokens, .targets = targets};
+    corpus_batch(corpus, split, (int64_t)(g / (uint64_t)B), (int)(g % (uint64_t)B), 1, &batch);
+    for (int t = 0; t < T; t++) {
+        assert_int_equal(tokens[t], tokens[0] + t);
+        assert_int_equal(targets[t], tokens[0] + t + 1);
+    }
+    return tokens[0];
+}
+
+static void check_epochs(int tokens, int T) {
+    enum { B = 3, EPOCHS = 5 };
+    assert_int_equal(mkdir("d", 0700), 0);
+    write_shard("d/a.bin", 0, tokens / 3);
+    write_shard("d/b.bin", tokens / 3, tokens - tokens / 3);
+    write_shard("d/val.bin", 0, 200);
+    CorpusOptions options = options_of("d", T, B, true);
+    options.vocab = 65536;
+    Corpus *corpus = corpus_open(&options);
+    int windows = (tokens - 1) / T;
+    int fitting = windows > 1 ? windows - 1 : 1;
+    int in_order = 0, phases = 0;
+    char *seen = malloc((size_t)fitting);
+    assert_non_null(seen);
+    for (int epoch = 0; epoch < EPOCHS; epoch++) {
+        int phase = -1;
+        memset(seen, 0, (size_t)fitting);
+        for (int i = 0; i < fitting; i++) {
+            int start = first_token(corpus, SPLIT_TRAIN, (uint64_t)epoch * (uint64_t)fitting + (uint64_t)i, B, T);
+            phase = i == 0 ? start % T : phase;
+            assert_int_equal(start % T, phase);
+            assert_true(start + T < tokens);
+            assert_in_range(start / T, 0, fitting - 1);
+            assert_int_equal(seen[start / T], 0);
+            seen[start / T] = 1;
+            in_order += start / T == i;
+        }
+        phases |= 1 << phase;
+    }
+    if (fitting >= 50) { /* a random permutation leaves one element in place on average */
+        assert_true(in_order < 5 * EPOCHS);
+    }
+    if (windows > 1 && T > 4) {
+        assert_true(__builtin_popcount((unsigned)phases) > 1);
+    }
+    for (uint64_t g = 0; g < 12; g++) { /* validation stays in order */
+        assert_int_equal(first_token(corpus, SPLIT_VAL, g, B, T), (int)g % (199 / T) * T);
+    }
+    free(seen);
+    corpus_close(corpus);
+    const char *files[] = {"d/a.bin", "d/b.bin", "d/val.bin", "d"};
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(remove(files[i]), 0);
+    }
+}
+
+static void test_an_epoch_visits_each_window_once(void **state) {
+    check_epochs(5000, 10);
+    check_epochs(5011, 16);
+    check_epochs(641, 10); /* 64 windows, 63 of which fit with a phase */
+    check_epochs(651, 10); /* 65 and 64: a power of 4 */
+    check_epochs(40, 13);  /* 3 and 2 */
+    check_epochs(38, 13);  /* 2 and 1 */
+    check_epochs(14, 13);  /* 1: no phase */
+    check_epochs(26, 13);
+    check_epochs(300, 1);
+}
+
+static void test_shuffled_order_depends_on_seed_and_epoch_alone(void **state) {
+    enum { T = 8, B = 6 };
+    int a[B * T], b[B * T];
+    write_text("a.txt", 8000);
+    CorpusOptions options = options_of("a.txt", T, B, true);
+    Corpus *corpus = corpus_open(&options), *again = corpus_open(&options);
+    options.seed = 43;
+    Corpus *other = corpus_open(&options);
+    for (int64_t step = 400; step >= 0; step -= 100) { /* any order of asking, any shares */
+        corpus_batch(corpus, SPLIT_TRAIN, step, 0, B, &(Batch){.tokens = a});
+        corpus_batch(again, SPLIT_TRAIN, step, 4, 2, &(Batch){.tokens = b + 4 * T});
+        corpus_batch(again, SPLIT_TRAIN, step, 0, 4, &(Batch){.tokens = b});
+        assert_memory_equal(a, b, sizeof a);
+        corpus_batch(other, SPLIT_TRAIN, step, 0, B, &(Batch){.tokens = b});
+        assert_memory_not_equal(a, b, sizeof a);
+        corpus_batch(corpus, SPLIT_TRAIN, step + 149, 0, B,
+                     &(Batch){.tokens = b}); /* 894 sequences on: the next epoch */
+        assert_memory_not_equal(a, b, sizeof a);
+    }
+    corpus_close(corpus);
+    corpus_close(again);
+    corpus_close(other);
+}
+
+static void test_validation_can_be_given(void **state) {
+    write_text("train.txt", 500);
+    write_text("other.txt", 60);
+    CorpusOptions options = options_of("train.txt", 20, 2, false);
+    options.val = "other.txt";
+    Corpus *corpus = corpus_open(&options);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_TRAIN), 500);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_VAL), 60);
+    assert_window(corpus, SPLIT_VAL, 1, 1, 20, 20); /* 2 windows: the fourth sequence is the second of them */
+    corpus_close(corpus);
+}
+
+static void test_one_shard_holds_its_last_tenth_out(void **state) {
+    write_shard("a.bin", 0, 1000);
+    CorpusOptions options = options_of("a.bin", 20, 2, false);
+    options.vocab = 1000;
+    Corpus *corpus = corpus_open(&options);
+    assert_int_equal(corpus_tokens(corpus, SPLIT_TRAIN), 900);
+    assert_int_equal(first_token(corpus, SPLIT_VAL, 0, 2, 20), 900);
+    assert_true(isnan(corpus_bytes_per_token(corpus)));
+    corpus_close(corpus);
+}
+
+/* ---- lines that end the program ---- */
+
+/* Opens the corpus and reads a batch in a child, which must exit with 1 after one line on stderr that has all parts. */
+static void assert_dies(CorpusOptions options, const char *part, const char *part2) {
+    int ends[2];
+    assert_int_equal(pipe(ends), 0);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int tokens[1024];
+        dup2(ends[1], STDERR_FILENO);
+        close(ends[0]);
+        Corpus *corpus = corpus_open(&options);
+        corpus_batch(corpus, SPLIT_TRAIN, 0, 0, 1, &(Batch){.tokens = tokens});
+        _exit(0);
+    }
+    char line[4096];
+    size_t length = 0;
+    close(ends[1]);
+    for (ssize_t got; (got = read(ends[0], line + length, sizeof line - 1 - length)) > 0;) {
+        length += (size_t)got;
+    }
+    close(ends[0]);
+    line[length] = 0;
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 1) {
+        fail_msg("expected exit code 1, got status %d after \"%s\"", status, line);
+    }
+    assert_error_has(line, "moelab: ");
+    assert_error_has(line, part);
+    assert_error_has(line, part2);
+    assert_ptr_equal(strchr(line, '\n'), line + length - 1);
+}
+
+static void test_bad_data_ends_the_program_with_one_line(void **state) {
+    assert_dies(options_of("missing.txt", 8, 1, true), "--data: cannot open missing.txt", "No such file");
+    write_file("empty.txt", "", 0);
+    assert_dies(options_of("empty.txt", 8, 1, true), "empty.txt is empty", "give a file");
+    write_text("text.bin", 2000);
+    assert_dies(options_of("text.bin", 8, 1, true), "text.bin starts with", "rename it if it is text");
+    write_file("one.txt", "x", 1);
+    assert_dies(options_of("one.txt", 8, 1, true), "one.txt has 1 tokens for training, but a sequence takes 9",
+                "lower --seq");
+    write_text("small.txt", 80);
+    assert_dies(options_of("small.txt", 8, 1, true), "small.txt has 8 tokens for validation, but a sequence takes 9",
+                "--seq 8 and one more");
+    assert_int_equal(mkdir("d", 0700), 0);
+    assert_dies(options_of("d", 8, 1, true), "d has no *.bin in it", "give a text file");
+    write_shard("d/a.bin", 0, 100);
+    assert_dies(options_of("d", 8, 1, true), "none of its 1 files has \"val\" in its name", "give some with --val");
+    write_shard("d/a_val.bin", 250, 100);
+    CorpusOptions options = options_of("d/*val*", 8, 1, true);
+    assert_dies(options, "--data: d/*val*: each of its 1 files has \"val\" in its name", "--data");
+    write_shard("d/a.bin", 250, 100);
+    assert_dies(options_of("d", 8, 1, false), "d/a.bin: token 6 is 256, which is not below the vocabulary size 256",
+                "raise --vocab");
+}
+
+static void test_contradictory_options_end_the_program_with_one_line(void **state) {
+    write_text("a.txt", 1000);
+    write_shard("b.bin", 0, 100);
+    CorpusOptions options = options_of("builtin", 8, 1, true);
+    options.vocab = 127;
+    assert_dies(options, "--vocab 127 is too small for --data builtin", "at least 128");
+    options = options_of("builtin", 8, 1, true);
+    options.val = "a.txt";
+    assert_dies(options, "--data builtin and --val a.txt do not go together", "leave --val out");
+    options = options_of("a.txt", 8, 1, true);
+    options.val = "builtin";
+    assert_dies(options, "--data a.txt and --val builtin do not go together", "leave --val out");
+    options.val = "a.txt";
+    assert_dies(options, "--val is the same as --data", "leave --val out");
+    options.val = "b.bin";
+    assert_dies(options, "one of --data a.txt and --val b.bin is text", "token shards");
+    options.val = "missing.txt";
+    assert_dies(options, "--val: cannot open missing.txt", "No such file");
+    write_text("few.txt", 5);
+    options.val = "few.txt";
+    assert_dies(options, "few.txt has 5 tokens for validation", "give more data with --val");
+}
+
+#define IN_FOLDER(test) cmocka_unit_test_setup_teardown(test, enter_folder, leave_folder)
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_batch_does_not_depend_on_shares),
+        cmocka_unit_test(test_sequences_are_their_documents),
+        cmocka_unit_test(test_batch_skips_arrays_that_are_not_wanted),
+        cmocka_unit_test(test_corpus_describes_the_builtin_text),
+        IN_FOLDER(test_sequential_windows_follow_the_stream),
+        IN_FOLDER(test_sequences_far_into_a_long_text),
+        IN_FOLDER(test_an_epoch_visits_each_window_once),
+        IN_FOLDER(test_shuffled_order_depends_on_seed_and_epoch_alone),
+        IN_FOLDER(test_validation_can_be_given),
+        IN_FOLDER(test_one_shard_holds_its_last_tenth_out),
+        IN_FOLDER(test_bad_data_ends_the_program_with_one_line),
+        IN_FOLDER(test_contradictory_options_end_the_program_with_one_line),
+    };
+    return cmocka_run_group_tests_name("corpus", tests, NULL, NULL);
+}

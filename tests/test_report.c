@@ -1,0 +1,253 @@
+/* The report: what report_write makes of a run's log, read back from the page as a browser would find it.
+ *
+ * A page is taken apart at the script element "log": what lies between its tags must be one JSON array with a value for
+ * every whole line. How the page looks is not tested here. Read next: model/report.c.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <cjson/cJSON.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "../model/report.h"
+
+#define HEADER "{\"ts\":\"2025-01-01T00:00:00Z\",\"params_total\":10,\"config\":{\"out\":\"runs/x\"}}\n"
+#define STEP "{\"step\":1,\"tokens\":64,\"loss\":5.54321098,\"counts\":[[3,5]]}\n"
+#define EVALUATION "{\"step\":1,\"tokens\":64,\"val_loss\":5.5,\"val_floor\":null,\"val_domains\":{},\"mi\":[]}\n"
+
+enum { PATH_TEXT = 256 };
+
+typedef struct {
+    char run[PATH_TEXT], log[PATH_TEXT], page[PATH_TEXT], temporary[PATH_TEXT];
+    char error[512];
+} Run;
+
+static int make_run(void **state) {
+    Run *run = calloc(1, sizeof *run);
+    if (run == NULL) {
+        return -1;
+    }
+    const char *parent = getenv("TMPDIR");
+    snprintf(run->run, sizeof run->run, "%.150s/report_XXXXXX", parent != NULL ? parent : "/tmp");
+    if (mkdtemp(run->run) == NULL) {
+        free(run);
+        return -1;
+    }
+    snprintf(run->log, sizeof run->log, "%.200s/log.jsonl", run->run);
+    snprintf(run->page, sizeof run->page, "%.200s/report.html", run->run);
+    snprintf(run->temporary, sizeof run->temporary, "%.200s/report.html.tmp", run->run);
+    *state = run;
+    return 0;
+}
+
+static int remove_run(void **state) {
+    Run *run = *state;
+    chmod(run->run, 0700);
+    unlink(run->log);
+    unlink(run->page);
+    unlink(run->temporary);
+    int result = rmdir(run->run); /* fails when report_write left anything else behind */
+    free(run);
+    return result;
+}
+
+static void write_file(const char *path, const char *text) {
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    assert_int_equal(fwrite(text, 1, strlen(text), file), strlen(text));
+    assert_int_equal(fclose(file), 0);
+}
+
+static char *read_file(const char *path) {
+    FILE *file = fopen(path, "r");
+    assert_non_null(file);
+    assert_int_equal(fseek(file, 0, SEEK_END), 0);
+    long size = ftell(file);
+    rewind(file);
+    char *text = malloc((size_t)size + 1);
+    assert_non_null(text);
+    assert_int_equal(fread(text, 1, (size_t)size, file), size);
+    text[size] = '\0';
+    fclose(file);
+    return text;
+}
+
+/* The text of the element "log" up to the first end tag, as an HTML parser cuts it. The caller's (free). */
+static char *page_data(const char *page) {
+    static const char START[] = "<script type=\"application/json\" id=\"log\">";
+    const char *start = strstr(page, START);
+    assert_non_null(start);
+    start += strlen(START);
+    const char *end = strstr(start, "</script");
+    assert_non_null(end);
+    return strndup(start, (size_t)(end - start));
+}
+
+/* Writes the log, makes the report, returns its lines as parsed; the caller's (cJSON_Delete). */
+static cJSON *report_lines(Run *run, const char *log) {
+    write_file(run->log, log);
+    bool made = report_write(run->run, run->error, sizeof run->error);
+    assert_string_equal(run->error, "");
+    assert_true(made);
+    assert_int_equal(access(run->temporary, F_OK), -1);
+    char *page = read_file(run->page), *data = page_data(page);
+    assert_ptr_equal(strstr(page, "<!DOCTYPE html>"), page);
+    assert_string_equal(page + strlen(page) - strlen("</html>\n"), "</html>\n");
+    cJSON *lines = cJSON_ParseWithOpts(data, NULL, true);
+    free(data);
+    free(page);
+    assert_true(cJSON_IsArray(lines));
+    return lines;
+}
+
+static void expect_failure(Run *run, const char *said) {
+    assert_false(report_write(run->run, run->error, sizeof run->error));
+    assert_non_null(strstr(run->error, said));
+    assert_null(strchr(run->error, '\n'));
+    assert_int_equal(access(run->temporary, F_OK), -1);
+}
+
+static void test_every_line_in_order(void **state) {
+    cJSON *lines = report_lines(*state, HEADER STEP EVALUATION "\n" STEP "{\"event\":\"end\",\"step\":1}\n");
+    assert_int_equal(cJSON_GetArraySize(lines), 5);
+    assert_non_null(cJSON_GetObjectItem(cJSON_GetArrayItem(lines, 0), "config"));
+    assert_float_equal(cJSON_GetObjectItem(cJSON_GetArrayItem(lines, 1), "loss")->valuedouble, 5.54321098, 0);
+    assert_true(cJSON_IsNull(cJSON_GetObjectItem(cJSON_GetArrayItem(lines, 2), "val_floor")));
+    assert_non_null(cJSON_GetObjectItem(cJSON_GetArrayItem(lines, 4), "event"));
+    cJSON_Delete(lines);
+}
+
+static void test_header_only(void **state) {
+    cJSON *lines = report_lines(*state, HEADER);
+    assert_int_equal(cJSON_GetArraySize(lines), 1);
+    cJSON_Delete(lines);
+}
+
+static void test_cut_last_line_is_left_out(void **state) {
+    cJSON *lines = report_lines(*state, HEADER STEP "{\"step\":2,\"tokens\":128,\"lo");
+    assert_int_equal(cJSON_GetArraySize(lines), 2);
+    cJSON_Delete(lines);
+}
+
+/* nan is what printf makes of a number JSON has no word for; a number alone is JSON, but no line of a log. */
+static void test_unreadable_lines_are_counted(void **state) {
+    cJSON *lines = report_lines(*state, HEADER "{\"step\":1,\"loss\":nan}\n" STEP "17\n{\"step\":2} {\"step\":3}\n");
+    assert_int_equal(cJSON_GetArraySize(lines), 3);
+    const cJSON *last = cJSON_GetArrayItem(lines, 2);
+    assert_string_equal(cJSON_GetStringValue(cJSON_GetObjectItem(last, "event")), "left_out");
+    assert_int_equal(cJSON_GetObjectItem(last, "lines")->valueint, 3);
+    cJSON_Delete(lines);
+}
+
+static void test_hostile_text_stays_text(void **state) {
+    static const char HOSTILE[] = "</script><script>alert(1)</script><!--<script> \xe2\x80\xa8 & /*LOG*/ \x7f\\";
+    Run *run = *state;
+    cJSON *event = cJSON_CreateObject();
+    cJSON_AddStringToObject(event, "event", "sample");
+    cJSON_AddStringToObject(event, "text", HOSTILE);
+    char *json = cJSON_PrintUnformatted(event), log[1024];
+    snprintf(log, sizeof log, "%s%s\n", HEADER, json);
+    cJSON *lines = report_lines(run, log);
+    assert_int_equal(cJSON_GetArraySize(lines), 2);
+    assert_string_equal(cJSON_GetStringValue(cJSON_GetObjectItem(cJSON_GetArrayItem(lines, 1), "text")), HOSTILE);
+    char *page = read_file(run->page), *data = page_data(page);
+    assert_null(strchr(data, '<'));
+    assert_null(strstr(page, "<script>alert"));
+    free(data);
+    free(page);
+    cJSON_Delete(lines);
+    cJSON_free(json);
+    cJSON_Delete(event);
+}
+
+static void test_replaces_the_earlier_report(void **state) {
+    Run *run = *state;
+    write_file(run->page, "an earlier report");
+    cJSON *lines = report_lines(run, HEADER STEP);
+    assert_int_equal(cJSON_GetArraySize(lines), 2);
+    cJSON_Delete(lines);
+}
+
+static void test_thousands_of_lines(void **state) {
+    enum { STEPS = 5000 };
+    char *log = NULL;
+    size_t size = 0;
+    FILE *stream = open_memstream(&log, &size);
+    assert_non_null(stream);
+    fputs(HEADER, stream);
+    for (int step = 1; step <= STEPS; step++) {
+        fprintf(stream, "{\"step\":%d,\"loss\":%.9g}\n", step, 1.0 / step);
+    }
+    fclose(stream);
+    cJSON *lines = report_lines(*state, log);
+    assert_int_equal(cJSON_GetArraySize(lines), STEPS + 1);
+    cJSON *last = cJSON_GetArrayItem(lines, STEPS);
+    assert_float_equal(cJSON_GetObjectItem(last, "loss")->valuedouble, 1.0 / STEPS, 0);
+    cJSON_Delete(lines);
+    free(log);
+}
+
+static void test_missing_log_is_named(void **state) {
+    Run *run = *state;
+    expect_failure(run, run->log);
+    assert_int_equal(access(run->page, F_OK), -1);
+}
+
+static void test_empty_log_makes_no_report(void **state) {
+    Run *run = *state;
+    write_file(run->log, "{\"ts\":");
+    write_file(run->page, "an earlier report");
+    expect_failure(run, "holds no whole line");
+    char *page = read_file(run->page);
+    assert_string_equal(page, "an earlier report");
+    free(page);
+}
+
+/* A user without the right to write gets a line that names the file; root may write anywhere, so for it the temporary
+ * name is taken by a directory. */
+static void test_unwritable_directory(void **state) {
+    Run *run = *state;
+    write_file(run->log, HEADER);
+    bool root = geteuid() == 0;
+    assert_int_equal(root ? mkdir(run->temporary, 0700) : chmod(run->run, 0500), 0);
+    assert_false(report_write(run->run, run->error, sizeof run->error));
+    assert_non_null(strstr(run->error, "cannot write"));
+    assert_non_null(strstr(run->error, run->temporary));
+    assert_int_equal(access(run->page, F_OK), -1);
+    if (root) {
+        assert_int_equal(rmdir(run->temporary), 0);
+    }
+}
+
+/* The rename is the last thing that can fail: nothing half made may stay. */
+static void test_failed_rename_leaves_nothing(void **state) {
+    Run *run = *state;
+    write_file(run->log, HEADER);
+    assert_int_equal(mkdir(run->page, 0700), 0);
+    expect_failure(run, run->page);
+    assert_int_equal(rmdir(run->page), 0);
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, make_run, remove_run)
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        TEST(test_every_line_in_order),          TEST(test_header_only),
+        TEST(test_cut_last_line_is_left_out),    TEST(test_unreadable_lines_are_counted),
+        TEST(test_hostile_text_stays_text),      TEST(test_replaces_the_earlier_report),
+        TEST(test_thousands_of_lines),           TEST(test_missing_log_is_named),
+        TEST(test_empty_log_makes_no_report),    TEST(test_unwritable_directory),
+        TEST(test_failed_rename_leaves_nothing),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

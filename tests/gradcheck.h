@@ -1,4 +1,4 @@
-/* Operations as one table, and what can be asked of every row of it.
+/* What can be asked of an operation: the right gradient, and the same bits again.
  *
  * A case is an operation with a shape: named arrays with random contents, a forward and a backward. The objective is
  * the sum over all outputs of output * upstream with a fixed random upstream (all ones would hide wrong orders of
@@ -8,7 +8,7 @@
  *     gradients_wrong()   backward against central differences, every input by name (double build)
  *     case_snapshot()     every result as bytes, to compare runs bit for bit
  *
- * To add an operation: make, forward, backward and one row in operation_at() at the bottom. Read test_ops_grad.c next.
+ * The operations themselves are the table of operations.h. Read test_ops_grad.c next.
  */
 #ifndef TESTS_GRADCHECK_H
 #define TESTS_GRADCHECK_H
@@ -20,20 +20,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../kernels/attention.h"
-#include "../kernels/balance_loss.h"
 #include "../kernels/check.h"
-#include "../kernels/cross_entropy.h"
-#include "../kernels/dispatch.h"
-#include "../kernels/embedding.h"
-#include "../kernels/experts.h"
-#include "../kernels/gate.h"
-#include "../kernels/matmul.h"
-#include "../kernels/norm.h"
-#include "../kernels/permute.h"
 #include "../kernels/random.h"
-#include "../kernels/rope.h"
-#include "../kernels/topk.h"
+#include "../kernels/plan.h"
 
 enum { EXTENTS = 12, CASE_ARRAYS = 32, CASE_PIECES = 128 };
 
@@ -355,643 +344,53 @@ static inline int gradients_wrong(const Operation *op, Case *c, const char *zero
     return wrong;
 }
 
-/* ---- plans */
+/* ---- comparing with a reference (the assertions need cmocka.h) */
 
-static inline void add_plan(Case *c, int N, int E, int K, int capacity, Layout layout, DropPolicy drop) {
-    int rows = plan_rows(N, E, K, capacity, layout);
-    size_t entries = (size_t)N * K;
-    c->routed = true;
-    c->plan = (Plan){.N = N, .E = E, .K = K, .rows = rows, .capacity = capacity, .layout = layout, .drop = drop};
-    c->plan.expert = case_ints(c, entries);
-    c->plan.weight = case_reals(c, entries);
-    c->plan.row = case_ints(c, entries);
-    c->plan.entry = case_ints(c, (size_t)rows);
-    c->plan.row_weight = case_reals(c, (size_t)rows);
-    c->plan.demand = case_ints(c, (size_t)E);
-    c->plan.count = case_ints(c, (size_t)E);
-    c->plan.offset = case_ints(c, (size_t)E + 1);
+/* relative L2 distance that is allowed against a reference in double */
+#define TOLERANCE (sizeof(real_t) == sizeof(float) ? 1e-6 : 1e-14)
+
+static inline double relative_error(const real_t *x, const double *reference, size_t count) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < count; i++) {
+        difference += (x[i] - reference[i]) * (x[i] - reference[i]);
+        norm += reference[i] * reference[i];
+    }
+    return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
 }
 
-typedef enum { SKEW_NONE, SKEW_EMPTY, SKEW_ONE } Skew; /* the last expert gets its share, nothing, every token */
+#define assert_close(x, reference, count) assert_true(relative_error(x, reference, count) <= TOLERANCE)
+#define assert_near(x, y) assert_true(fabs((double)(x) - (double)(y)) <= 10 * TOLERANCE * (1 + fabs((double)(y))))
+#define assert_bits(x, y, count) assert_memory_equal(x, y, (count) * sizeof *(x))
 
-/* K different experts for each token. SKEW_EMPTY needs K < E. */
-static inline void choose_experts(Plan *plan, Skew skew, uint64_t seed) {
-    uint64_t key = random_key(seed, RANDOM_TEST, 77);
-    for (int n = 0; n < plan->N; n++) {
-        int *expert = plan->expert + (size_t)n * plan->K;
-        int shift =
-            (int)random_below(key, (uint64_t)n, (uint64_t)(skew == SKEW_NONE ? plan->E : plan->E - 1 + (plan->E == 1)));
-        for (int j = 0; j < plan->K; j++) {
-            if (skew == SKEW_NONE) {
-                expert[j] = (shift + j) % plan->E;
-            } else if (skew == SKEW_ONE && j == 0) {
-                expert[j] = plan->E - 1;
-            } else {
-                expert[j] = (shift + j) % (plan->E - 1);
-            }
-        }
-    }
+static inline double *case_doubles(Case *c, size_t count) {
+    return case_memory(c, count, sizeof(double));
 }
 
-/* Whether no perturbation of about 1e-5 changes a choice, its order, or (where weights decide who is dropped) a drop.
- */
-static inline bool choices_are_clear(const acc_t *probs, const Plan *plan) {
-    for (int n = 0; n < plan->N; n++) {
-        double above = 2;
-        bool taken[64] = {false};
-        for (int j = 0; j <= plan->K && j < plan->E; j++) {
-            int best = -1;
-            for (int e = 0; e < plan->E; e++) {
-                if (!taken[e] && (best < 0 || probs[n * plan->E + e] > probs[n * plan->E + best])) {
-                    best = e;
-                }
-            }
-            taken[best] = true;
-            double p = (double)probs[n * plan->E + best];
-            if (above - p <= 1e-3) {
-                return false;
-            }
-            above = p;
-        }
-    }
-    for (int i = 0; plan->drop == DROP_WEIGHT && i < plan->N * plan->K; i++) {
-        for (int j = 0; j < i; j++) {
-            if (fabs((double)(plan->weight[i] - plan->weight[j])) <= 1e-4) {
-                return false;
-            }
+static inline real_t *case_copy(Case *c, const real_t *x, size_t count) {
+    return memcpy(case_reals(c, count), x, count * sizeof *x);
+}
+
+static inline real_t *case_poison(Case *c, size_t count) {
+    real_t *x = case_reals(c, count);
+    fill_value(x, count, NAN);
+    return x;
+}
+
+static inline bool all_finite(const real_t *x, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        if (!isfinite(x[i])) {
+            return false;
         }
     }
     return true;
 }
 
-/* ---- the operations, in data-flow order */
-
-static inline bool make_embedding(Case *c) { /* N C V */
-    int N = c->n[0], C = c->n[1], V = c->n[2];
-    add_input(c, "w", (size_t)V * C, ACCUMULATED);
-    add_output(c, "x", (size_t)N * C);
-    c->index = case_ints(c, (size_t)N);
-    for (int n = 0; n < N; n++) {
-        c->index[n] = (int)random_below(random_key(c->seed, RANDOM_TEST, 5), (uint64_t)n, (uint64_t)V);
+static inline double dot_double(const real_t *x, size_t x_step, const real_t *y, size_t y_step, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        sum += (double)x[i * x_step] * (double)y[i * y_step];
     }
-    return true;
-}
-
-static inline void embedding_case_forward(Case *c) {
-    embedding_forward(val(c, "x"), c->index, val(c, "w"), c->n[0], c->n[1], NULL);
-}
-
-static inline void embedding_case_backward(Case *c) {
-    embedding_backward(grad(c, "w"), grad(c, "x"), c->index, c->n[0], c->n[1], c->n[2], NULL);
-}
-
-/* The head is the embedding: w is used twice and its gradient has two terms. */
-static inline bool make_tied(Case *c) { /* N C V */
-    int N = c->n[0], C = c->n[1], V = c->n[2];
-    make_embedding(c);
-    add_output(c, "logits", (size_t)N * V);
-    add_scratch(c, "dx", (size_t)N * C);
-    return true;
-}
-
-static inline void tied_case_forward(Case *c) {
-    embedding_case_forward(c);
-    matmul_forward(val(c, "logits"), val(c, "x"), val(c, "w"), c->n[0], c->n[1], c->n[2], NULL);
-}
-
-static inline void tied_case_backward(Case *c) {
-    int N = c->n[0], C = c->n[1], V = c->n[2];
-    memcpy(val(c, "dx"), grad(c, "x"), (size_t)N * C * sizeof(real_t));
-    matmul_backward_weight(grad(c, "w"), grad(c, "logits"), val(c, "x"), N, C, V, NULL);
-    matmul_backward_input(val(c, "dx"), grad(c, "logits"), val(c, "w"), N, C, V, 1, NULL);
-    embedding_backward(grad(c, "w"), val(c, "dx"), c->index, N, C, V, NULL);
-}
-
-static inline bool make_norm(Case *c) { /* N C add */
-    size_t NC = (size_t)c->n[0] * c->n[1];
-    add_input(c, "x", NC, c->n[2] ? OVERWRITTEN : ACCUMULATED);
-    add_input(c, "w", (size_t)c->n[1], ACCUMULATED);
-    add_output(c, "y", NC);
-    add_saved(c, "rstd", (size_t)c->n[0]);
-    if (c->n[2]) {
-        add_input(c, "add", NC, OVERWRITTEN);
-        add_output(c, "sum", NC);
-    }
-    return true;
-}
-
-static inline void norm_case_forward(Case *c) {
-    int N = c->n[0], C = c->n[1], add = c->n[2];
-    norm_forward(add ? val(c, "sum") : NULL, val(c, "y"), val(c, "rstd"), val(c, "x"), add ? val(c, "add") : NULL,
-                 val(c, "w"), N, C, 1e-5, NULL);
-}
-
-static inline void norm_case_backward(Case *c) {
-    int N = c->n[0], C = c->n[1], add = c->n[2];
-    real_t *ds = grad(c, "x");
-    if (add) { /* ds starts as the residual stream's own gradient */
-        memcpy(ds, grad(c, "sum"), (size_t)N * C * sizeof *ds);
-    }
-    norm_backward(ds, grad(c, "w"), grad(c, "y"), add ? val(c, "sum") : val(c, "x"), val(c, "rstd"), val(c, "w"), N, C,
-                  NULL);
-    if (add) {
-        memcpy(grad(c, "add"), ds, (size_t)N * C * sizeof *ds);
-    }
-}
-
-static inline bool make_matmul(Case *c) { /* N IN OUT accumulate */
-    add_input(c, "x", (size_t)c->n[0] * c->n[1], c->n[3] ? ACCUMULATED : OVERWRITTEN);
-    add_input(c, "w", (size_t)c->n[2] * c->n[1], ACCUMULATED);
-    add_output(c, "y", (size_t)c->n[0] * c->n[2]);
-    return true;
-}
-
-static inline void matmul_case_forward(Case *c) {
-    matmul_forward(val(c, "y"), val(c, "x"), val(c, "w"), c->n[0], c->n[1], c->n[2], NULL);
-}
-
-static inline void matmul_case_backward(Case *c) {
-    matmul_backward_input(grad(c, "x"), grad(c, "y"), val(c, "w"), c->n[0], c->n[1], c->n[2], c->n[3], NULL);
-    matmul_backward_weight(grad(c, "w"), grad(c, "y"), val(c, "x"), c->n[0], c->n[1], c->n[2], NULL);
-}
-
-/* Rows of q, k and v between three arrays and the heads of one, so that each is checked under its own name. */
-static inline void copy_heads(real_t *qkv, real_t *part[3], int N, int NH, int NKV, int HS, bool pack) {
-    int width[3] = {NH * HS, NKV * HS, NKV * HS};
-    real_t *at = qkv;
-    for (int n = 0; n < N; n++) {
-        for (int i = 0; i < 3; at += width[i++]) {
-            real_t *row = part[i] + (size_t)n * width[i];
-            memcpy(pack ? at : row, pack ? row : at, (size_t)width[i] * sizeof *at);
-        }
-    }
-}
-
-static inline void add_heads(Case *c, int N, int NH, int NKV, int HS) {
-    add_input(c, "q", (size_t)N * NH * HS, OVERWRITTEN);
-    add_input(c, "k", (size_t)N * NKV * HS, OVERWRITTEN);
-    add_input(c, "v", (size_t)N * NKV * HS, OVERWRITTEN);
-    add_scratch(c, "qkv", (size_t)N * (NH + 2 * NKV) * HS);
-}
-
-static inline bool make_rope(Case *c) { /* N T start NH NKV HS norm inplace */
-    int N = c->n[0], NH = c->n[3], NKV = c->n[4], HS = c->n[5];
-    add_heads(c, N, NH, NKV, HS);
-    add_output(c, "out", (size_t)N * (NH + 2 * NKV) * HS);
-    if (c->n[6]) {
-        add_input(c, "q_weight", (size_t)HS, ACCUMULATED);
-        add_input(c, "k_weight", (size_t)HS, ACCUMULATED);
-        add_saved(c, "rstd", (size_t)N * (NH + NKV));
-    }
-    add_scratch(c, "table", (size_t)(c->n[2] + c->n[1]) * HS);
-    return true;
-}
-
-static inline RopeShape rope_case_shape(const Case *c) {
-    return (RopeShape){.N = c->n[0],
-                       .T = c->n[1],
-                       .start = c->n[2],
-                       .NH = c->n[3],
-                       .NKV = c->n[4],
-                       .HS = c->n[5],
-                       .base = 10000,
-                       .eps = 1e-6};
-}
-
-static inline void rope_case_forward(Case *c) {
-    RopeShape s = rope_case_shape(c);
-    bool norm = c->n[6];
-    copy_heads(val(c, "qkv"), (real_t *[3]){val(c, "q"), val(c, "k"), val(c, "v")}, s.N, s.NH, s.NKV, s.HS, true);
-    rope_table(val(c, "table"), s.start + s.T, s.HS, s.base, NULL);
-    rope_forward(val(c, "out"), norm ? val(c, "rstd") : NULL, val(c, "qkv"), norm ? val(c, "q_weight") : NULL,
-                 norm ? val(c, "k_weight") : NULL, val(c, "table"), s, NULL);
-}
-
-static inline void rope_case_backward(Case *c) {
-    RopeShape s = rope_case_shape(c);
-    bool norm = c->n[6], inplace = c->n[7];
-    Array *out = array_named(c, "out"); /* its value is not needed any more: the place where dqkv may be dout */
-    if (inplace) {
-        memcpy(out->value, out->gradient, out->count * sizeof(real_t));
-    }
-    real_t *dqkv = out->value;
-    rope_backward(dqkv, norm ? grad(c, "q_weight") : NULL, norm ? grad(c, "k_weight") : NULL,
-                  inplace ? out->value : out->gradient, norm ? val(c, "rstd") : NULL, val(c, "qkv"),
-                  norm ? val(c, "q_weight") : NULL, norm ? val(c, "k_weight") : NULL, val(c, "table"), s, NULL);
-    copy_heads(dqkv, (real_t *[3]){grad(c, "q"), grad(c, "k"), grad(c, "v")}, s.N, s.NH, s.NKV, s.HS, false);
-}
-
-static inline bool make_attention(Case *c) { /* B T NH NKV HS */
-    int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
-    add_heads(c, B * T, NH, NKV, HS);
-    add_output(c, "out", (size_t)B * T * NH * HS);
-    add_saved(c, "lse", (size_t)B * NH * T);
-    add_scratch(c, "dqkv", (size_t)B * T * (NH + 2 * NKV) * HS);
-    return true;
-}
-
-static inline void attention_case_forward(Case *c) {
-    int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
-    copy_heads(val(c, "qkv"), (real_t *[3]){val(c, "q"), val(c, "k"), val(c, "v")}, B * T, NH, NKV, HS, true);
-    attention_forward(val(c, "out"), val(c, "lse"), val(c, "qkv"), B, T, NH, NKV, HS, NULL);
-}
-
-static inline void attention_case_backward(Case *c) {
-    int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
-    real_t *dqkv = val(c, "dqkv");
-    fill_value(dqkv, array_named(c, "dqkv")->count, NAN);
-    attention_backward(dqkv, grad(c, "out"), val(c, "out"), val(c, "lse"), val(c, "qkv"), B, T, NH, NKV, HS, NULL);
-    copy_heads(dqkv, (real_t *[3]){grad(c, "q"), grad(c, "k"), grad(c, "v")}, B * T, NH, NKV, HS, false);
-}
-
-static inline bool make_gate(Case *c) { /* N C E */
-    add_input(c, "x", (size_t)c->n[0] * c->n[1], ACCUMULATED);
-    add_input(c, "w", (size_t)c->n[2] * c->n[1], ACCUMULATED);
-    add_output(c, "logits", (size_t)c->n[0] * c->n[2]);
-    return true;
-}
-
-static inline void gate_case_forward(Case *c) {
-    gate_forward(val(c, "logits"), val(c, "x"), val(c, "w"), c->n[0], c->n[1], c->n[2], NULL);
-}
-
-static inline void gate_case_backward(Case *c) {
-    gate_backward(grad(c, "x"), grad(c, "w"), grad(c, "logits"), val(c, "x"), val(c, "w"), c->n[0], c->n[1], c->n[2],
-                  NULL);
-}
-
-static inline void topk_case_forward(Case *c) { /* N E K renorm */
-    topk_forward(val(c, "probs"), val(c, "lse"), c->plan.expert, val(c, "weight"), val(c, "logits"), c->n[0], c->n[1],
-                 c->n[2], c->n[3], NULL);
-}
-
-static inline bool make_topk(Case *c) {
-    int N = c->n[0], E = c->n[1], K = c->n[2];
-    add_input(c, "logits", (size_t)N * E, OVERWRITTEN);
-    add_output(c, "weight", (size_t)N * K);
-    add_saved(c, "probs", (size_t)N * E);
-    add_saved(c, "lse", (size_t)N);
-    add_plan(c, N, E, K, 0, LAYOUT_COMPACT, DROP_TOKEN);
-    topk_case_forward(c);
-    return N > 64 || choices_are_clear(val(c, "probs"), &c->plan); /* large shapes are not perturbed */
-}
-
-static inline void topk_case_backward(Case *c) {
-    topk_backward(grad(c, "logits"), grad(c, "weight"), val(c, "probs"), c->plan.expert, val(c, "weight"), c->n[0],
-                  c->n[1], c->n[2], c->n[3], NULL);
-}
-
-/* The weights of balance and z-loss in an objective: their upstream gradients. */
-static const double balance_upstream[LOAD_VALUES] = {[LOAD_BALANCE] = 0.7, [LOAD_Z] = 0.3};
-
-static inline void add_balance(Case *c, int E) {
-    add_output(c, "load", LOAD_VALUES);
-    for (int i = 0; i < LOAD_VALUES; i++) {
-        grad(c, "load")[i] = (real_t)balance_upstream[i];
-    }
-    add_saved(c, "mean_prob", (size_t)E);
-}
-
-static inline bool make_balance(Case *c) { /* N E K */
-    int N = c->n[0], E = c->n[1], K = c->n[2];
-    add_input(c, "logits", (size_t)N * E, ACCUMULATED);
-    add_balance(c, E);
-    add_saved(c, "probs", (size_t)N * E);
-    add_saved(c, "lse", (size_t)N);
-    add_plan(c, N, E, K, 0, LAYOUT_COMPACT, DROP_TOKEN);
-    topk_forward(val(c, "probs"), val(c, "lse"), c->plan.expert, c->plan.weight, val(c, "logits"), N, E, K, 1, NULL);
-    return N > 64 || choices_are_clear(val(c, "probs"), &c->plan);
-}
-
-static inline void balance_case_forward(Case *c) {
-    int N = c->n[0], E = c->n[1], K = c->n[2];
-    topk_forward(val(c, "probs"), val(c, "lse"), c->plan.expert, c->plan.weight, val(c, "logits"), N, E, K, 1, NULL);
-    plan_build(&c->plan, NULL);
-    balance_forward(val(c, "load"), val(c, "mean_prob"), val(c, "probs"), val(c, "lse"), c->plan.demand, c->plan.count,
-                    N, E, K, NULL);
-}
-
-static inline void balance_case_backward(Case *c) {
-    balance_backward(grad(c, "logits"), val(c, "probs"), val(c, "lse"), c->plan.demand, c->n[0], c->n[1], c->n[2],
-                     balance_upstream[LOAD_BALANCE], balance_upstream[LOAD_Z], NULL);
-}
-
-static inline bool make_dispatch(Case *c) { /* N C E K capacity layout drop skew accumulate */
-    int N = c->n[0], C = c->n[1];
-    add_plan(c, N, c->n[2], c->n[3], c->n[4], (Layout)c->n[5], (DropPolicy)c->n[6]);
-    choose_experts(&c->plan, (Skew)c->n[7], c->seed);
-    fill_positive(c->plan.weight, (size_t)N * c->n[3], c->seed, 900);
-    plan_build(&c->plan, NULL);
-    add_input(c, "x", (size_t)N * C, c->n[8] ? ACCUMULATED : OVERWRITTEN);
-    add_output(c, "rows", (size_t)c->plan.rows * C);
-    return true;
-}
-
-/* dispatch_forward; rows past the last expert (compact with drops) belong to nobody and are left out of the objective.
- */
-static inline void dispatch_used(real_t *rows, const real_t *x, const Plan *plan, int C) {
-    dispatch_forward(rows, x, plan, C, NULL);
-    size_t used = (size_t)plan->offset[plan->E] * C;
-    fill_value(rows + used, (size_t)plan->rows * C - used, 0);
-}
-
-static inline void dispatch_case_forward(Case *c) {
-    dispatch_used(val(c, "rows"), val(c, "x"), &c->plan, c->n[1]);
-}
-
-static inline void dispatch_case_backward(Case *c) {
-    dispatch_backward(grad(c, "x"), grad(c, "rows"), &c->plan, c->n[1], c->n[8], NULL);
-}
-
-static inline bool make_combine(Case *c) { /* as dispatch */
-    make_dispatch(c);
-    c->array_count = 0; /* its plan, other arrays */
-    add_input(c, "rows", (size_t)c->plan.rows * c->n[1], OVERWRITTEN);
-    add_input(c, "weight", (size_t)c->n[0] * c->n[3], OVERWRITTEN);
-    add_output(c, "y", (size_t)c->n[0] * c->n[1]);
-    array_named(c, "y")->mode = c->n[8] ? ACCUMULATED : OVERWRITTEN;
-    add_scratch(c, "drow_weight", (size_t)c->plan.rows);
-    return true;
-}
-
-static inline void combine_case_forward(Case *c) {
-    memcpy(c->plan.weight, val(c, "weight"), array_named(c, "weight")->count * sizeof(real_t));
-    combine_forward(val(c, "y"), val(c, "rows"), &c->plan, c->n[1], c->n[8], NULL);
-}
-
-/* By linearity: a dispatch of dy, scaled by the row's weight; the weight's gradient is <dy, row>. */
-static inline void combine_case_backward(Case *c) {
-    int C = c->n[1];
-    const Plan *plan = &c->plan;
-    real_t *drows = grad(c, "rows");
-    dispatch_used(drows, grad(c, "y"), plan, C);
-    for (int r = 0; r < plan->rows; r++) {
-        double dot = 0;
-        for (int i = 0; i < C; i++) {
-            dot += (double)drows[(size_t)r * C + i] * (double)val(c, "rows")[(size_t)r * C + i];
-            drows[(size_t)r * C + i] *= plan->entry[r] < 0 ? 0 : plan->weight[plan->entry[r]];
-        }
-        val(c, "drow_weight")[r] = (real_t)dot;
-    }
-    plan_weight_backward(grad(c, "weight"), val(c, "drow_weight"), plan, NULL);
-}
-
-static inline ExpertShape experts_case_shape(const Case *c) {
-    return (ExpertShape){.rows = c->n[0], .C = c->n[1], .H = c->n[2], .E = c->n[3], .gelu = c->n[4]};
-}
-
-/* The first rows as the skew says, the rest evenly; the last expert ends at `rows`. */
-static inline bool make_experts(Case *c) { /* rows C H E gelu skew weighted accumulate */
-    ExpertShape s = experts_case_shape(c);
-    int A = experts_a_width(s);
-    add_input(c, "x", (size_t)s.rows * s.C, c->n[7] ? ACCUMULATED : OVERWRITTEN);
-    add_input(c, "w1", (size_t)s.E * A * s.C, ACCUMULATED);
-    add_input(c, "w2", (size_t)s.E * s.C * s.H, ACCUMULATED);
-    add_scratch(c, "y", (size_t)s.rows * s.C);
-    array_named(c, "y")->mode = c->n[7] ? ACCUMULATED : OVERWRITTEN;
-    add_output(c, "weighted_y", (size_t)s.rows * s.C);
-    if (c->n[6]) {
-        add_input(c, "row_weight", (size_t)s.rows, OVERWRITTEN);
-    }
-    add_saved(c, "a", (size_t)s.rows * A);
-    add_scratch(c, "h", (size_t)s.rows * s.H);
-    add_scratch(c, "da", (size_t)s.rows * A);
-    c->index = case_ints(c, (size_t)s.E + 1); /* offset */
-    for (int e = 1; e <= s.E; e++) {
-        c->index[e] = c->n[5] == SKEW_NONE  ? (int)((int64_t)s.rows * e / s.E)
-                      : c->n[5] == SKEW_ONE ? (e == s.E) * s.rows
-                      : e >= s.E - 1        ? s.rows
-                                            : (int)((int64_t)s.rows * e / (s.E - 1));
-    }
-    return true;
-}
-
-static inline void experts_case_forward(Case *c) {
-    ExpertShape s = experts_case_shape(c);
-    Array *y = array_named(c, "y");
-    experts_forward(y->value, val(c, "a"), val(c, "h"), val(c, "x"), val(c, "w1"), val(c, "w2"), c->index, s, c->n[7],
-                    NULL);
-    for (size_t i = 0; i < y->count; i++) {
-        real_t added = y->value[i] - (c->n[7] ? y->before[i] : 0);
-        val(c, "weighted_y")[i] = (c->n[6] ? val(c, "row_weight")[i / (size_t)s.C] : 1) * added;
-    }
-}
-
-static inline void experts_case_backward(Case *c) {
-    bool weighted = c->n[6];
-    experts_backward(grad(c, "x"), weighted ? grad(c, "row_weight") : NULL, grad(c, "w1"), grad(c, "w2"), val(c, "h"),
-                     val(c, "da"), grad(c, "weighted_y"), val(c, "x"), val(c, "a"),
-                     weighted ? val(c, "row_weight") : NULL, val(c, "w1"), val(c, "w2"), c->index,
-                     experts_case_shape(c), c->n[7], NULL);
-}
-
-static inline bool make_cross_entropy(Case *c) { /* N V */
-    int N = c->n[0], V = c->n[1];
-    add_input(c, "logits", (size_t)N * V, OVERWRITTEN);
-    add_output(c, "mean", 1);
-    add_saved(c, "losses", (size_t)N);
-    c->index = case_ints(c, (size_t)N);
-    for (int n = 0; n < N; n++) {
-        c->index[n] = (int)random_below(random_key(c->seed, RANDOM_TEST, 6), (uint64_t)n, (uint64_t)V);
-    }
-    return true;
-}
-
-static inline void cross_entropy_case_forward(Case *c) {
-    cross_entropy_forward(val(c, "losses"), val(c, "logits"), c->index, c->n[0], c->n[1], NULL);
-    mean_forward(val(c, "mean"), val(c, "losses"), c->n[0], NULL);
-}
-
-static inline void cross_entropy_case_backward(Case *c) {
-    Array *logits = array_named(c, "logits");
-    memcpy(logits->gradient, logits->value, logits->count * sizeof(real_t));
-    cross_entropy_forward_backward(val(c, "losses"), logits->gradient, c->index, c->n[0], c->n[1],
-                                   (double)grad(c, "mean")[0] / c->n[0], NULL);
-}
-
-/* The whole layer: gate, top-k, plan, dispatch, experts, combine, with the balance and z-loss in the objective. */
-enum { MOE_N, MOE_C, MOE_H, MOE_E, MOE_K, MOE_RENORM, MOE_GELU, MOE_CAPACITY, MOE_LAYOUT, MOE_DROP, MOE_SKEW };
-
-static inline ExpertShape moe_shape(const Case *c) {
-    return (ExpertShape){
-        .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .gelu = c->n[MOE_GELU]};
-}
-
-static inline void moe_case_forward(Case *c) {
-    int N = c->n[MOE_N], C = c->n[MOE_C], E = c->n[MOE_E], K = c->n[MOE_K];
-    Plan *plan = &c->plan;
-    gate_forward(val(c, "logits"), val(c, "x"), val(c, "gate"), N, C, E, NULL);
-    topk_forward(val(c, "probs"), val(c, "lse"), plan->expert, plan->weight, val(c, "logits"), N, E, K,
-                 c->n[MOE_RENORM], NULL);
-    plan_build(plan, NULL);
-    dispatch_forward(val(c, "rows_x"), val(c, "x"), plan, C, NULL);
-    experts_forward(val(c, "rows_y"), val(c, "a"), val(c, "h"), val(c, "rows_x"), val(c, "w1"), val(c, "w2"),
-                    plan->offset, moe_shape(c), 0, NULL);
-    combine_forward(val(c, "y"), val(c, "rows_y"), plan, C, 0, NULL);
-    balance_forward(val(c, "load"), val(c, "mean_prob"), val(c, "probs"), val(c, "lse"), plan->demand, plan->count, N,
-                    E, K, NULL);
-}
-
-static inline void moe_case_backward(Case *c) {
-    int N = c->n[MOE_N], C = c->n[MOE_C], E = c->n[MOE_E], K = c->n[MOE_K];
-    const Plan *plan = &c->plan;
-    dispatch_forward(val(c, "rows_dy"), grad(c, "y"), plan, C, NULL);
-    experts_backward(val(c, "rows_dx"), val(c, "drow_weight"), grad(c, "w1"), grad(c, "w2"), val(c, "h"), val(c, "da"),
-                     val(c, "rows_dy"), val(c, "rows_x"), val(c, "a"), plan->row_weight, val(c, "w1"), val(c, "w2"),
-                     plan->offset, moe_shape(c), 0, NULL);
-    plan_weight_backward(val(c, "dweight"), val(c, "drow_weight"), plan, NULL);
-    topk_backward(val(c, "dlogits"), val(c, "dweight"), val(c, "probs"), plan->expert, plan->weight, N, E, K,
-                  c->n[MOE_RENORM], NULL);
-    balance_backward(val(c, "dlogits"), val(c, "probs"), val(c, "lse"), plan->demand, N, E, K,
-                     (double)grad(c, "load")[LOAD_BALANCE], (double)grad(c, "load")[LOAD_Z], NULL);
-    dispatch_backward(grad(c, "x"), val(c, "rows_dx"), plan, C, 0, NULL);
-    gate_backward(grad(c, "x"), grad(c, "gate"), val(c, "dlogits"), val(c, "x"), val(c, "gate"), N, C, E, NULL);
-}
-
-static inline bool make_moe(Case *c) {
-    int N = c->n[MOE_N], C = c->n[MOE_C], H = c->n[MOE_H], E = c->n[MOE_E], K = c->n[MOE_K];
-    add_plan(c, N, E, K, c->n[MOE_CAPACITY], (Layout)c->n[MOE_LAYOUT], (DropPolicy)c->n[MOE_DROP]);
-    size_t rows = (size_t)c->plan.rows;
-    size_t A = (size_t)experts_a_width(moe_shape(c));
-    add_input(c, "x", (size_t)N * C, OVERWRITTEN);
-    add_input(c, "gate", (size_t)E * C, ACCUMULATED);
-    add_input(c, "w1", (size_t)E * A * C, ACCUMULATED);
-    add_input(c, "w2", (size_t)E * C * H, ACCUMULATED);
-    add_output(c, "y", (size_t)N * C);
-    add_balance(c, E);
-    add_saved(c, "logits", (size_t)N * E);
-    add_saved(c, "probs", (size_t)N * E);
-    add_saved(c, "lse", (size_t)N);
-    const char *row_arrays[] = {"rows_x", "rows_y", "rows_dy", "rows_dx"};
-    for (int i = 0; i < 4; i++) {
-        add_scratch(c, row_arrays[i], rows * C);
-    }
-    add_scratch(c, "a", rows * A);
-    add_scratch(c, "da", rows * A);
-    add_scratch(c, "h", rows * H);
-    add_scratch(c, "drow_weight", rows);
-    add_scratch(c, "dweight", (size_t)N * K);
-    add_scratch(c, "dlogits", (size_t)N * E);
-    if (c->n[MOE_SKEW] != SKEW_NONE) { /* the first feature is always on and decides about the last expert */
-        for (int n = 0; n < N; n++) {
-            val(c, "x")[(size_t)n * C] = (real_t)(1 + 0.1 * tanh((double)val(c, "x")[(size_t)n * C]));
-        }
-        fill_normal(val(c, "gate"), (size_t)E * C, 0, 0.3, c->seed, 901);
-        val(c, "gate")[(size_t)(E - 1) * C] = (c->n[MOE_SKEW] == SKEW_ONE ? 1 : -1) * (real_t)(C < 8 ? 4 : C);
-    }
-    moe_case_forward(c);
-    int last = c->plan.demand[E - 1];
-    if ((c->n[MOE_SKEW] == SKEW_ONE && last != N) || (c->n[MOE_SKEW] == SKEW_EMPTY && last != 0)) {
-        return false;
-    }
-    return N > 64 || choices_are_clear(val(c, "probs"), &c->plan); /* large shapes are not perturbed */
-}
-
-/* The table; NULL past its end. */
-static inline const Operation *operation_at(size_t i) {
-    static const Operation table[] = {
-        {"embedding", "N C V", make_embedding, embedding_case_forward, embedding_case_backward,
-         .shapes = {{7, 5, 4}, {1, 1, 1}, {9, 3, 20}}, .large = {{999, 65, 50}, {512, 64, 1}}},
-        {"embedding_tied", "N C V", make_tied, tied_case_forward, tied_case_backward, .shapes = {{7, 5, 4}, {3, 17, 2}},
-         .large = {{300, 64, 65}}},
-        {"norm", "N C add", make_norm, norm_case_forward, norm_case_backward,
-         .shapes = {{7, 5, 1}, {7, 5, 0}, {1, 3, 1}, {3, 35, 0}, {5, 16, 1}, {2, 1, 0}},
-         .large = {{777, 129, 1}, {512, 128, 0}}},
-        {"matmul", "N IN OUT accumulate", make_matmul, matmul_case_forward, matmul_case_backward,
-         .shapes = {{7, 5, 3, 0}, {7, 5, 3, 1}, {1, 1, 1, 0}, {1, 19, 33, 1}, {13, 17, 9, 0}, {34, 3, 2, 1}},
-         .large = {{257, 129, 193, 0}, {512, 64, 96, 1}, {1, 300, 500, 0}}},
-        {"rope", "N T start NH NKV HS norm inplace", make_rope, rope_case_forward, rope_case_backward,
-         .shapes = {{6, 3, 0, 2, 1, 4, 1, 0},
-                    {6, 3, 0, 2, 1, 4, 1, 1},
-                    {5, 5, 7, 3, 3, 6, 1, 0},
-                    {4, 2, 1, 4, 2, 2, 0, 0},
-                    {4, 2, 1, 4, 2, 2, 0, 1},
-                    {1, 1, 0, 1, 1, 34, 1, 1}},
-         .large = {{512, 128, 0, 4, 2, 32, 1, 0}, {512, 128, 3, 4, 4, 16, 0, 1}}},
-        {"attention", "B T NH NKV HS", make_attention, attention_case_forward, attention_case_backward,
-         .shapes =
-             {{2, 5, 2, 1, 4}, {1, 1, 4, 2, 6}, {1, 9, 3, 1, 2}, {1, 17, 2, 2, 2}, {3, 2, 4, 4, 18}, {1, 66, 1, 1, 2}},
-         .zero = {[1] = "q k"}, .large = {{3, 130, 4, 2, 32}, {2, 67, 3, 1, 16}}},
-        {"gate", "N C E", make_gate, gate_case_forward, gate_case_backward,
-         .shapes = {{7, 5, 3}, {1, 17, 8}, {9, 3, 1}, {2, 1, 33}}, .large = {{777, 129, 8}, {512, 64, 63}}},
-        {"topk", "N E K renorm", make_topk, topk_case_forward, topk_case_backward,
-         .shapes = {{7, 3, 1, 0},
-                    {7, 3, 2, 0},
-                    {7, 3, 2, 1},
-                    {5, 4, 4, 0},
-                    {5, 4, 4, 1},
-                    {1, 9, 3, 1},
-                    {6, 17, 8, 0},
-                    {7, 3, 1, 1},
-                    {3, 1, 1, 0}},
-         .zero = {[7] = "logits", [8] = "logits"}, .large = {{999, 17, 4, 1}, {999, 8, 2, 0}}},
-        {"balance", "N E K", make_balance, balance_case_forward, balance_case_backward,
-         .shapes = {{7, 3, 1}, {7, 3, 2}, {5, 3, 3}, {1, 5, 2}, {9, 17, 4}}, .large = {{999, 17, 4}, {512, 8, 1}}},
-        {"dispatch", "N C E K capacity layout drop skew accumulate", make_dispatch, dispatch_case_forward,
-         dispatch_case_backward,
-         .shapes = {{7, 5, 3, 2},
-                    {7, 5, 3, 2, [8] = 1},
-                    {7, 5, 3, 2, 0, LAYOUT_PADDED},
-                    {7, 5, 3, 2, 3, LAYOUT_PADDED, DROP_SLOT, SKEW_ONE, 1},
-                    {7, 5, 3, 2, 3, LAYOUT_COMPACT, DROP_WEIGHT, SKEW_EMPTY},
-                    {1, 3, 4, 4}},
-         .large = {{777, 65, 8, 2}, {777, 64, 8, 2, 100, LAYOUT_PADDED, DROP_TOKEN, SKEW_ONE, 1}}},
-        {"combine", "N C E K capacity layout drop skew accumulate", make_combine, combine_case_forward,
-         combine_case_backward,
-         .shapes = {{7, 5, 3, 2},
-                    {7, 5, 3, 2, [8] = 1},
-                    {7, 5, 3, 2, 0, LAYOUT_PADDED},
-                    {7, 5, 3, 2, 3, LAYOUT_PADDED, DROP_SLOT, SKEW_ONE, 1},
-                    {7, 5, 3, 2, 3, LAYOUT_COMPACT, DROP_TOKEN, SKEW_EMPTY},
-                    {1, 3, 4, 4}},
-         .large = {{777, 65, 8, 2}, {777, 64, 8, 2, 100, LAYOUT_PADDED, DROP_TOKEN, SKEW_ONE, 1}}},
-        {"experts", "rows C H E gelu skew weighted accumulate", make_experts, experts_case_forward,
-         experts_case_backward,
-         .shapes = {{7, 5, 3, 3, 0, SKEW_NONE, 1, 0},
-                    {7, 5, 3, 3, 1, SKEW_NONE, 1, 0},
-                    {7, 5, 3, 3, 0, SKEW_EMPTY, 1, 1},
-                    {7, 5, 3, 3, 1, SKEW_ONE, 1, 0},
-                    {9, 4, 19, 1, 0, SKEW_NONE, 0, 1},
-                    {9, 17, 5, 1, 1, SKEW_NONE, 0, 0},
-                    {1, 2, 1, 2, 0, SKEW_ONE, 1, 0}},
-         .large = {{777, 65, 97, 8, 0, SKEW_NONE, 1, 0},
-                   {777, 64, 96, 8, 1, SKEW_ONE, 1, 1},
-                   {300, 32, 48, 1, 0, SKEW_NONE, 0, 1}}},
-        {"cross_entropy", "N V", make_cross_entropy, cross_entropy_case_forward, cross_entropy_case_backward,
-         .shapes = {{7, 5}, {1, 2}, {3, 65}, {5, 1}}, .zero = {[3] = "logits"}, .large = {{777, 257}}},
-        {"moe_layer", "N C H E K renorm gelu capacity layout drop skew", make_moe, moe_case_forward, moe_case_backward,
-         .shapes = {{7, 5, 3, 3, 2, 1},
-                    {7, 5, 3, 3, 2, 0, 1},
-                    {7, 5, 3, 3, 1, 0},
-                    {7, 5, 3, 3, 1, 1},
-                    {7, 5, 3, 3, 3, 1},
-                    {7, 5, 3, 3, 3, 0, 1},
-                    {1, 5, 3, 3, 2, 1},
-                    {1, 1, 1, 4, 1, 0},
-                    {7, 5, 3, 3, 2, 1, 0, 0, LAYOUT_PADDED},
-                    {7, 5, 3, 3, 2, 0, 0, 0, LAYOUT_COMPACT, DROP_TOKEN, SKEW_EMPTY},
-                    {7, 5, 3, 3, 1, 0, 1, 0, LAYOUT_PADDED, DROP_TOKEN, SKEW_ONE},
-                    {7, 5, 3, 3, 2, 1, 0, 3, LAYOUT_COMPACT, DROP_TOKEN},
-                    {7, 5, 3, 3, 2, 0, 1, 3, LAYOUT_PADDED, DROP_TOKEN},
-                    {7, 5, 3, 3, 2, 1, 1, 2, LAYOUT_COMPACT, DROP_SLOT, SKEW_ONE},
-                    {7, 5, 3, 3, 2, 0, 0, 3, LAYOUT_PADDED, DROP_SLOT},
-                    {7, 5, 3, 3, 2, 0, 0, 2, LAYOUT_COMPACT, DROP_WEIGHT},
-                    {7, 5, 3, 3, 2, 1, 1, 4, LAYOUT_PADDED, DROP_WEIGHT, SKEW_ONE},
-                    {13, 18, 17, 5, 2, 1}},
-         .large = {{513, 65, 49, 8, 2, 1},
-                   {513, 64, 48, 8, 2, 0, 1, 0, LAYOUT_COMPACT, DROP_TOKEN, SKEW_ONE},
-                   {513, 32, 48, 8, 2, 1, 0, 150, LAYOUT_PADDED, DROP_WEIGHT, SKEW_ONE}}},
-    };
-    return i < sizeof table / sizeof *table ? &table[i] : NULL;
-}
-
-static inline const Operation *operation_named(const char *name) {
-    for (size_t i = 0; operation_at(i); i++) {
-        if (strcmp(operation_at(i)->name, name) == 0) {
-            return operation_at(i);
-        }
-    }
-    die(__FILE__, __LINE__, "no operation '%s' in the table", name);
+    return sum;
 }
 
 #endif

@@ -18,12 +18,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "../data/builtin.h"
 #include "../data/corpus.h"
 #include "../kernels/random.h"
+#include "forked.h"
 
 /* ---- the builtin corpus ---- */
 
@@ -190,12 +190,6 @@ static int enter_folder(void **state) {
 
 static int leave_folder(void **state) {
     return chdir("/") == 0 ? nftw(folder, remove_entry, 8, FTW_DEPTH | FTW_PHYS) : -1;
-}
-
-static void assert_error_has(const char *line, const char *part) {
-    if (!strstr(line, part)) {
-        fail_msg("\"%s\" lacks \"%s\"", line, part);
-    }
 }
 
 /* ---- text and shards ---- */
@@ -384,37 +378,20 @@ static void test_one_shard_holds_its_last_tenth_out(void **state) {
 
 /* ---- lines that end the program ---- */
 
-/* Opens the corpus and reads a batch in a child, which must exit with 1 after one line on stderr that has all parts. */
+static void open_and_read(void *options) {
+    int tokens[1024];
+    Corpus *corpus = corpus_open(options);
+    corpus_batch(corpus, SPLIT_TRAIN, 0, 0, 1, &(Batch){.tokens = tokens});
+    corpus_close(corpus);
+}
+
+/* To open the corpus and read a batch must end the program with one line that has both parts. */
 static void assert_dies(CorpusOptions options, const char *part, const char *part2) {
-    int ends[2];
-    assert_int_equal(pipe(ends), 0);
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        int tokens[1024];
-        dup2(ends[1], STDERR_FILENO);
-        close(ends[0]);
-        Corpus *corpus = corpus_open(&options);
-        corpus_batch(corpus, SPLIT_TRAIN, 0, 0, 1, &(Batch){.tokens = tokens});
-        _exit(0);
-    }
-    char line[4096];
-    size_t length = 0;
-    close(ends[1]);
-    for (ssize_t got; (got = read(ends[0], line + length, sizeof line - 1 - length)) > 0;) {
-        length += (size_t)got;
-    }
-    close(ends[0]);
-    line[length] = 0;
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 1) {
-        fail_msg("expected exit code 1, got status %d after \"%s\"", status, line);
-    }
-    assert_error_has(line, "moelab: ");
-    assert_error_has(line, part);
-    assert_error_has(line, part2);
-    assert_ptr_equal(strchr(line, '\n'), line + length - 1);
+    static Forked result;
+    run_forked(&result, open_and_read, &options);
+    assert_refused(&result, "moelab: ");
+    assert_refused(&result, part);
+    assert_refused(&result, part2);
 }
 
 static void test_bad_data_ends_the_program_with_one_line(void **state) {

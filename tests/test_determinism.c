@@ -5,7 +5,7 @@
  * layouts, or one rank and four, different models. Upstream gradients are random: with all ones, sums of any order
  * agree by accident. Routing is also tried with every token on one expert, the longest sums there are.
  */
-#include "gradcheck.h"
+#include "operations.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -16,8 +16,6 @@
 #include "../kernels/adamw.h"
 
 enum { REPEATS = 10 };
-
-#define assert_bits(x, y, count) assert_memory_equal(x, y, (count) * sizeof *(x))
 
 /* Every operation of the table, forward and backward, at sizes that give every thread work. */
 static void test_threads_and_repeats(void **state) {

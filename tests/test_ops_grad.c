@@ -5,10 +5,10 @@
  *     | analytic - numeric | / (|analytic| + |numeric|) <= 1e-6,   numeric_i = (J(x + h e_i) - J(x - h e_i)) / 2h,   h
  * = 1e-5
  *
- * The operations and their shapes are the table at the bottom of gradcheck.h; this file runs it. It needs the build in
+ * The operations and their shapes are the table at the bottom of operations.h; this file runs it. It needs the build in
  * which all numbers are double (-DREAL_DOUBLE): in float the differences have no digits left.
  */
-#include "gradcheck.h"
+#include "operations.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

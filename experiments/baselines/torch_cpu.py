@@ -32,7 +32,7 @@ MODELS = {
 }
 # loop: per expert, pick its tokens, compute, index_add (what most PyTorch code does); sorted: one gather into expert
 # order, one product per contiguous slice, one gather back; padded: slices padded to the longest, one batched product;
-# grouped: the library's grouped product (2.x). "+compile" (loop and sorted, 2.x) puts all but the expert products through
+# grouped: the library's grouped product (2.x). "+compile" (loop and sorted, 2.x) puts all but expert products through
 # torch.compile: compiled as a whole, the model is slower, because every new number of rows compiles it again.
 EXPERTS = ["loop", "sorted", "padded", "grouped"]
 # What OpenMP's threads do between parallel regions. Where the BLAS has threads of its own (Debian's OpenBLAS), threads
@@ -408,7 +408,7 @@ def loaded_openblas():
 def blas_name():
     if "BLAS_INFO=mkl" in torch.__config__.show():  # an OpenBLAS that is loaded too is NumPy's
         version = [line.strip(" -") for line in torch.__config__.show().split("\n") if "Math Kernel Library" in line]
-        return (version + ["MKL"])[0].split(" Product")[0]
+        return (version + ["MKL"])[0].split("-Product")[0]
     for path in loaded_openblas():
         library = ctypes.CDLL(path)
         for symbol in ("openblas_get_corename", "openblas_get_corename64_", "scipy_openblas_get_corename64_"):

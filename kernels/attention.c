@@ -3,45 +3,54 @@
  * backward over (sequence, key/value head), so that the gradients of a key and a value have one owner. */
 #include "attention.h"
 
+#include "check.h"
 #include "tile.h"
 
-enum { QUERY_ROWS = 64, MOST_SCORES = 40960 };
+enum {
+    QUERY_ROWS = 96, /* whole tiles and whole panels on every machine (tile.h) */
+    MOST_SCORES = 48 * 1024,
+};
 
-/* Query rows taken at once: about QUERY_ROWS in equal shares of T and whole tiles, fewer when the scores of T keys
- * would not fit. */
-static int query_rows(int T) {
-    int blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
-    int rows = (T + blocks - 1) / blocks;
-    rows = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    rows = (size_t)rows * T > MOST_SCORES ? MOST_SCORES / T : rows;
-    return rows < 1 ? 1 : rows;
+/* Scores stand in rows of whole LANES, so that the loops over a row need no remainder. */
+static int score_stride(int keys) {
+    return (keys + LANES - 1) / LANES * LANES;
 }
 
-/* Softmax of one row of raw scores s (keys): the first `visible` become probabilities, the rest 0. Returns the
- * log-sum-exp. */
-static acc_t softmax_row(real_t *s, int visible, int keys, real_t scale) {
-    real_t largest = s[0];
-    for (int j = 1; j < visible; j++) {
-        largest = s[j] > largest ? s[j] : largest;
+/* Query rows taken at once, fewer when their scores against T keys would not fit. */
+static int query_rows(int T) {
+    CHECK(T <= MOST_SCORES - LANES, "attention over %d tokens: the CPU kernel takes at most %d; lower --seq", T,
+          MOST_SCORES - LANES);
+    int stride = score_stride(T);
+    return QUERY_ROWS * stride <= MOST_SCORES ? QUERY_ROWS : MOST_SCORES / stride;
+}
+
+/* Hides what a row of raw scores may not see: minus infinity up to whole LANES, whose exponential is 0, and 0 beyond.
+ * Returns where that is. */
+static int hide_later(real_t *s, int visible, int stride) {
+    int whole = score_stride(visible);
+    for (int j = visible; j < whole; j++) {
+        s[j] = -INFINITY;
     }
+    memset(s + whole, 0, sizeof(real_t) * (stride - whole));
+    return whole;
+}
+
+/* Softmax of one row of raw scores: the first `visible` become probabilities, the rest 0. Returns the log-sum-exp. */
+static acc_t softmax_row(real_t *s, int visible, int stride, real_t scale) {
+    int whole = hide_later(s, visible, stride);
+    real_t largest = largest_of(s, visible);
     acc_t lane[LANES] = {0};
-    int j = 0;
-    for (; j + LANES <= visible; j += LANES) {
+    for (int j = 0; j < whole; j += LANES) {
         for (int i = 0; i < LANES; i++) {
             s[j + i] = exp_fast((s[j + i] - largest) * scale);
             lane[i] += s[j + i];
         }
     }
-    for (int i = 0; j + i < visible; i++) {
-        s[j + i] = exp_fast((s[j + i] - largest) * scale);
-        lane[i] += s[j + i];
-    }
     acc_t sum = lanes_sum(lane);
     real_t inverse = 1 / sum;
-    for (j = 0; j < visible; j++) {
+    for (int j = 0; j < whole; j++) {
         s[j] *= inverse;
     }
-    memset(s + visible, 0, sizeof(real_t) * (keys - visible));
     return largest * scale + (acc_t)log(sum);
 }
 
@@ -50,15 +59,15 @@ static acc_t softmax_row(real_t *s, int visible, int keys, real_t scale) {
 static void attend(real_t *out, size_t out_row, acc_t *lse, const real_t *q, size_t q_row, const real_t *k,
                    const real_t *v, size_t kv_row, int first, int rows, int HS) {
     real_t scores[MOST_SCORES] __attribute__((aligned(64)));
-    int keys = first + rows;
-    block_multiply(scores, keys, q, q_row, 1, k, 1, kv_row, rows, keys, HS, 0);
+    int keys = first + rows, stride = score_stride(keys);
+    block_multiply(scores, stride, q, q_row, 1, k, 1, kv_row, rows, keys, HS, 0);
     for (int t = 0; t < rows; t++) {
-        acc_t row_lse = softmax_row(scores + (size_t)t * keys, first + t + 1, keys, 1 / (real_t)sqrt(HS));
+        acc_t row_lse = softmax_row(scores + (size_t)t * stride, first + t + 1, stride, 1 / (real_t)sqrt(HS));
         if (lse) {
             lse[t] = row_lse;
         }
     }
-    block_multiply(out, out_row, scores, keys, 1, v, kv_row, 1, rows, HS, keys, 0);
+    block_multiply(out, out_row, scores, stride, 1, v, kv_row, 1, rows, HS, keys, 0);
 }
 
 void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, int B, int T, int NH, int NKV, int HS,
@@ -77,17 +86,15 @@ void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, int B, int T,
     }
 }
 
-/* Scores to dS in place: p = exp(score - lse), ds = p (dp - D) / sqrt(HS). p stays in `scores`, dp becomes ds. */
-static void softmax_row_backward(real_t *restrict p, real_t *restrict dp, int visible, int keys, acc_t lse, real_t d,
+/* From raw scores p and dp to p = exp(score - lse) and ds = p (dp - d) / sqrt(HS), which takes the place of dp. */
+static void softmax_row_backward(real_t *restrict p, real_t *restrict dp, int visible, int stride, acc_t lse, real_t d,
                                  real_t scale) {
-    for (int j = 0; j < visible; j++) {
+    int whole = hide_later(p, visible, stride);
+    memset(dp + visible, 0, sizeof(real_t) * (stride - visible));
+    for (int j = 0; j < whole; j++) {
         p[j] = exp_fast(p[j] * scale - lse);
-    }
-    for (int j = 0; j < visible; j++) {
         dp[j] = p[j] * (dp[j] - d) * scale;
     }
-    memset(p + visible, 0, sizeof(real_t) * (keys - visible));
-    memset(dp + visible, 0, sizeof(real_t) * (keys - visible));
 }
 
 void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv, int B,
@@ -109,21 +116,22 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
         }
         for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
             for (int first = 0; first < T; first += size) {
-                int rows = T - first < size ? T - first : size, keys = first + rows;
+                int rows = T - first < size ? T - first : size;
+                int keys = first + rows, stride = score_stride(keys);
                 const real_t *q = qkv + (start + first) * width + head * HS;
                 const real_t *o = out + (start + first) * out_width + head * HS;
                 const real_t *d_o = dout + (start + first) * out_width + head * HS;
                 const acc_t *row_lse = lse + ((size_t)b * NH + head) * T + first;
-                block_multiply(p, keys, q, width, 1, k, 1, width, rows, keys, HS, 0);
-                block_multiply(ds, keys, d_o, out_width, 1, v, 1, width, rows, keys, HS, 0);
+                block_multiply(p, stride, q, width, 1, k, 1, width, rows, keys, HS, 0);
+                block_multiply(ds, stride, d_o, out_width, 1, v, 1, width, rows, keys, HS, 0);
                 for (int t = 0; t < rows; t++) {
                     real_t d = dot(d_o + t * out_width, o + t * out_width, HS);
                     softmax_row_backward(p + (size_t)t * keys, ds + (size_t)t * keys, first + t + 1, keys, row_lse[t],
                                          d, scale);
                 }
-                block_multiply(dv, width, p, 1, keys, d_o, out_width, 1, keys, HS, rows, 1);
-                block_multiply(dk, width, ds, 1, keys, q, width, 1, keys, HS, rows, 1);
-                block_multiply(dqkv + (start + first) * width + head * HS, width, ds, keys, 1, k, width, 1, rows, HS,
+                block_multiply(dv, width, p, 1, stride, d_o, out_width, 1, keys, HS, rows, 1);
+                block_multiply(dk, width, ds, 1, stride, q, width, 1, keys, HS, rows, 1);
+                block_multiply(dqkv + (start + first) * width + head * HS, width, ds, stride, 1, k, width, 1, rows, HS,
                                keys, 0);
             }
         }

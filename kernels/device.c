@@ -160,7 +160,11 @@ void device_copy(void *out, const void *in, size_t bytes, Stream *stream) {
 }
 
 void device_zero(void *out, size_t bytes, Stream *stream) {
-    memset(out, 0, bytes);
+    enum { CHUNK = 1 << 20 };
+#pragma omp parallel for if (bytes > CHUNK)
+    for (size_t first = 0; first < bytes; first += CHUNK) {
+        memset((char *)out + first, 0, bytes - first < CHUNK ? bytes - first : CHUNK);
+    }
 }
 
 /* ---- the machine ---- */

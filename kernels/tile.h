@@ -16,6 +16,7 @@
 #ifndef KERNELS_TILE_H
 #define KERNELS_TILE_H
 
+#include "device.h"
 #include "vector.h"
 
 /* As many accumulators as the registers hold beside one row of b and one broadcast. */
@@ -33,12 +34,14 @@ enum {
     TILE_COLS = TILE_VECTORS * VECTOR_LENGTH,
     TILE_DEPTH = 256,            /* inner extent of one panel */
     TILE_BLOCK = 24 * TILE_ROWS, /* rows that share a packed panel of b */
+    FEW_TILES = 4,               /* up to here an operand is read where it lies */
 };
 
-/* c (TILE_ROWS, TILE_COLS) with row stride ldc; element (i,k) of a is a[i * a_row + k * a_col]; b packed (k,
- * TILE_COLS). */
+/* c (TILE_ROWS, TILE_COLS), rows ldc apart; element (i,p) of a is a[i * a_row + p * a_col]; rows of b (k, TILE_COLS)
+ * ldb apart. */
 __attribute__((always_inline)) static inline void tile_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row,
-                                                                size_t a_col, const real_t *b, int k, int accumulate) {
+                                                                size_t a_col, const real_t *b, size_t ldb, int k,
+                                                                int accumulate) {
     Vector sum[TILE_ROWS][TILE_VECTORS];
     for (int i = 0; i < TILE_ROWS; i++) {
         for (int j = 0; j < TILE_VECTORS; j++) {
@@ -48,7 +51,7 @@ __attribute__((always_inline)) static inline void tile_multiply(real_t *c, size_
     for (int p = 0; p < k; p++) {
         Vector row[TILE_VECTORS];
         for (int j = 0; j < TILE_VECTORS; j++) {
-            row[j] = vector_load(b + (size_t)p * TILE_COLS + j * VECTOR_LENGTH);
+            row[j] = vector_load(b + p * ldb + j * VECTOR_LENGTH);
         }
         for (int i = 0; i < TILE_ROWS; i++) {
             real_t factor = a[i * a_row + p * a_col];
@@ -64,6 +67,34 @@ __attribute__((always_inline)) static inline void tile_multiply(real_t *c, size_
     }
 }
 
+/* Four elements, and the choice of four out of two such vectors, which GCC and Clang spell differently. */
+typedef real_t Four __attribute__((vector_size(4 * sizeof(real_t))));
+typedef real_t FourUnaligned __attribute__((vector_size(4 * sizeof(real_t)), aligned(sizeof(real_t)), may_alias));
+#ifdef REAL_DOUBLE
+typedef int64_t FourIndex __attribute__((vector_size(32)));
+#else
+typedef int32_t FourIndex __attribute__((vector_size(16)));
+#endif
+#ifdef __clang__
+#define FOUR_OF(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
+#else
+#define FOUR_OF(x, y, i, j, k, l) __builtin_shuffle(x, y, (FourIndex){i, j, k, l})
+#endif
+
+/* to (4, 4), rows TILE_COLS apart = from (4, 4)^T, rows `stride` apart */
+static inline void transpose_four(real_t *to, const real_t *from, size_t stride) {
+    Four r0 = *(const FourUnaligned *)from;
+    Four r1 = *(const FourUnaligned *)(from + stride);
+    Four r2 = *(const FourUnaligned *)(from + 2 * stride);
+    Four r3 = *(const FourUnaligned *)(from + 3 * stride);
+    Four low01 = FOUR_OF(r0, r1, 0, 4, 1, 5), high01 = FOUR_OF(r0, r1, 2, 6, 3, 7);
+    Four low23 = FOUR_OF(r2, r3, 0, 4, 1, 5), high23 = FOUR_OF(r2, r3, 2, 6, 3, 7);
+    *(FourUnaligned *)to = FOUR_OF(low01, low23, 0, 1, 4, 5);
+    *(FourUnaligned *)(to + TILE_COLS) = FOUR_OF(low01, low23, 2, 3, 6, 7);
+    *(FourUnaligned *)(to + 2 * TILE_COLS) = FOUR_OF(high01, high23, 0, 1, 4, 5);
+    *(FourUnaligned *)(to + 3 * TILE_COLS) = FOUR_OF(high01, high23, 2, 3, 6, 7);
+}
+
 /* packed (k, TILE_COLS) = b (k, cols), columns past the edge zero. b contiguous along its rows (b_col 1) or along k
  * (b_row 1). */
 static inline void tile_pack_b(real_t *packed, const real_t *b, size_t b_row, size_t b_col, int k, int cols) {
@@ -74,36 +105,18 @@ static inline void tile_pack_b(real_t *packed, const real_t *b, size_t b_row, si
         for (int p = 0; p < k; p++) {
             memcpy(packed + (size_t)p * TILE_COLS, b + p * b_row, sizeof(real_t) * TILE_COLS);
         }
-    } else if (b_row == 1 && cols == TILE_COLS) {
-        /* a transpose in 4 x 4 blocks, which the compiler turns into register shuffles */
-        typedef real_t Four __attribute__((vector_size(4 * sizeof(real_t))));
-        typedef real_t FourUnaligned
-            __attribute__((vector_size(4 * sizeof(real_t)), aligned(sizeof(real_t)), may_alias));
-        int whole = k & ~3;
-        for (int j = 0; j < TILE_COLS; j += 4) {
-            const real_t *from = b + j * b_col;
-            for (int p = 0; p < whole; p += 4) {
-                Four r0 = *(const FourUnaligned *)(from + p);
-                Four r1 = *(const FourUnaligned *)(from + b_col + p);
-                Four r2 = *(const FourUnaligned *)(from + 2 * b_col + p);
-                Four r3 = *(const FourUnaligned *)(from + 3 * b_col + p);
-                real_t *to = packed + (size_t)p * TILE_COLS + j;
-                *(FourUnaligned *)to = (Four){r0[0], r1[0], r2[0], r3[0]};
-                *(FourUnaligned *)(to + TILE_COLS) = (Four){r0[1], r1[1], r2[1], r3[1]};
-                *(FourUnaligned *)(to + 2 * TILE_COLS) = (Four){r0[2], r1[2], r2[2], r3[2]};
-                *(FourUnaligned *)(to + 3 * TILE_COLS) = (Four){r0[3], r1[3], r2[3], r3[3]};
-            }
+        return;
+    }
+    int by_four = b_row == 1 ? cols & ~3 : 0; /* columns that are transposed four at a time */
+    int whole = k & ~3;
+    for (int j = 0; j < by_four; j += 4) {
+        for (int p = 0; p < whole; p += 4) {
+            transpose_four(packed + (size_t)p * TILE_COLS + j, b + j * b_col + p, b_col);
         }
-        for (int p = whole; p < k; p++) {
-            for (int j = 0; j < TILE_COLS; j++) {
-                packed[(size_t)p * TILE_COLS + j] = b[j * b_col + p];
-            }
-        }
-    } else {
-        for (int p = 0; p < k; p++) {
-            for (int j = 0; j < cols; j++) {
-                packed[(size_t)p * TILE_COLS + j] = b[p * b_row + j * b_col];
-            }
+    }
+    for (int p = 0; p < k; p++) {
+        for (int j = p < whole ? by_four : 0; j < cols; j++) {
+            packed[(size_t)p * TILE_COLS + j] = b[p * b_row + j * b_col];
         }
     }
 }
@@ -131,8 +144,8 @@ static inline void tile_pack_a(real_t *packed, const real_t *a, size_t a_row, si
 
 /* One tile with fewer than TILE_ROWS rows or TILE_COLS columns of c: computed whole in a buffer, so that the chain is
  * the same. */
-static inline void tile_multiply_edge(real_t *c, size_t ldc, const real_t *a_packed, const real_t *b, int rows,
-                                      int cols, int k, int accumulate) {
+static inline void tile_multiply_edge(real_t *c, size_t ldc, const real_t *a_packed, const real_t *b, size_t ldb,
+                                      int rows, int cols, int k, int accumulate) {
     real_t buffer[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
     memset(buffer, 0, sizeof buffer);
     if (accumulate) {
@@ -140,14 +153,17 @@ static inline void tile_multiply_edge(real_t *c, size_t ldc, const real_t *a_pac
             memcpy(buffer + i * TILE_COLS, c + i * ldc, sizeof(real_t) * cols);
         }
     }
-    tile_multiply(buffer, TILE_COLS, a_packed, 1, TILE_ROWS, b, k, 1);
+    tile_multiply(buffer, TILE_COLS, a_packed, 1, TILE_ROWS, b, ldb, k, 1);
     for (int i = 0; i < rows; i++) {
         memcpy(c + i * ldc, buffer + i * TILE_COLS, sizeof(real_t) * cols);
     }
 }
 
-/* c (m,n), rows ldc apart, = or += a (m,k) b (k,n); element (i,p) of a at a[i*a_row + p*a_col], (p,j) of b at b[p*b_row
- * + j*b_col]. One thread; needs no memory but its stack. */
+/* c (m,n), rows ldc apart, = or += a (m,k) b (k,n); element (i,p) of a at a[i*a_row + p*a_col], (p,j) of b at
+ * b[p*b_row + j*b_col]; in each of a and b one of the two strides is 1. One thread; needs no memory but its stack.
+ *
+ * Whole tiles of an a with contiguous rows are read where they lie. A transposed a, and b, are copied into tile order
+ * first, unless so little is computed with them (FEW_TILES) that the copy would cost more than it saves. */
 static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row, size_t a_col, const real_t *b,
                            size_t b_row, size_t b_col, int m, int n, int k, int accumulate) {
     real_t b_packed[TILE_DEPTH * TILE_COLS] __attribute__((aligned(64)));
@@ -157,10 +173,12 @@ static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row,
             memset(c + i * ldc, 0, sizeof(real_t) * n);
         }
     }
-    int block = a_col == 1 ? 4 * TILE_BLOCK : TILE_BLOCK;
+    int read_a = a_col == 1 || n <= FEW_TILES * TILE_COLS;
+    int read_b = b_col == 1 && m <= FEW_TILES * TILE_ROWS;
+    int block = read_a ? 4 * TILE_BLOCK : TILE_BLOCK;
     for (int i0 = 0; i0 < m; i0 += block) {
         int rows = m - i0 < block ? m - i0 : block;
-        int whole = a_col == 1 ? rows - rows % TILE_ROWS : 0; /* rows read where they lie */
+        int whole = read_a ? rows - rows % TILE_ROWS : 0; /* rows read where they lie */
         for (int p0 = 0; p0 < k; p0 += TILE_DEPTH) {
             int depth = k - p0 < TILE_DEPTH ? k - p0 : TILE_DEPTH;
             int add = accumulate || p0 > 0;
@@ -168,23 +186,31 @@ static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row,
             tile_pack_a(a_packed, a_block + whole * a_row, a_row, a_col, depth, rows - whole);
             for (int j0 = 0; j0 < n; j0 += TILE_COLS) {
                 int cols = n - j0 < TILE_COLS ? n - j0 : TILE_COLS;
-                tile_pack_b(b_packed, b + p0 * b_row + j0 * b_col, b_row, b_col, depth, cols);
-                real_t *c_block = c + i0 * ldc + j0;
+                const real_t *b_panel = b + p0 * b_row + j0 * b_col;
+                size_t ldb = b_row;
+                if (!read_b || cols < TILE_COLS) {
+                    tile_pack_b(b_packed, b_panel, b_row, b_col, depth, cols);
+                    b_panel = b_packed;
+                    ldb = TILE_COLS;
+                }
                 for (int i = 0; i < rows; i += TILE_ROWS) {
                     int left = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-                    real_t *c_tile = c_block + i * ldc;
-                    if (i < whole && cols == TILE_COLS) {
-                        tile_multiply(c_tile, ldc, a_block + i * a_row, a_row, 1, b_packed, depth, add);
+                    real_t *c_tile = c + (i0 + i) * ldc + j0;
+                    const real_t *a_tile = a_block + i * a_row;
+                    real_t edge[TILE_ROWS * TILE_DEPTH];
+                    if (i < whole && cols == TILE_COLS && a_col == 1) {
+                        tile_multiply(c_tile, ldc, a_tile, a_row, 1, b_panel, ldb, depth, add);
+                    } else if (i < whole && cols == TILE_COLS) {
+                        tile_multiply(c_tile, ldc, a_tile, 1, a_col, b_panel, ldb, depth, add);
                     } else if (i < whole) {
-                        real_t tile[TILE_ROWS * TILE_DEPTH];
-                        tile_pack_a(tile, a_block + i * a_row, a_row, 1, depth, TILE_ROWS);
-                        tile_multiply_edge(c_tile, ldc, tile, b_packed, left, cols, depth, add);
+                        tile_pack_a(edge, a_tile, a_row, a_col, depth, TILE_ROWS);
+                        tile_multiply_edge(c_tile, ldc, edge, b_panel, ldb, left, cols, depth, add);
                     } else if (left == TILE_ROWS && cols == TILE_COLS) {
-                        const real_t *tile = a_packed + (size_t)(i - whole) * depth;
-                        tile_multiply(c_tile, ldc, tile, 1, TILE_ROWS, b_packed, depth, add);
+                        tile_multiply(c_tile, ldc, a_packed + (size_t)(i - whole) * depth, 1, TILE_ROWS, b_panel, ldb,
+                                      depth, add);
                     } else {
-                        const real_t *tile = a_packed + (size_t)(i - whole) * depth;
-                        tile_multiply_edge(c_tile, ldc, tile, b_packed, left, cols, depth, add);
+                        tile_multiply_edge(c_tile, ldc, a_packed + (size_t)(i - whole) * depth, b_panel, ldb, left,
+                                           cols, depth, add);
                     }
                 }
             }
@@ -192,22 +218,27 @@ static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row,
     }
 }
 
-/* The same, all of c (m,n) contiguous, with all threads: each takes blocks of c. Blocks divide the work; they do not
- * change bits. */
+/* The same, all of c (m,n) contiguous, with all threads: each takes blocks of c, smaller ones where there would be too
+ * few to go round. Blocks divide the work; they do not change bits. */
 static inline void parallel_multiply(real_t *c, const real_t *a, size_t a_row, size_t a_col, const real_t *b,
                                      size_t b_row, size_t b_col, int m, int n, int k, int accumulate) {
-    int block_rows = a_col == 1 ? 2 * TILE_BLOCK : TILE_BLOCK;
-    int block_cols = 8 * TILE_COLS;
-    int across = (n + block_cols - 1) / block_cols;
-    int blocks = (m + block_rows - 1) / block_rows * across;
+    int rows = TILE_BLOCK, cols = 8 * TILE_COLS, wanted = 4 * device_threads(), across, blocks;
+    for (;;) {
+        across = (n + cols - 1) / cols;
+        blocks = (m + rows - 1) / rows * across;
+        if (blocks >= wanted || rows == FEW_TILES * TILE_ROWS) {
+            break;
+        }
+        rows = rows > 2 * FEW_TILES * TILE_ROWS ? rows / 2 / TILE_ROWS * TILE_ROWS : FEW_TILES * TILE_ROWS;
+        cols = cols > 2 * TILE_COLS ? cols / 2 : cols;
+    }
 #pragma omp parallel for schedule(dynamic) if (blocks > 1)
     for (int block = 0; block < blocks; block++) {
-        int i = block / across * block_rows;
-        int j = block % across * block_cols;
-        int rows = m - i < block_rows ? m - i : block_rows;
-        int cols = n - j < block_cols ? n - j : block_cols;
-        block_multiply(c + (size_t)i * n + j, n, a + i * a_row, a_row, a_col, b + j * b_col, b_row, b_col, rows, cols,
-                       k, accumulate);
+        int i = block / across * rows, j = block % across * cols;
+        int block_rows = m - i < rows ? m - i : rows;
+        int block_cols = n - j < cols ? n - j : cols;
+        block_multiply(c + (size_t)i * n + j, n, a + i * a_row, a_row, a_col, b + j * b_col, b_row, b_col, block_rows,
+                       block_cols, k, accumulate);
     }
 }
 

@@ -65,6 +65,29 @@ static inline acc_t dot(const real_t *x, const real_t *y, int n) {
     return lanes_sum(lane);
 }
 
+/* The largest of n values; NaN loses every comparison. */
+static inline real_t largest_of(const real_t *x, int n) {
+    real_t lane[LANES];
+    for (int j = 0; j < LANES; j++) {
+        lane[j] = x[j < n ? j : 0];
+    }
+    int i = LANES;
+    for (; i + LANES <= n; i += LANES) {
+        for (int j = 0; j < LANES; j++) {
+            lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+        }
+    }
+    for (int j = 0; i + j < n; j++) {
+        lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    }
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        for (int j = 0; j < width; j++) {
+            lane[j] = lane[j + width] > lane[j] ? lane[j + width] : lane[j];
+        }
+    }
+    return lane[0];
+}
+
 /* e^x. In float: x = k ln 2 + r with |r| <= ln 2 / 2 (Cody, Waite), e^r by a polynomial of degree 6, relative error
  * below 2e-7; 0 below -87.3, infinity above 88.3, NaN for NaN. The branches are selects, so loops over it vectorise. */
 static inline real_t exp_fast(real_t x) {

@@ -126,8 +126,8 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
                 block_multiply(ds, stride, d_o, out_width, 1, v, 1, width, rows, keys, HS, 0);
                 for (int t = 0; t < rows; t++) {
                     real_t d = dot(d_o + t * out_width, o + t * out_width, HS);
-                    softmax_row_backward(p + (size_t)t * keys, ds + (size_t)t * keys, first + t + 1, keys, row_lse[t],
-                                         d, scale);
+                    softmax_row_backward(p + (size_t)t * stride, ds + (size_t)t * stride, first + t + 1, stride,
+                                         row_lse[t], d, scale);
                 }
                 block_multiply(dv, width, p, 1, stride, d_o, out_width, 1, keys, HS, rows, 1);
                 block_multiply(dk, width, ds, 1, stride, q, width, 1, keys, HS, rows, 1);

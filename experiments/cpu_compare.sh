@@ -2,7 +2,7 @@
 # Ours against PyTorch on one CPU, in one job: ours, theirs, ours, theirs, on the same cores, so that a busy or warm
 # machine touches both. Prints a table with the ratio and appends every single measurement to a JSONL file.
 #
-#   experiments/cpu_compare.sh [-t THREADS] [-p PYTHON] [-r ROUNDS] [-m MODELS] BENCH_CPU OUT.jsonl [COMMIT]
+#   experiments/cpu_compare.sh [-t THREADS] [-p PYTHON] [-r ROUNDS] [-m MODELS] [-v WAYS] BENCH_CPU OUT.jsonl [COMMIT]
 #
 #   BENCH_CPU  our benchmark (build/bench_cpu, made by `make bench`): prints one JSON line per model on stdout, with
 #              at least "model", "ms" and "tok_s"
@@ -10,18 +10,20 @@
 #   COMMIT     default: git rev-parse of this checkout, with -dirty where it differs
 #   -p PYTHON  a Python that has PyTorch (default: the first of python3, /usr/bin/python3 that imports it)
 #   -m MODELS  comma-separated, default: cpu-default,cpu-mid,cpu-c512; others that BENCH_CPU prints are left out
+#   -v WAYS    the ways of writing the experts that PyTorch may choose from (torch_cpu.py --variant), default: all
 # Builds nothing. The ratio compares the better round of each side.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-threads=2 python='' rounds=2 models=cpu-default,cpu-mid,cpu-c512
+threads=2 python='' rounds=2 models=cpu-default,cpu-mid,cpu-c512 ways=best
 usage() { sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
-while getopts 't:p:r:m:' option; do
+while getopts 't:p:r:m:v:' option; do
     case $option in
         t) threads=$OPTARG ;;
         p) python=$OPTARG ;;
         r) rounds=$OPTARG ;;
         m) models=$OPTARG ;;
+        v) ways=$OPTARG ;;
         *) usage ;;
     esac
 done
@@ -94,7 +96,7 @@ for round in $(seq "$rounds"); do
     ours=$("$python" -c 'import json, sys
 print(",".join(dict.fromkeys(json.loads(line)["model"] for line in sys.stdin)))' <"$fresh")
     [ -n "$ours" ] || fail "$bench printed none of the models asked for: $models"
-    side "$round" theirs "$python" "$here/baselines/torch_cpu.py" --threads "$threads" --models "$ours"
+    side "$round" theirs "$python" "$here/baselines/torch_cpu.py" --threads "$threads" --models "$ours" --variant "$ways"
 done
 
 "$python" - "$record" "$device" "$threads" "$commit" <<'PY'

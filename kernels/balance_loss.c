@@ -2,7 +2,7 @@
  *
  * Sums over tokens are taken in double over CHUNKS fixed ranges of rows, added in order: the same bits for any number
  * of threads. Experts go in groups of GROUP, so that the ranges' sums fit on the stack whatever E is. Called by
- * model/balance.c.
+ * model/moe.c and the routers.
  */
 #include "balance_loss.h"
 

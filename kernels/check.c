@@ -20,6 +20,9 @@ void die(const char *file, int line, const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(message, sizeof message, format, arguments);
     va_end(arguments);
+    for (char *c = message; *c; c++) { /* a file name or an argument may hold anything; the message stays one line */
+        *c = (unsigned char)*c < ' ' ? '?' : *c;
+    }
     gethostname(host, sizeof host - 1);
     fflush(stdout);
     fprintf(stderr, "moelab: %s [%s:%d, rank %d on %s]\n", message, file, line, rank_shown, host);

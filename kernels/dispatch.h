@@ -1,7 +1,7 @@
 /* Tokens to expert rows and back. Both directions, forward and backward, are gathers: every output element has one
  * owner that adds in a fixed order.
  *
- *     dispatch   rows[r] = x[entry[r] / K]                       padding rows are zero
+ *     dispatch   rows[r] = x[entry[r] / K], r < offset[E]         padding rows are zero
  *     combine    y[n]    = sum_j weight[n,j] rows[row[n,j]]      dropped entries add nothing
  *
  * Backward by linearity: the gradient of combine is a dispatch of dy (the weight is applied inside the expert's

@@ -34,31 +34,43 @@ static void activate(real_t *restrict h, const real_t *restrict a, int H, int ge
     }
 }
 
-/* One row: from u = dy W2 (in da's first H elements) to h, then w h (in h), da, and <u, h>, the gradient of the weight.
- */
-static acc_t activate_backward(real_t *restrict h, real_t *restrict da, const real_t *restrict a, acc_t weight, int H,
+/* One element: u is the gradient of h were the weight 1. Writes w h and da, returns the unweighted h. */
+static inline real_t swiglu_backward(real_t *h, real_t *da_gate, real_t *da_up, real_t gate, real_t up, real_t u,
+                                     real_t w) {
+    real_t s = sigmoid(gate), silu = gate * s;
+    *da_gate = w * u * up * s * (1 + gate * (1 - s));
+    *da_up = w * u * silu;
+    *h = w * silu * up;
+    return silu * up;
+}
+
+static inline real_t gelu_backward(real_t *h, real_t *da, real_t a, real_t u, real_t w) {
+    real_t s = gelu_gate(a);
+    real_t slope = (real_t)(2 * GELU_SLOPE) * (1 + (real_t)(3 * GELU_CUBIC) * a * a);
+    *da = w * u * (s + a * s * (1 - s) * slope);
+    *h = w * a * s;
+    return a * s;
+}
+
+/* One row: from u = dy W2 (in da's first H elements) to w h, da, and <u, h>, the gradient of the weight. */
+static acc_t activate_backward(real_t *restrict h, real_t *restrict da, const real_t *restrict a, real_t w, int H,
                                int gelu) {
-    real_t w = weight;
-    activate(h, a, H, gelu);
-    acc_t dweight = dot(da, h, H);
-    if (gelu) {
-        for (int i = 0; i < H; i++) {
-            real_t s = gelu_gate(a[i]);
-            real_t slope = (real_t)(2 * GELU_SLOPE) * (1 + (real_t)(3 * GELU_CUBIC) * a[i] * a[i]);
-            da[i] = w * da[i] * (s + a[i] * s * (1 - s) * slope);
-        }
-    } else {
-        for (int i = 0; i < H; i++) {
-            real_t gate = a[i], up = a[H + i], du = w * da[i];
-            real_t s = sigmoid(gate);
-            da[H + i] = du * gate * s;
-            da[i] = du * up * s * (1 + gate * (1 - s));
+    acc_t lane[LANES] = {0};
+    for (int i = 0; i < H; i += LANES) {
+        int count = H - i < LANES ? H - i : LANES;
+        if (gelu) {
+            for (int j = 0; j < count; j++) {
+                real_t u = da[i + j];
+                lane[j] += u * gelu_backward(h + i + j, da + i + j, a[i + j], u, w);
+            }
+        } else {
+            for (int j = 0; j < count; j++) {
+                real_t u = da[i + j];
+                lane[j] += u * swiglu_backward(h + i + j, da + i + j, da + H + i + j, a[i + j], a[H + i + j], u, w);
+            }
         }
     }
-    for (int i = 0; i < H; i++) {
-        h[i] *= w;
-    }
-    return dweight;
+    return lanes_sum(lane);
 }
 
 /* A run of rows of one expert. */

@@ -36,7 +36,7 @@ typedef struct {
     DropPolicy drop;
     /* written by the router */
     int *expert;   /* (N,K) chosen experts, best first, all different within a token */
-    acc_t *weight; /* (N,K) combine weights */
+    acc_t *weight; /* (N,K) combine weights, not negative */
     /* written by plan_build */
     int *row;          /* (N,K) row of the entry, -1 where it was dropped */
     int *entry;        /* (rows) entry of the row, -1 where the row is padding */

@@ -34,7 +34,8 @@ enum {
     TILE_COLS = TILE_VECTORS * VECTOR_LENGTH,
     TILE_DEPTH = 256,            /* inner extent of one panel */
     TILE_BLOCK = 24 * TILE_ROWS, /* rows that share a packed panel of b */
-    FEW_TILES = 4,               /* up to here an operand is read where it lies */
+    FEW_ROWS = 48,               /* of c: up to here b is read where it lies */
+    FEW_COLS = 64,               /* of c: up to here a is, transposed or not */
 };
 
 /* c (TILE_ROWS, TILE_COLS), rows ldc apart; element (i,p) of a is a[i * a_row + p * a_col]; rows of b (k, TILE_COLS)
@@ -163,7 +164,7 @@ static inline void tile_multiply_edge(real_t *c, size_t ldc, const real_t *a_pac
  * b[p*b_row + j*b_col]; in each of a and b one of the two strides is 1. One thread; needs no memory but its stack.
  *
  * Whole tiles of an a with contiguous rows are read where they lie. A transposed a, and b, are copied into tile order
- * first, unless so little is computed with them (FEW_TILES) that the copy would cost more than it saves. */
+ * first, unless so little is computed with them (FEW_COLS, FEW_ROWS) that the copy would cost more than it saves. */
 static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row, size_t a_col, const real_t *b,
                            size_t b_row, size_t b_col, int m, int n, int k, int accumulate) {
     real_t b_packed[TILE_DEPTH * TILE_COLS] __attribute__((aligned(64)));
@@ -173,8 +174,8 @@ static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row,
             memset(c + i * ldc, 0, sizeof(real_t) * n);
         }
     }
-    int read_a = a_col == 1 || n <= FEW_TILES * TILE_COLS;
-    int read_b = b_col == 1 && m <= FEW_TILES * TILE_ROWS;
+    int read_a = a_col == 1 || n <= FEW_COLS;
+    int read_b = b_col == 1 && m <= FEW_ROWS;
     int block = read_a ? 4 * TILE_BLOCK : TILE_BLOCK;
     for (int i0 = 0; i0 < m; i0 += block) {
         int rows = m - i0 < block ? m - i0 : block;
@@ -226,10 +227,10 @@ static inline void parallel_multiply(real_t *c, const real_t *a, size_t a_row, s
     for (;;) {
         across = (n + cols - 1) / cols;
         blocks = (m + rows - 1) / rows * across;
-        if (blocks >= wanted || rows == FEW_TILES * TILE_ROWS) {
+        if (blocks >= wanted || rows == 4 * TILE_ROWS) {
             break;
         }
-        rows = rows > 2 * FEW_TILES * TILE_ROWS ? rows / 2 / TILE_ROWS * TILE_ROWS : FEW_TILES * TILE_ROWS;
+        rows = rows > 8 * TILE_ROWS ? rows / 2 / TILE_ROWS * TILE_ROWS : 4 * TILE_ROWS;
         cols = cols > 2 * TILE_COLS ? cols / 2 : cols;
     }
 #pragma omp parallel for schedule(dynamic) if (blocks > 1)

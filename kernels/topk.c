@@ -1,22 +1,31 @@
 #include "topk.h"
 
+#include <stdbool.h>
+
 #include "vector.h"
 
-/* The K largest of probs, best first; an equal probability goes to the lower expert. NaN loses every comparison, and a
- * row without a winner takes the lowest expert not yet taken, so that the choice is valid whatever the numbers are. */
+/* What a probability counts in the choice: NaN less than anything, so that the choice is valid whatever the numbers
+ * are. */
+static acc_t rank_value(acc_t p) {
+    return p == p ? p : -1;
+}
+
+/* The K largest of probs, best first; an equal probability goes to the lower expert. Each is the best of those that
+ * come after the one before in this order. */
 static void choose(int *expert, const acc_t *probs, int E, int K) {
+    acc_t last = INFINITY;
+    int last_expert = -1;
     for (int j = 0; j < K; j++) {
         int best = -1;
         for (int e = 0; e < E; e++) {
-            int taken = 0;
-            for (int i = 0; i < j; i++) {
-                taken |= expert[i] == e;
-            }
-            if (!taken && (best < 0 || probs[e] > probs[best])) {
+            acc_t value = rank_value(probs[e]);
+            bool later = value < last || (value == last && e > last_expert);
+            if (later && (best < 0 || value > rank_value(probs[best]))) {
                 best = e;
             }
         }
-        expert[j] = best;
+        expert[j] = last_expert = best;
+        last = rank_value(probs[best]);
     }
 }
 

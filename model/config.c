@@ -115,23 +115,33 @@ static void derive(Config *config) {
     if (router->fixed_top_k) {
         model->top_k = router->fixed_top_k;
     }
+    if (config->train.steps > 0 && config->train.warmup > config->train.steps && !option_given(config, "warmup")) {
+        config->train.warmup = config->train.steps;
+    }
     if (model->renorm < 0) {
         /* Renormalised over one expert the weight is the constant 1, and a router that learns would learn nothing. */
         model->renorm = router->renorm_default && (model->top_k > 1 || !router->learned);
     }
 }
 
-/* Defaults, then RUN/config.json. */
-static void load_run(Config *config, const char *run) {
-    char path[CONFIG_TEXT + 16], text[CONFIG_FILE], error[512];
+bool config_read(Config *config, const char *run, char *error, size_t error_size) {
+    char path[CONFIG_TEXT + 16], text[CONFIG_FILE];
     config_defaults(config);
     snprintf(path, sizeof path, "%s/config.json", run);
     FILE *file = fopen(path, "r");
-    CHECK(file, "--resume %s: cannot read %s (%s): name the directory of an earlier run", run, path, strerror(errno));
+    if (!file) {
+        snprintf(error, error_size, "cannot read %s (%s)", path, strerror(errno));
+        return false;
+    }
     size_t length = fread(text, 1, sizeof text - 1, file);
     fclose(file);
     text[length] = '\0';
-    CHECK(config_from_json(config, text, error, sizeof error), "%s is not a run's configuration: %s", path, error);
+    char reason[512];
+    if (!config_from_json(config, text, reason, sizeof reason)) {
+        snprintf(error, error_size, "%s is not a run's configuration: %s", path, reason);
+        return false;
+    }
+    return true;
 }
 
 void config_parse(Config *config, int argc, char **argv) {
@@ -143,7 +153,9 @@ void config_parse(Config *config, int argc, char **argv) {
         return;
     }
     Config merged;
-    load_run(&merged, run);
+    char error[1024];
+    CHECK(config_read(&merged, run, error, sizeof error), "--resume %s: %s: name the directory of an earlier run", run,
+          error);
     Config saved = merged;
     derive(&saved);
     merged.given = config->given;

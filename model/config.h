@@ -93,6 +93,9 @@ char *config_to_json(const Config *config);
  * false). Keys that are absent keep the value *config already has. */
 bool config_from_json(Config *config, const char *json, char *error, size_t error_size);
 
+/* Defaults, then what RUN/config.json says. False with one line in error when there is none or it is not one. */
+bool config_read(Config *config, const char *run, char *error, size_t error_size);
+
 /* Names (as on the command line) of the options in which a and b differ and which decide what is trained (model,
  * data, losses, training; not output, measure, steps-independent ones such as --log-every), comma-separated; "" when
  * none. */

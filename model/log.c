@@ -34,7 +34,7 @@
 #define _OPENMP 0
 #endif
 
-enum { PATH_TEXT = CONFIG_TEXT + 32, CONFIG_FILE = 65536 };
+enum { PATH_TEXT = CONFIG_TEXT + 32 };
 
 /* --- the run directory --- */
 
@@ -76,17 +76,10 @@ static void clear_run(const Config *config) {
               "--out %s holds a log or a checkpoint but no config.json: choose another --out, or remove it", run);
         return;
     }
-    char path[PATH_TEXT], text[CONFIG_FILE], message[512];
-    snprintf(path, sizeof path, "%s/config.json", run);
-    FILE *file = fopen(path, "r");
-    CHECK(file, "cannot read %s (%s): choose another --out", path, strerror(errno));
-    size_t length = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
-    text[length] = '\0';
+    char message[1024];
     Config earlier;
-    config_defaults(&earlier);
-    CHECK(config_from_json(&earlier, text, message, sizeof message),
-          "%s is not a run's configuration (%s): choose another --out, or remove %s", path, message, run);
+    CHECK(config_read(&earlier, run, message, sizeof message), "--out %s: %s: choose another --out, or remove it", run,
+          message);
     config_difference(&earlier, config, message, sizeof message);
     CHECK(!message[0], "--out %s holds a run with another %s: choose another --out, or remove it", run, message);
     remove_file(run, "log.jsonl");

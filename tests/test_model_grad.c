@@ -16,10 +16,16 @@
 
 #include <cmocka.h>
 #include <math.h>
-#include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static void omp_set_num_threads(int threads) {
+}
+#endif
 
 #include "../kernels/check.h"
 #include "../kernels/random.h"

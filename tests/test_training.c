@@ -14,10 +14,16 @@
 #include <cmocka.h>
 #include <ftw.h>
 #include <math.h>
-#include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static void omp_set_num_threads(int threads) {
+}
+#endif
 
 #include "../data/corpus.h"
 #include "../kernels/check.h"
@@ -215,10 +221,9 @@ static const Tensor *tensor_named(const Trainer *t, const char *name) {
 
 static void test_same_bits_for_any_threads(void **state) {
     static const char *const options[] = {
-        "",
-        "--router top1 --tie 1 --shared-experts 1",
-        "--capacity-factor 0.8 --drop weight --layout padded --act gelu",
-        "--router dense --grad-accum 2 --moe-every 2",
+        "--shared-experts 1 --moe-every 2",
+        "--router top1 --tie 1 --act gelu --capacity-factor 0.8 --drop weight --layout padded",
+        "--router dense --grad-accum 2",
     };
     enum { STEPS = 20 };
     static const int threads[] = {1, 2, 4};

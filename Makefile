@@ -14,7 +14,7 @@
 #     DEMO_OPTIONS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), V (1: print commands)
 
 DEMO_DIR = runs/demo
-DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-every 100 --eval-batches 16 --sample 160
+DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-batches 16 --sample 160
 
 ifeq ($(origin CC),default)
 CC = gcc

@@ -9,7 +9,7 @@
  * Read next: model/transformer.c (what a step computes), model/moe.c (the layer this project is about), model/router.h
  * (what a router is).
  */
-#include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -19,17 +19,16 @@
 
 #include "data/corpus.h"
 #include "kernels/check.h"
-#include "kernels/cross_entropy.h"
 #include "kernels/device.h"
-#include "model/checkpoint.h"
 #include "model/config.h"
 #include "model/evaluate.h"
 #include "model/figures.h"
-#include "model/generate.h"
 #include "model/log.h"
 #include "model/optimizer.h"
 #include "model/report.h"
+#include "model/resume.h"
 #include "model/router.h"
+#include "model/sample.h"
 #include "model/transformer.h"
 
 /* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains and
@@ -49,13 +48,11 @@ typedef struct {
     Transformer model;
     Optimizer optimizer;
     BatchBuffers batch;
-    acc_t *loss; /* device: mean over the step's slices */
     Log log;
     Profile profile;
-    int64_t step;         /* steps done */
-    double train_seconds; /* of steps alone: no evaluation, no saving */
-    double val_loss;      /* of the last evaluation */
-    bool terminal;        /* progress line instead of plain lines */
+    Progress at;
+    double val_loss; /* of the last evaluation */
+    bool terminal;   /* progress line instead of plain lines */
 } Run;
 
 /* ---- signals: the first asks the loop to save and stop, a second ends at once ---- */
@@ -73,65 +70,28 @@ static void catch_signals(void) {
     struct sigaction action = {.sa_handler = ask_to_stop};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is then a failed write, as on a full disk */
 }
 
-/* ---- saving and resuming ---- */
-
-static CheckpointState checkpoint_state(const Run *run) {
-    size_t total = run->model.tensors.total;
-    CheckpointState state = {.tensors = &run->model.tensors};
-    state.weights = calloc(total, sizeof(acc_t));
-    state.m = calloc(total, sizeof(acc_t));
-    state.v = calloc(total, sizeof(acc_t));
-    CHECK(state.weights && state.m && state.v, "out of memory for the host copy of a checkpoint of %zu parameters",
-          total);
-    return state;
-}
-
-static void checkpoint_state_free(CheckpointState *state) {
-    free(state->weights);
-    free(state->m);
-    free(state->v);
+/* Where standard input, output or error is closed, the next file opened would take its number and its text. */
+static void hold_standard_streams(void) {
+    int fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= STDERR_FILENO) {
+        fd = open("/dev/null", O_RDWR);
+    }
+    close(fd);
 }
 
 /* False when it could not be saved: the run goes on and the checkpoint before stays. */
 static bool save(Run *run) {
-    CheckpointState state = checkpoint_state(run);
-    size_t bytes = run->model.tensors.total * sizeof(acc_t);
-    AdamState adam;
-    char error[512], *json = config_to_json(&run->config);
-    transformer_store(&run->model, state.weights);
-    host_from_device(state.m, run->optimizer.m, bytes, NULL);
-    host_from_device(state.v, run->optimizer.v, bytes, NULL);
-    host_from_device(&adam, run->optimizer.state, sizeof adam, NULL);
-    state.step = run->step;
-    state.adam_step = adam.updates;
-    state.skipped = adam.skipped;
-    state.tokens = run->step * run->config.train.batch * run->config.model.seq;
-    state.train_seconds = run->train_seconds;
-    bool saved = checkpoint_save(run->config.train.out, &state, json, error, sizeof error);
+    char error[512];
+    bool saved = training_save(&run->config, &run->model, &run->optimizer, &run->at, error, sizeof error);
     if (saved) {
-        log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->step);
+        log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->at.step);
     } else {
-        fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->step, error);
+        fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->at.step, error);
     }
-    free(json);
-    checkpoint_state_free(&state);
     return saved;
-}
-
-static void resume(Run *run) {
-    CheckpointState state = checkpoint_state(run);
-    size_t bytes = run->model.tensors.total * sizeof(acc_t);
-    checkpoint_load(run->config.train.resume, &state);
-    transformer_load(&run->model, state.weights);
-    device_from_host(run->optimizer.m, state.m, bytes, NULL);
-    device_from_host(run->optimizer.v, state.v, bytes, NULL);
-    AdamState adam = {.updates = state.adam_step, .skipped = state.skipped};
-    device_from_host(run->optimizer.state, &adam, sizeof adam, NULL);
-    run->step = state.step;
-    run->train_seconds = state.train_seconds;
-    checkpoint_state_free(&state);
 }
 
 /* ---- starting ---- */
@@ -175,11 +135,10 @@ static void open_model(Run *run) {
     transformer_reserve(&run->model, c, batch, slices, USE_TRAIN, NULL, &run->arena);
     optimizer_reserve(&run->optimizer, &run->model.tensors, c->train.freeze, &run->arena);
     open_batch(&run->batch, (size_t)batch * c->model.seq, &run->arena);
-    arena_reserve(&run->arena, (void **)&run->loss, sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_commit(&run->arena);
     transformer_connect(&run->model);
     if (c->train.resume[0]) {
-        resume(run);
+        run->at = training_load(c, &run->model, &run->optimizer);
         return;
     }
     acc_t *host = calloc(run->model.tensors.total, sizeof(acc_t));
@@ -200,8 +159,8 @@ static void open_log(Run *run) {
                         .domains = run->domains,
                         .moe_layer_count = run->model.moe_count,
                         .moe_layers = run->model.moe_layers,
-                        .leaky = !router_find(run->config.model.router)->causal};
-    log_open(&run->log, &run->config, &header, run->config.train.resume[0] ? run->step : -1);
+                        .leaky = config_is_leaky(&run->config.model)};
+    log_open(&run->log, &run->config, &header, run->config.train.resume[0] ? run->at.step : -1);
     char memory[512];
     int length = 0;
     for (int i = 0; i < MEMORY_CATEGORIES; i++) {
@@ -209,6 +168,19 @@ static void open_log(Run *run) {
                            run->arena.category[i]);
     }
     log_line(&run->log, "{\"event\":\"memory\"%s}", memory);
+}
+
+/* Memory by category; what is in none of them (code, batches, a copy being saved, gaps) is "other". */
+static void print_memory(const Run *run, const char *what, size_t bytes) {
+    size_t other = bytes;
+    printf("memory   %s %.1f MiB:", what, bytes / 1048576.0);
+    for (int i = 0; i < MEMORY_CATEGORIES; i++) {
+        if (run->arena.category[i] > 0) {
+            printf(" %s %.1f,", memory_category_name(i), run->arena.category[i] / 1048576.0);
+            other -= run->arena.category[i] < other ? run->arena.category[i] : other;
+        }
+    }
+    printf(" other %.1f\n", other / 1048576.0);
 }
 
 static void print_start(const Run *run) {
@@ -222,16 +194,18 @@ static void print_start(const Run *run) {
     }
     printf("; %.2f M parameters, %.2f M active\n", tensors_parameters(&run->model.tensors) / 1e6,
            transformer_active_parameters(&run->model) / 1e6);
+    if (run->model.moe_count > 0 && m->capacity_factor > 0) {
+        int N = run->model.N;
+        printf("capacity %d rows per expert, out of the %d tokens of each slice\n", config_capacity(m, N), N);
+    }
+    if (config_is_leaky(m)) {
+        printf(
+            "warning  this run lets routing see later tokens: its loss is no language-model loss (logged as leaky)\n");
+    }
     printf("data     %s; %d steps of %d x %d tokens\n", t->data, t->steps, t->batch, m->seq);
     printf("device   %s\n", device);
-    printf("memory  ");
-    for (int i = 0; i < MEMORY_CATEGORIES; i++) {
-        if (run->arena.category[i] > 0) {
-            printf(" %s %.1f MiB%s", memory_category_name(i), run->arena.category[i] / 1048576.0,
-                   i < MEMORY_ACTIVATIONS ? "," : "");
-        }
-    }
-    printf("\nrun      %s%s\n", t->out, t->resume[0] ? " (resumed)" : "");
+    print_memory(run, "arena", run->arena.bytes);
+    printf("run      %s%s\n", t->out, t->resume[0] ? " (resumed)" : "");
     fflush(stdout);
 }
 
@@ -254,16 +228,16 @@ static void train_step(Run *run) {
     model->profile = t->profile ? &run->profile : NULL;
     profile_start(model->profile, NULL);
     for (int slice = 0; slice < t->grad_accum; slice++) {
-        read_batch(run, SPLIT_TRAIN, run->step, slice);
+        read_batch(run, SPLIT_TRAIN, run->at.step, slice);
         profile_lap(model->profile, STAGE_OTHER, NULL);
         transformer_forward(model, run->batch.tokens, slice, NULL);
         transformer_loss(model, run->batch.targets, slice, true, NULL);
         transformer_backward(model, run->batch.tokens, NULL);
     }
-    mean_forward(run->loss, model->slice_loss, t->grad_accum, NULL);
-    optimizer_step(&run->optimizer, model, run->loss, t, run->step, NULL);
+    optimizer_step(&run->optimizer, model, t, run->at.step, NULL);
     model->profile = NULL;
-    run->step++;
+    run->at.step++;
+    run->at.tokens += (int64_t)t->batch * run->config.model.seq;
 }
 
 /* ---- what a step tells ---- */
@@ -272,51 +246,28 @@ static void train_step(Run *run) {
 static void print_progress(const Run *run, const StepFigures *f, double seconds) {
     const TrainConfig *t = &run->config.train;
     double tokens = (double)t->batch * run->config.model.seq;
-    int left = (int)((t->steps - run->step) * seconds + 0.5);
+    int left = (int)((t->steps - run->at.step) * seconds + 0.5);
     if (run->terminal) {
         char bar[25];
-        int done = (int)(24 * run->step / t->steps);
+        int done = (int)(24 * run->at.step / t->steps);
         memset(bar, '.', sizeof bar - 1);
         memset(bar, '#', done);
         bar[24] = 0;
-        printf("\r[%s] %lld/%d  loss %.3f  val %.3f  router grad %.1e  %.0f tok/s  %d:%02d left ", bar,
-               (long long)run->step, t->steps, f->loss, run->val_loss, f->norms.router, tokens / seconds, left / 60,
+        char validation[32] = "";
+        if (isfinite(run->val_loss)) {
+            snprintf(validation, sizeof validation, "  val %.3f", run->val_loss);
+        }
+        printf("\r[%s] %lld/%d  loss %.3f%s  router grad %.1e  %.0f tok/s  %d:%02d left\033[K", bar,
+               (long long)run->at.step, t->steps, f->loss, validation, f->main_gradient, tokens / seconds, left / 60,
                left % 60);
     } else {
         printf(
             "step %5lld/%d  loss %.4f  aux %.3f  grad %.3f  router grad %.2e  load cv %.2f  %.1f ms  %.0f tok/s  "
             "%d:%02d left\n",
-            (long long)run->step, t->steps, f->loss, f->aux, f->norms.total, f->norms.router, f->load.cv, 1e3 * seconds,
-            tokens / seconds, left / 60, left % 60);
+            (long long)run->at.step, t->steps, f->loss, f->aux, f->norms.total, f->norms.router, f->load.cv,
+            1e3 * seconds, tokens / seconds, left / 60, left % 60);
     }
     fflush(stdout);
-}
-
-/* A router without a gradient trains silently: this is where it is heard. */
-static void raise_alarms(Run *run, const StepFigures *f) {
-    const TrainConfig *t = &run->config.train;
-    bool learns =
-        router_find(run->config.model.router)->learned && run->model.moe_count > 0 && t->freeze != FREEZE_ROUTER;
-    if (learns && f->norms.router == 0) {
-        printf("%salarm: the router's gradient is zero at step %lld: it learns nothing\n", run->terminal ? "\n" : "",
-               (long long)run->step);
-        log_line(&run->log, "{\"event\":\"alarm\",\"step\":%lld,\"reason\":\"router gradient is zero\"}",
-                 (long long)run->step);
-    }
-    if (f->adam.skipped_in_row > 0) {
-        printf("%sstep %lld: loss or gradient is not finite; step skipped (%lld in a row)\n", run->terminal ? "\n" : "",
-               (long long)run->step, (long long)f->adam.skipped_in_row);
-        log_line(&run->log, "{\"event\":\"skip\",\"step\":%lld,\"in_a_row\":%lld}", (long long)run->step,
-                 (long long)f->adam.skipped_in_row);
-    }
-    if (f->adam.skipped_in_row >= t->max_skips) {
-        save(run);
-        die(__FILE__, __LINE__,
-            "%lld steps in a row had a loss or gradient that is not finite; stopped at step %lld with the weights "
-            "before them: lower "
-            "--lr (%g) or look at the data",
-            (long long)f->adam.skipped_in_row, (long long)run->step, t->lr);
-    }
 }
 
 static void write_report(const Run *run) {
@@ -326,27 +277,89 @@ static void write_report(const Run *run) {
     }
 }
 
+/* Where a message begins: on a terminal, after the progress line. */
+static const char *line_start(const Run *run) {
+    return run->terminal ? "\r\033[K" : "";
+}
+
+/* A router that the loss does not reach trains silently, held in place by the balance losses alone: this is where it is
+ * heard. */
+static void raise_alarm(Run *run, const StepFigures *f) {
+    bool learns = router_find(run->config.model.router)->learned && run->config.train.freeze != FREEZE_ROUTER;
+    if (learns && f->silent_layer >= 0) {
+        printf("%salarm: step %lld: the router of layer %d gets no gradient from the loss: it learns nothing\n",
+               line_start(run), (long long)run->at.step, f->silent_layer);
+        log_line(&run->log,
+                 "{\"event\":\"alarm\",\"step\":%lld,\"layer\":%d,\"reason\":\"no gradient from the main loss\"}",
+                 (long long)run->at.step, f->silent_layer);
+    }
+}
+
+/* Reports a step that was skipped because something was not finite; ends the run after --max-skips in a row. */
+static void guard(Run *run) {
+    AdamState adam;
+    host_from_device(&adam, run->optimizer.state, sizeof adam, NULL);
+    if (adam.skipped > run->at.skipped) {
+        run->at.skipped = adam.skipped;
+        printf("%sstep %lld: loss or gradient is not finite; step skipped (%lld in a row)\n", line_start(run),
+               (long long)run->at.step, (long long)adam.skipped_in_row);
+        log_line(&run->log, "{\"event\":\"skip\",\"step\":%lld,\"in_a_row\":%lld}", (long long)run->at.step,
+                 (long long)adam.skipped_in_row);
+    }
+    if (adam.skipped_in_row >= run->config.train.max_skips) {
+        save(run);
+        write_report(run);
+        die(__FILE__, __LINE__,
+            "%lld steps in a row had a loss or gradient that is not finite; stopped at step %lld with the weights "
+            "before "
+            "them: lower --lr (%g) or look at the data",
+            (long long)adam.skipped_in_row, (long long)run->at.step, run->config.train.lr);
+    }
+}
+
+/* --eval-batches, or as many as a text with an end fills. */
+static int64_t evaluation_batches(const Run *run) {
+    const TrainConfig *t = &run->config.train;
+    int64_t tokens = corpus_tokens(run->corpus, SPLIT_VAL);
+    if (tokens < 0) {
+        return t->eval_batches;
+    }
+    int64_t all = (tokens - 1) / run->config.model.seq / t->batch;
+    all = all > 0 ? all : 1;
+    return t->eval_batches > 0 && t->eval_batches < all ? t->eval_batches : all;
+}
+
 static void run_evaluation(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
     Evaluation e = evaluation_start(model, corpus_domains(run->corpus));
     transformer_set_dropless(model, !t->eval_drop);
-    for (int i = 0; i < t->eval_batches * t->grad_accum; i++) {
+    int64_t forwards = evaluation_batches(run) * t->grad_accum;
+    for (int64_t i = 0; i < forwards; i++) {
         read_batch(run, SPLIT_VAL, i / t->grad_accum, i % t->grad_accum);
         transformer_forward(model, run->batch.tokens, 0, NULL);
         transformer_loss(model, run->batch.targets, 0, false, NULL);
         evaluation_add(&e, model, run->batch.domain, run->batch.floor, NULL);
+        if (stop_signal) { /* half an evaluation says nothing: back to saving */
+            transformer_set_dropless(model, false);
+            evaluation_free(&e);
+            return;
+        }
     }
     transformer_set_dropless(model, false);
     evaluation_finish(&e, corpus_bytes_per_token(run->corpus));
-    evaluation_log(&e, &run->log, run->domains, run->step, run->step * t->batch * run->config.model.seq);
+    evaluation_log(&e, &run->log, run->domains, run->at.step, run->at.tokens);
     run->val_loss = e.loss;
-    printf("%sstep %5lld  validation %.4f nats, %.4f bits per byte", run->terminal ? "\r\033[K" : "",
-           (long long)run->step, e.loss, e.bits_per_byte);
+    printf("%sstep %5lld  validation %.4f nats", line_start(run), (long long)run->at.step, e.loss);
+    if (isfinite(e.bits_per_byte)) {
+        printf(", %.4f bits per byte", e.bits_per_byte);
+    }
     if (corpus_has_floor(run->corpus)) {
         printf(", floor %.4f (x%.2f):", e.floor, e.loss / e.floor);
         for (int d = 0; d < e.domains; d++) {
-            printf(" %s x%.2f", run->domains[d], e.domain_loss[d] / e.domain_floor[d]);
+            if (e.domain_tokens[d] > 0) {
+                printf(" %s x%.2f", run->domains[d], e.domain_loss[d] / e.domain_floor[d]);
+            }
         }
     }
     printf("\n");
@@ -359,34 +372,35 @@ static void run_evaluation(Run *run) {
 
 /* Whether something that happens every n steps (0: never) happens now. */
 static bool is_due(const Run *run, int every) {
-    return every > 0 && run->step % every == 0;
+    return every > 0 && run->at.step % every == 0;
 }
 
 static void train(Run *run) {
     const TrainConfig *t = &run->config.train;
     double since_log = 0;
-    int64_t logged = run->step;
-    if (run->step == 0 && t->eval_batches > 0) {
+    int64_t logged = run->at.step;
+    if (run->at.step == 0 && t->eval_every > 0 && !t->resume[0]) {
         run_evaluation(run);
     }
-    while (run->step < t->steps && !stop_signal) {
+    while (run->at.step < t->steps && !stop_signal) {
         double start = seconds_now();
         train_step(run);
         double seconds = seconds_now() - start;
-        run->train_seconds += seconds;
+        run->at.seconds += seconds;
         since_log += seconds;
-        bool last = run->step == t->steps;
+        bool last = run->at.step == t->steps;
+        guard(run);
         if (is_due(run, t->log_every) || last) {
-            StepFigures figures = figures_read(&run->model, &run->optimizer, run->loss, NULL);
-            double mean = since_log / (run->step - logged);
-            figures_log(&figures, &run->log, &run->config, run->step, mean);
+            StepFigures figures = figures_read(&run->model, &run->optimizer, NULL);
+            double mean = since_log / (run->at.step - logged);
+            figures_log(&figures, &run->log, &run->config, run->at.step, mean);
             print_progress(run, &figures, mean);
-            raise_alarms(run, &figures);
+            raise_alarm(run, &figures);
             figures_free(&figures);
             since_log = 0;
-            logged = run->step;
+            logged = run->at.step;
         }
-        if (t->eval_batches > 0 && (is_due(run, t->eval_every) || last)) {
+        if (is_due(run, t->eval_every) || last) {
             run_evaluation(run);
         }
         if (is_due(run, t->save_every) && !last) {
@@ -397,49 +411,13 @@ static void train(Run *run) {
 
 /* ---- the end of a run ---- */
 
-static bool print_token(int token, void *user) {
-    putchar(token < 256 ? token : '?');
-    fflush(stdout);
-    return true;
-}
-
-static void sample_one(Run *run, Generator *generator, const char *domain, const char *prompt) {
-    const TrainConfig *t = &run->config.train;
-    int count = strlen(prompt), length = t->sample;
-    int *tokens = calloc(count + length, sizeof(int));
-    char *text = calloc(length + 1, 1), quoted_prompt[2 * CONFIG_TEXT], *quoted = calloc(6 * (size_t)length + 3, 1);
-    CHECK(tokens && text && quoted, "out of memory for a sample of %d tokens", length);
-    for (int i = 0; i < count; i++) {
-        tokens[i] = (unsigned char)prompt[i];
-    }
-    SampleOptions options = {t->temperature, t->top_p, t->sample_top_k, t->seed};
-    printf("\n--- %s ---\n%s", domain, prompt);
-    int written = generate(generator, tokens + count, length, tokens, count, options, print_token, NULL);
-    printf("\n");
-    for (int i = 0; i < written; i++) {
-        text[i] = tokens[count + i];
-    }
-    log_line(&run->log, "{\"event\":\"sample\",\"domain\":\"%s\",\"prompt\":%s,\"text\":%s}", domain,
-             json_quote(quoted_prompt, sizeof quoted_prompt, prompt, count),
-             json_quote(quoted, 6 * (size_t)length + 3, text, written));
-    free(tokens);
-    free(text);
-    free(quoted);
-}
-
 static void sample(Run *run) {
-    const TrainConfig *t = &run->config.train;
-    Generator generator;
-    generator_open(&generator, &run->config, &run->model);
-    if (t->prompt[0]) {
-        sample_one(run, &generator, "prompt", t->prompt);
-    } else {
-        for (int d = 0; d < corpus_domains(run->corpus); d++) {
-            const char *prompt = corpus_prompt(run->corpus, d);
-            sample_one(run, &generator, run->domains[d], prompt[0] ? prompt : "\n");
-        }
+    const char *prompts[256];
+    int count = corpus_domains(run->corpus);
+    for (int d = 0; d < count; d++) {
+        prompts[d] = corpus_prompt(run->corpus, d);
     }
-    generator_close(&generator);
+    sample_texts(&run->model, &run->config, run->domains, prompts, count, &run->log, &stop_signal);
 }
 
 static void print_profile(const Profile *profile) {
@@ -457,18 +435,28 @@ static void print_profile(const Profile *profile) {
 
 static void print_end(const Run *run) {
     const TrainConfig *t = &run->config.train;
-    double tokens = (double)run->step * t->batch * run->config.model.seq;
+    double seconds = run->at.seconds;
     if (t->profile) {
         print_profile(&run->profile);
     }
-    printf("\ntrained  %lld steps, %.2f M tokens in %.1f s (%.0f tokens/s, %.0f GFLOP/s)\n", (long long)run->step,
-           tokens / 1e6, run->train_seconds, tokens / run->train_seconds,
-           tokens / run->train_seconds * transformer_flops_per_token(&run->model) / 1e9);
-    printf("memory   %.1f MiB at the peak\n", device_peak_memory() / 1048576.0);
+    if (run->at.tokens > 0) {
+        printf("\ntrained  %lld steps, %.2f M tokens in %.1f s (%.0f tokens/s, %.0f GFLOP/s)\n",
+               (long long)run->at.step, run->at.tokens / 1e6, seconds, run->at.tokens / seconds,
+               run->at.tokens / seconds * transformer_flops_per_token(&run->model) / 1e9);
+    }
+    print_memory(run, "peak", device_peak_memory());
     printf("report   %s/report.html\n", t->out);
 }
 
+static void print_stopped(const Run *run, const char *program) {
+    const char *out = run->config.train.out;
+    const char *quote = strpbrk(out, " \t\"$&;()*?!|<>") ? "'" : "";
+    printf("\nstopped by a signal at step %lld; saved. Go on with: %s --resume %s%s%s\n", (long long)run->at.step,
+           program, quote, out, quote);
+}
+
 int main(int argc, char **argv) {
+    hold_standard_streams();
     Run run = {.terminal = isatty(STDOUT_FILENO), .val_loss = NAN};
     config_parse(&run.config, argc, argv);
     config_finish(&run.config);
@@ -479,20 +467,19 @@ int main(int argc, char **argv) {
     print_start(&run);
     train(&run);
 
-    bool interrupted = run.step < run.config.train.steps;
+    bool interrupted = run.at.step < run.config.train.steps;
     bool saved = save(&run);
-    if (!interrupted && run.config.train.sample > 0) {
+    if (!stop_signal && run.config.train.sample > 0) {
         sample(&run);
     }
     log_line(&run.log, "{\"event\":\"end\",\"step\":%lld,\"train_seconds\":%.6g,\"peak_bytes\":%zu}",
-             (long long)run.step, run.train_seconds, device_peak_memory());
+             (long long)run.at.step, run.at.seconds, device_peak_memory());
     write_report(&run);
     log_close(&run.log);
     if (!interrupted) {
         print_end(&run);
     } else if (saved) {
-        printf("\nstopped by a signal at step %lld; saved. Go on with: %s --resume %s\n", (long long)run.step, argv[0],
-               run.config.train.out);
+        print_stopped(&run, argv[0]);
     }
     corpus_close(run.corpus);
     transformer_free(&run.model);

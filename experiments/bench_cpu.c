@@ -13,7 +13,6 @@
 #include <string.h>
 
 #include "../kernels/check.h"
-#include "../kernels/cross_entropy.h"
 #include "../kernels/matmul.h"
 #include "../kernels/random.h"
 #include "../model/config.h"
@@ -88,7 +87,7 @@ static void bench_model(const Model *m, int steps, const char *device) {
         transformer_forward(&model, tokens, 0, NULL);
         transformer_loss(&model, tokens + 1, 0, true, NULL);
         transformer_backward(&model, tokens, NULL);
-        optimizer_step(&optimizer, &model, model.slice_loss, &config.train, s, NULL);
+        optimizer_step(&optimizer, &model, &config.train, s, NULL);
         if (s >= WARM_UP) {
             seconds[s - WARM_UP] = seconds_now() - start;
         }

@@ -81,7 +81,7 @@ import json, sys, time
 round_, label, device, commit, cores, command, lines, models = sys.argv[1:]
 for line in lines.split("\n"):
     row = json.loads(line)
-    if row["model"] not in models.split(","):
+    if row.get("model") not in models.split(","):
         continue
     row.update(side=label, round=int(round_), device=device, commit=commit, cores=cores, command=command,
                ts=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -96,7 +96,8 @@ for round in $(seq "$rounds"); do
     ours=$("$python" -c 'import json, sys
 print(",".join(dict.fromkeys(json.loads(line)["model"] for line in sys.stdin)))' <"$fresh")
     [ -n "$ours" ] || fail "$bench printed none of the models asked for: $models"
-    side "$round" theirs "$python" "$here/baselines/torch_cpu.py" --threads "$threads" --models "$ours" --variant "$ways"
+    side "$round" theirs "$python" "$here/baselines/torch_cpu.py" \
+        --threads "$threads" --models "$ours" --variant "$ways"
 done
 
 "$python" - "$record" "$device" "$threads" "$commit" <<'PY'

@@ -73,6 +73,7 @@ void balance_forward(acc_t *load, acc_t *mean_prob, const acc_t *probs, const ac
     load[LOAD_ENTROPY] = (acc_t)(entropy / N);
     load[LOAD_MEAN_ENTROPY] = (acc_t)mean_entropy;
     load[LOAD_DROPPED] = (acc_t)(1 - placed / entries);
+    load[LOAD_MAIN_GRADIENT] = 0;
 }
 
 void balance_backward(acc_t *dlogits, const acc_t *probs, const acc_t *lse, const int *demand, int N, int E, int K,
@@ -92,4 +93,12 @@ void balance_backward(acc_t *dlogits, const acc_t *probs, const acc_t *lse, cons
             dl[e] += p[e] * (aux * (demand[e] * share - mean) + z * lse[n]);
         }
     }
+}
+
+void balance_measure(acc_t *load, const acc_t *dlogits, int N, int E, Stream *stream) {
+    double square = 0;
+    for (size_t i = 0; i < (size_t)N * E; i++) {
+        square += (double)dlogits[i] * dlogits[i];
+    }
+    load[LOAD_MAIN_GRADIENT] = (acc_t)sqrt(square);
 }

@@ -9,28 +9,7 @@
 
 #include "vector.h"
 
-enum { BLOCK = 1024 }; /* a multiple of LANES; block sums are added in double */
-
-static acc_t row_max(const real_t *l, int V) {
-    acc_t lane[LANES];
-    for (int j = 0; j < LANES; j++) {
-        lane[j] = l[0];
-    }
-    int v = 0;
-    for (; v + LANES <= V; v += LANES) {
-        for (int j = 0; j < LANES; j++) {
-            lane[j] = l[v + j] > lane[j] ? l[v + j] : lane[j];
-        }
-    }
-    for (int j = 0; v + j < V; j++) {
-        lane[j] = l[v + j] > lane[j] ? l[v + j] : lane[j];
-    }
-    acc_t max = lane[0];
-    for (int j = 1; j < LANES; j++) {
-        max = lane[j] > max ? lane[j] : max;
-    }
-    return max;
-}
+enum { BLOCK = 1024 };
 
 /* e_v = exp(l_v - max) for `count` logits; returns their sum. e may be l. */
 static acc_t exp_block(real_t *e, const real_t *l, acc_t max, int count) {
@@ -55,7 +34,7 @@ void cross_entropy_forward(acc_t *losses, const real_t *logits, const int *targe
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         const real_t *l = logits + (size_t)n * V;
-        acc_t max = row_max(l, V);
+        acc_t max = largest_of(l, V);
         double sum = 0;
         for (int begin = 0; begin < V; begin += BLOCK) {
             real_t e[BLOCK];
@@ -70,7 +49,7 @@ void cross_entropy_forward_backward(acc_t *losses, real_t *logits, const int *ta
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         real_t *l = logits + (size_t)n * V;
-        acc_t max = row_max(l, V);
+        acc_t max = largest_of(l, V);
         double target_below_max = (double)max - l[targets[n]];
         double sum = 0;
         for (int begin = 0; begin < V; begin += BLOCK) {

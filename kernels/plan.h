@@ -1,20 +1,20 @@
 /* The plan: which token goes to which expert, where its row lies, and with which weight.
  *
- * A router writes the choice (expert, weight); permute.h completes the plan; dispatch, experts and combine only read
- * it.
+ * A router writes the choice (expert, weight); permute.h completes the plan; dispatch, experts, combine only read it.
  *
  *     entry  n*K + j       the j-th choice of token n
  *     row    0 .. rows-1   a place in the dispatched buffer (rows, C), sorted by (expert, token)
  *
- *     token n --expert[n*K+j]--> expert e,   row[n*K+j] = r,   entry[r] = n*K+j,   offset[e] <= r < offset[e] +
- * count[e]
+ *     token n --expert[n*K+j]--> expert e:   row[n*K+j] = r,   entry[r] = n*K+j,
+ *                                            offset[e] <= r < offset[e] + count[e]
  *
  * Invariants:  sum_e demand[e] = N*K;  count[e] <= demand[e] (equal without a capacity);
  *              sum_e count[e] = number of entries with row >= 0;  within an expert rows are in token order.
  *
- * The three layouts differ in offset alone:
+ * The two layouts differ in offset alone:
  *   compact  offset[e+1] - offset[e] = count[e]                      no padding, the default
- *   padded   offset[e+1] - offset[e] = capacity for every e          a batched product can run it
+ *   padded   offset[e+1] - offset[e] = capacity for every e (N       a batched product can run it
+ *            without a capacity)
  * Every row in offset[e] .. offset[e+1] is computed; one without an entry holds zeros.
  */
 #ifndef KERNELS_PLAN_H

@@ -12,7 +12,7 @@
 #include "check.h"
 #include "vector.h"
 
-enum { CHUNKS = 64, HEAD_SIZE_MAX = 512 };
+enum { CHUNKS = 64 };
 
 void rope_table(acc_t *table, int positions, int HS, double base, Stream *stream) {
     int half = HS / 2;
@@ -96,8 +96,8 @@ void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_
                    RopeShape shape, Stream *stream) {
     int HS = shape.HS, rotated = shape.NH + shape.NKV;
     int width = (rotated + shape.NKV) * HS;
-    CHECK(HS <= HEAD_SIZE_MAX, "a head size of %d is above %d: raise --heads or lower --dim", HS, HEAD_SIZE_MAX);
-    acc_t dw[CHUNKS][2][HEAD_SIZE_MAX]; /* of each chunk of rows: for the queries' weight, for the keys' */
+    CHECK(HS <= ROPE_MOST_HEAD, "a head size of %d is above %d: raise --heads or lower --dim", HS, ROPE_MOST_HEAD);
+    acc_t dw[CHUNKS][2][ROPE_MOST_HEAD]; /* of each chunk of rows: for the queries' weight, for the keys' */
     int rows = (shape.N + CHUNKS - 1) / CHUNKS;
 #pragma omp parallel for schedule(static) if (shape.N > 1)
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
@@ -110,7 +110,7 @@ void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_
             for (int head = 0; head < rotated; head++) {
                 size_t at = row + (size_t)head * HS;
                 const real_t *w = head < shape.NH ? q_weight : k_weight;
-                real_t du[HEAD_SIZE_MAX];
+                real_t du[ROPE_MOST_HEAD];
                 turn_back(du, dout + at, cosine, HS / 2);
                 if (w) {
                     acc_t r = rstd[(size_t)n * rotated + head];

@@ -13,6 +13,8 @@
 
 #include "types.h"
 
+enum { ROPE_MOST_HEAD = 512 }; /* no head may be larger */
+
 typedef struct {
     int N, T; /* rows; row n stands at position start + n % T */
     int start;

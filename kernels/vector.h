@@ -109,7 +109,7 @@ static inline real_t exp_fast(real_t x) {
     p = p * r * r + r + 1.0f;
     int32_t bits;
     memcpy(&bits, &rounded, sizeof bits);
-    bits = (int32_t)((uint32_t)(bits + 127) << 23); /* 2^k: the integer sits in the low bits of `rounded` */
+    bits = (int32_t)(((uint32_t)bits + 127u) << 23); /* 2^k: the integer sits in the low bits of `rounded` */
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     float y = p * scale;

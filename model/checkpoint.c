@@ -281,8 +281,9 @@ static bool directory_write(const char *directory, const CheckpointState *state,
     int length =
         snprintf(text, size,
                  "{\"version\":1,\"step\":%" PRId64 ",\"adam_step\":%" PRId64 ",\"skipped\":%" PRId64
-                 ",\"tokens\":%" PRId64 ",\"train_seconds\":%.17g,\n\"config\":%s}\n",
-                 state->step, state->adam_step, state->skipped, state->tokens, state->train_seconds, config_json);
+                 ",\"skipped_in_row\":%" PRId64 ",\"tokens\":%" PRId64 ",\"train_seconds\":%.17g,\n\"config\":%s}\n",
+                 state->step, state->adam_step, state->skipped, state->skipped_in_row, state->tokens,
+                 state->train_seconds, config_json);
     assert(length > 0 && (size_t)length < size);
     manifest.bytes[STATE_FILE] = length;
     manifest.crc[STATE_FILE] = crc32c(0, text, (size_t)length);
@@ -467,6 +468,7 @@ static void state_read(const char *directory, CheckpointState *state) {
     state->step = (int64_t)state_number(json, directory, "step");
     state->adam_step = (int64_t)state_number(json, directory, "adam_step");
     state->skipped = (int64_t)state_number(json, directory, "skipped");
+    state->skipped_in_row = (int64_t)state_number(json, directory, "skipped_in_row");
     state->tokens = (int64_t)state_number(json, directory, "tokens");
     state->train_seconds = state_number(json, directory, "train_seconds");
     cJSON_Delete(json);

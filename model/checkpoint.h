@@ -25,6 +25,7 @@ typedef struct {
     int64_t step;           /* optimizer steps done, skipped ones included */
     int64_t adam_step;      /* updates applied: the power in the bias correction */
     int64_t skipped;        /* steps skipped for a non-finite gradient, in all */
+    int64_t skipped_in_row; /* the last ones of them, without an update since */
     int64_t tokens;         /* trained so far */
     double train_seconds;
 } CheckpointState;

@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include "../kernels/check.h"
+#include "../kernels/rope.h"
 #include "options.h"
 #include "router.h"
 
@@ -311,6 +312,14 @@ static void check_routing(const Config *config) {
         router->causal || config->train.allow_leak,
         "--router %s looks at later tokens, so its loss is no language-model loss: add --allow-leak to train it anyway",
         router->name);
+    CHECK(!config_is_leaky(model) || config->train.allow_leak,
+          "--drop %s lets a later token take an earlier one's place, so the loss sees the future: use --drop token, or "
+          "add "
+          "--allow-leak to train it anyway",
+          model->drop == DROP_SLOT ? "slot" : "weight");
+    CHECK(model->dim / model->heads <= ROPE_MOST_HEAD,
+          "--dim %d over --heads %d makes heads of %d, more than %d: raise --heads", model->dim, model->heads,
+          model->dim / model->heads, ROPE_MOST_HEAD);
 }
 
 /* The kernels count rows in an int. */
@@ -327,6 +336,11 @@ static void check_sizes(const Config *config) {
               "--layout padded needs %.0f rows, more than 2^31: raise --grad-accum, or use --layout compact",
               capacity * model->experts);
     }
+}
+
+bool config_is_leaky(const ModelConfig *model) {
+    bool takes_places = model->capacity_factor > 0 && model->drop != DROP_TOKEN && !router_find(model->router)->dense;
+    return !router_find(model->router)->causal || takes_places;
 }
 
 void config_finish(Config *config) {
@@ -356,6 +370,11 @@ void config_finish(Config *config) {
           train->batch, train->grad_accum);
     CHECK(train->steps == 0 || train->warmup <= train->steps, "--warmup %d is longer than --steps %d: lower it",
           train->warmup, train->steps);
+    for (const char *c = train->prompt; *c; c++) {
+        CHECK((unsigned char)*c < model->vocab,
+              "--prompt holds byte %d, but --vocab %d ends before it: change one of them", (unsigned char)*c,
+              model->vocab);
+    }
     check_available(train, model);
     check_routing(config);
     check_sizes(config);

@@ -101,6 +101,11 @@ bool config_read(Config *config, const char *run, char *error, size_t error_size
  * none. */
 void config_difference(const Config *a, const Config *b, char *names, size_t size);
 
+/* Whether a token's output may depend on later tokens: a router that is not causal, or places at full experts given by
+ * choice or by weight, where a later token can take an earlier one's. Such runs need --allow-leak and are marked in
+ * their log. */
+bool config_is_leaky(const ModelConfig *model);
+
 /* Width of the MLP of a dense layer: the active width of a MoE layer, (top_k + shared_experts) * expert_dim. */
 int config_dense_width(const ModelConfig *model);
 

@@ -5,18 +5,18 @@
 #include <stdlib.h>
 
 #include "../kernels/check.h"
-#include "router.h"
 
-StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, const acc_t *loss, Stream *stream) {
+StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, Stream *stream) {
     int layers = model->moe_count, slices = model->slices, E = model->config->experts;
-    StepFigures f = {.norms = optimizer_norms(optimizer, &model->tensors, stream), .moe_count = layers, .E = E};
+    StepFigures f = {
+        .norms = optimizer_norms(optimizer, &model->tensors, stream), .moe_count = layers, .E = E, .silent_layer = -1};
     size_t places = (size_t)slices * layers;
     acc_t step_loss, *load = calloc(places * LOAD_VALUES + 1, sizeof(acc_t));
     int *demand = calloc(places * E + 1, sizeof(int));
     f.counts = calloc((size_t)layers * E + 1, sizeof(double));
     f.layer_entropy = calloc(layers + 1, sizeof(double));
     CHECK(load && demand && f.counts && f.layer_entropy, "out of memory for the statistics of %d layers", layers);
-    host_from_device(&step_loss, loss, sizeof step_loss, stream);
+    host_from_device(&step_loss, model->step_loss, sizeof step_loss, stream);
     host_from_device(&f.adam, optimizer->state, sizeof f.adam, stream);
     host_from_device(load, model->load, places * LOAD_VALUES * sizeof(acc_t), stream);
     host_from_device(demand, model->demand, places * E * sizeof(int), stream);
@@ -27,11 +27,17 @@ StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, c
         f.z += values[LOAD_Z] / places;
         f.entropy += values[LOAD_ENTROPY] / places;
         f.dropped += values[LOAD_DROPPED] / places;
+        f.mean_entropy += values[LOAD_MEAN_ENTROPY] / places;
+        f.main_gradient += values[LOAD_MAIN_GRADIENT] * values[LOAD_MAIN_GRADIENT];
+        if (values[LOAD_MAIN_GRADIENT] == 0) {
+            f.silent_layer = model->moe_layers[i % layers];
+        }
         f.layer_entropy[i % layers] += values[LOAD_ENTROPY] / slices;
         for (int e = 0; e < E; e++) {
             f.counts[i % layers * E + e] += demand[i * E + e];
         }
     }
+    f.main_gradient = sqrt(f.main_gradient);
     for (int l = 0; l < layers; l++) {
         LoadSummary s = load_summary(f.counts + (size_t)l * E, E);
         f.load.cv += s.cv / layers;
@@ -86,14 +92,16 @@ void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t s
     print_value(out, "lr", learning_rate(&config->train, step - 1));
     print_value(out, "grad_norm", f->norms.total);
     print_value(out, "router_grad_norm", f->norms.router);
+    print_value(out, "router_main_norm", f->main_gradient);
     fprintf(out, ",\"ms\":%.4g,\"tok_s\":%.0f,\"mfu\":null", 1e3 * seconds, tokens / seconds);
     print_value(out, "drop", f->dropped);
     print_value(out, "load_cv", f->load.cv);
     print_value(out, "load_kl", f->load.kl);
     print_value(out, "max_vio", f->load.max_vio);
     print_value(out, "entropy", f->entropy);
+    print_value(out, "mean_entropy", f->mean_entropy);
     fprintf(out, ",\"dead\":%d,\"leaky\":%s,\"skipped\":%lld", f->load.dead,
-            router_find(config->model.router)->causal ? "false" : "true", (long long)f->adam.skipped);
+            config_is_leaky(&config->model) ? "true" : "false", (long long)f->adam.skipped);
     print_counts(out, f);
     fputs("}", out);
     fclose(out);

@@ -10,21 +10,24 @@
 #include "transformer.h"
 
 typedef struct {
-    double loss, aux,
-        z; /* cross-entropy; mean over MoE layers of the balance loss and of the z-loss, before their coefficients */
-    double entropy;      /* mean over tokens and MoE layers of the routing entropy, nats */
-    double dropped;      /* share of entries without a place */
-    LoadSummary load;    /* mean over the MoE layers; dead is their sum */
-    GradientNorms norms; /* before clipping */
+    double loss;          /* cross-entropy alone, nats per token */
+    double aux, z;        /* mean over MoE layers of balance loss and z-loss, before their coefficients */
+    double main_gradient; /* norm of the main loss's gradient at all routers' logits */
+    int silent_layer;     /* a MoE layer whose router the main loss does not reach, -1: none */
+    double mean_entropy;  /* entropy of the mean probabilities, mean over MoE layers, nats */
+    double entropy;       /* mean over tokens and MoE layers of the routing entropy, nats */
+    double dropped;       /* share of entries without a place */
+    LoadSummary load;     /* mean over the MoE layers; dead is their sum */
+    GradientNorms norms;  /* before clipping */
     AdamState adam;
     int moe_count, E;
     double *counts;        /* (moe_count, E) entries that chose each expert */
     double *layer_entropy; /* (moe_count) */
 } StepFigures;
 
-/* Reads the last step's figures from the device; loss is the device scalar of the step. The arrays are the caller's
+/* Reads the last step's figures from the device. The arrays are the caller's
  * (figures_free). */
-StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, const acc_t *loss, Stream *stream);
+StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, Stream *stream);
 void figures_free(StepFigures *figures);
 
 /* The step line (see log.h). step: steps done; seconds: of one step. A value that is not finite is written as null. */

@@ -176,7 +176,7 @@ static void write_header(Log *log, const Config *config, const LogHeader *header
     CHECK(line, "out of memory while writing the log's header");
     fprintf(line, "{\"ts\":\"%s\",\"program\":\"moelab\"", now);
     fprintf(line, ",\"git_sha\":%s", json_quote(quoted, sizeof quoted, MOELAB_GIT_SHA, strlen(MOELAB_GIT_SHA)));
-    fprintf(line, ",\"git_dirty\":%s", !from_git ? "null" : MOELAB_GIT_DIRTY ? "true" : "false");
+    fprintf(line, ",\"git_dirty\":%s", !from_git ? "null" : strcmp(MOELAB_GIT_DIRTY, "0") ? "true" : "false");
     fprintf(line, ",\"config\":%s", json);
     fprintf(line, ",\"device\":%s", json_quote(quoted, sizeof quoted, header->device, strlen(header->device)));
     fprintf(line, ",\"precision\":\"%s\"", REAL_NAME);
@@ -296,7 +296,7 @@ const char *json_quote(char *out, size_t size, const char *text, size_t length) 
     for (size_t i = 0; i < length;) {
         char piece[8];
         int taken = utf8_length(bytes + i, length - i);
-        if (taken == 0) {
+        if (taken == 0 || bytes[i] == '\0') {         /* no reader of C strings survives a zero byte */
             snprintf(piece, sizeof piece, "\\ufffd"); /* the character that stands for "not a character" */
             taken = 1;
         } else if (bytes[i] == '"' || bytes[i] == '\\') {

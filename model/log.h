@@ -1,9 +1,10 @@
 /* RUN/log.jsonl: one JSON object a line, each appended with a single write, so that a killed run leaves whole lines.
  *
  * Line 1 is the header. Then, told apart by their keys:
- *   step line   {"step":120,"tokens":..,"loss":..,"aux":..,"z":..,"lr":..,"grad_norm":..,"router_grad_norm":..,"ms":..,
- *                "tok_s":..,"mfu":null,"drop":..,"load_cv":..,"load_kl":..,"max_vio":..,"entropy":..,"dead":0,
- *                "leaky":false,"skipped":0,"counts":[[E ints] per MoE layer],"layer_entropy":[..]}
+ *   step line   {"step":120,"tokens":..,"loss":..,"aux":..,"z":..,"lr":..,"grad_norm":..,"router_grad_norm":..,
+ *                "router_main_norm":..,"ms":..,"tok_s":..,"mfu":null,"drop":..,"load_cv":..,"load_kl":..,"max_vio":..,
+ *                "entropy":..,"mean_entropy":..,"dead":0,"leaky":false,"skipped":0,
+ *                "counts":[[E ints] per MoE layer],"layer_entropy":[..]}
  *   evaluation  {"step":..,"tokens":..,"val_loss":..,"val_bpb":..,"val_floor":.. or null,
  *                "val_domains":{"stories":{"loss":..,"floor":..,"tokens":..},..},
  *                "domain_expert":[[[E shares] per domain] per MoE layer],"mi":[nats per MoE layer]}

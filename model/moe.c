@@ -73,14 +73,13 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slic
         int most_rows = rows > N * K ? rows : N * K; /* a dropless evaluation takes every entry */
         moe->plan =
             (Plan){.N = N, .E = E, .K = K, .rows = rows, .capacity = capacity, .layout = c->layout, .drop = c->drop};
-        moe->configured = moe->plan;
+        moe->rows = rows, moe->capacity = capacity, moe->layout = c->layout;
         moe->pass = (RouterPass){.N = N, .C = c->dim, .E = E, .K = K, .renorm = c->renorm};
         moe->pass.aux_scale = config->train.aux_coef / (moe_count * slices);
         moe->pass.z_scale = config->train.z_coef / (moe_count * slices);
         moe->experts = expert_shape(c, E, c->expert_dim, most_rows);
         reserve_plan(&moe->plan, (size_t)N * K, most_rows, arena);
         reserve_pass(&moe->pass, arena);
-        arena_reserve(arena, (void **)&moe->mean_prob, E * sizeof(acc_t), MEMORY_ACTIVATIONS);
         grow(&size->rows, most_rows);
     }
     size_t rows = moe->experts.rows, width = experts_a_width(moe->experts);
@@ -99,8 +98,9 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slic
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena) {
     size_t row_bytes = size.rows * config->dim * sizeof(real_t);
-    arena_reserve(arena, (void **)&scratch->rows, row_bytes, MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&scratch->drows, row_bytes, MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&scratch->in_rows, row_bytes, MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&scratch->out_rows, row_bytes, MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&scratch->mean_prob, config->experts * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&scratch->h, size.h * sizeof(real_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&scratch->all_rows, 2 * sizeof(int), MEMORY_ACTIVATIONS);
     if (backward) {
@@ -113,9 +113,9 @@ void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, Scratch
 
 void moe_set_dropless(MoeLayer *moe, bool dropless) {
     Plan *plan = &moe->plan;
-    plan->capacity = dropless ? 0 : moe->configured.capacity;
-    plan->layout = dropless ? LAYOUT_COMPACT : moe->configured.layout;
-    plan->rows = dropless ? plan->N * plan->K : moe->configured.rows;
+    plan->capacity = dropless ? 0 : moe->capacity;
+    plan->layout = dropless ? LAYOUT_COMPACT : moe->layout;
+    plan->rows = dropless ? plan->N * plan->K : moe->rows;
 }
 
 void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
@@ -127,19 +127,20 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     }
     Plan *plan = &moe->plan;
     moe->pass.x = x;
+    moe->pass.load = load;
     moe->router->forward(&moe->pass, plan, stream);
     profile_lap(profile, STAGE_ROUTE, stream);
     plan_build(plan, stream);
-    balance_forward(load, moe->mean_prob, moe->pass.probs, moe->pass.lse, plan->demand, plan->count, plan->N, plan->E,
-                    plan->K, stream);
+    balance_forward(load, scratch->mean_prob, moe->pass.probs, moe->pass.lse, plan->demand, plan->count, plan->N,
+                    plan->E, plan->K, stream);
     device_copy(demand, plan->demand, plan->E * sizeof(int), stream);
     profile_lap(profile, STAGE_PERMUTE, stream);
-    dispatch_forward(scratch->rows, x, plan, moe->C, stream);
+    dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_forward(scratch->drows, moe->a, scratch->h, scratch->rows, moe->w1, moe->w2, plan->offset, moe->experts, 0,
-                    stream);
+    experts_forward(scratch->out_rows, moe->a, scratch->h, scratch->in_rows, moe->w1, moe->w2, plan->offset,
+                    moe->experts, 0, stream);
     profile_lap(profile, STAGE_EXPERTS, stream);
-    combine_forward(y, scratch->drows, plan, moe->C, 0, stream);
+    combine_forward(y, scratch->out_rows, plan, moe->C, 0, stream);
     profile_lap(profile, STAGE_COMBINE, stream);
     if (moe->shared.H > 0) {
         experts_forward(y, moe->shared_a, scratch->h, x, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared,
@@ -165,13 +166,14 @@ void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *
     }
     dispatch_forward(scratch->dy_rows, dy, plan, moe->C, stream); /* the backward of combine */
     profile_lap(profile, STAGE_COMBINE, stream);
-    dispatch_forward(scratch->rows, x, plan, moe->C, stream); /* made again: cheaper than keeping it for every layer */
+    dispatch_forward(scratch->in_rows, x, plan, moe->C,
+                     stream); /* made again: cheaper than keeping it for every layer */
     profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_backward(scratch->drows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da,
-                     scratch->dy_rows, scratch->rows, moe->a, plan->row_weight, moe->w1, moe->w2, plan->offset,
+    experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da,
+                     scratch->dy_rows, scratch->in_rows, moe->a, plan->row_weight, moe->w1, moe->w2, plan->offset,
                      moe->experts, 0, stream);
     profile_lap(profile, STAGE_EXPERTS, stream);
-    dispatch_backward(dx, scratch->drows, plan, moe->C, has_shared, stream);
+    dispatch_backward(dx, scratch->din_rows, plan, moe->C, has_shared, stream);
     profile_lap(profile, STAGE_DISPATCH, stream);
     plan_weight_backward(scratch->dweight, scratch->drow_weight, plan, stream);
     moe->router->backward(&moe->pass, dx, scratch->dweight, plan, stream);

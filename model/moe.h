@@ -22,22 +22,26 @@ typedef struct {
     Plan plan;
     ExpertShape experts; /* the routed experts, or the one MLP of a dense layer */
     ExpertShape shared;  /* the shared experts as one MLP; H 0: none */
-    Plan configured;     /* plan as the options ask, for moe_set_dropless */
+    int rows, capacity;  /* of the plan as the options ask, for moe_set_dropless */
+    Layout layout;
     const real_t *w1, *w2, *shared_w1, *shared_w2;
     acc_t *dw1, *dw2, *dshared_w1, *dshared_w2;
     /* saved by forward */
-    real_t *a, *shared_a; /* (rows, 2H or H), (N, ..) before the activation */
-    acc_t *mean_prob;     /* (E) */
+    real_t *a;        /* (rows, 2H or H) of the experts before the activation */
+    real_t *shared_a; /* (N, ..) of the shared ones */
 } MoeLayer;
 
 /* Buffers that all layers take turns in. */
 typedef struct {
-    real_t *rows, *drows; /* (rows,C) dispatched inputs; outputs, later their gradients */
-    real_t *dy_rows;      /* (rows,C) */
-    real_t *h, *da;       /* (rows,H), (rows, 2H or H) */
-    acc_t *drow_weight;   /* (rows) */
-    acc_t *dweight;       /* (N,K) */
-    int *all_rows;        /* {0, N}: the offsets of a single expert that takes every token */
+    real_t *in_rows;    /* (rows,C) what the experts read */
+    real_t *out_rows;   /* (rows,C) forward: what the experts made of it */
+    real_t *din_rows;   /* (rows,C) backward: the gradient of in_rows; the same memory as out_rows */
+    real_t *dy_rows;    /* (rows,C) the gradient of the layer's output, in row order */
+    real_t *h, *da;     /* (rows,H), (rows, 2H or H) */
+    acc_t *drow_weight; /* (rows) */
+    acc_t *dweight;     /* (N,K) */
+    acc_t *mean_prob;   /* (E) mean probabilities, for the statistics */
+    int *all_rows;      /* {0, N}: the offsets of a single expert that takes every token */
 } MoeScratch;
 
 /* What the layers need of those: rows, elements of h, elements of da. */
@@ -67,7 +71,8 @@ void moe_set_dropless(MoeLayer *moe, bool dropless);
 void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
                  Profile *profile, Stream *stream);
 
-/* dx (N,C) is overwritten; parameter gradients accumulate. */
+/* After moe_forward of the same layer with the same x, whose plan and activations it reads: another forward in between
+ * (an evaluation) ruins them. dx (N,C) is overwritten; parameter gradients accumulate. */
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
                   Stream *stream);
 

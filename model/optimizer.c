@@ -52,15 +52,14 @@ double learning_rate(const TrainConfig *train, int step) {
     return train->lr * (train->min_lr + (1 - train->min_lr) * share);
 }
 
-void optimizer_step(Optimizer *optimizer, Transformer *model, const acc_t *loss, const TrainConfig *train, int step,
-                    Stream *stream) {
+void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, int step, Stream *stream) {
     AdamOptions options = {.lr = learning_rate(train, step),
                            .beta1 = train->beta1,
                            .beta2 = train->beta2,
                            .eps = 1e-8,
                            .clip = train->clip};
     adamw_square_sums(optimizer->sums, model->grads, optimizer->offset, optimizer->size, optimizer->count, stream);
-    adamw_begin(optimizer->state, optimizer->sums, optimizer->count, loss, options, stream);
+    adamw_begin(optimizer->state, optimizer->sums, optimizer->count, model->step_loss, options, stream);
     for (int i = 0; i < optimizer->count; i++) {
         const Tensor *t = &model->tensors.items[optimizer->trained[i]];
         options.decay = t->decay ? train->weight_decay : 0;

@@ -25,10 +25,9 @@ void optimizer_free(Optimizer *optimizer);
  * constant (1 throughout); wsd: 1, then linear over the last fifth. */
 double learning_rate(const TrainConfig *train, int step);
 
-/* Clips, updates the model's parameters from its gradients, clears the gradients. loss: device scalar that must be
- * finite. */
-void optimizer_step(Optimizer *optimizer, Transformer *model, const acc_t *loss, const TrainConfig *train, int step,
-                    Stream *stream);
+/* Clips, updates the model's parameters from its gradients, clears the gradients. A step whose gradient or step_loss is
+ * not finite changes nothing but the counters in state. */
+void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, int step, Stream *stream);
 
 /* Gradient norms of the last step, on the host: of everything, and of the routers. */
 typedef struct {

@@ -27,15 +27,15 @@
 typedef struct {
     int N, C, E, K;
     int renorm;
-    double aux_scale,
-        z_scale;     /* what balance and z-loss of this layer weigh in the total: coefficient / MoE layers / slices */
-    const real_t *x; /* (N,C) the layer's normalised input; set by moe_forward */
+    double aux_scale, z_scale; /* what this layer's losses weigh: coefficient / MoE layers / slices */
+    const real_t *x;           /* (N,C) the layer's normalised input; set by moe_forward */
     /* parameters, and their gradients */
     const acc_t *w; /* (E,C) */
     acc_t *dw;      /* (E,C) accumulates */
     /* saved by forward for backward */
     acc_t *logits, *probs; /* (N,E) */
     acc_t *lse;            /* (N) */
+    acc_t *load;           /* (LOAD_VALUES) statistics of this forward and backward */
     /* scratch of backward */
     acc_t *dlogits; /* (N,E) */
 } RouterPass;

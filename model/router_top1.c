@@ -26,6 +26,7 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
 
 static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
     topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, 1, 0, stream);
+    balance_measure(p->load, p->dlogits, p->N, p->E, stream);
     balance_backward(p->dlogits, p->probs, p->lse, plan->demand, p->N, p->E, 1, p->aux_scale, p->z_scale, stream);
     gate_backward(dx, p->dw, p->dlogits, p->x, p->w, p->N, p->C, p->E, stream);
 }

@@ -1,7 +1,7 @@
 /* topk: every token goes to its K most probable experts.
  *
- *     p = softmax(W x)       S = the K largest       w_j = p_j / sum_S p (--renorm 1) or p_j (--renorm 0)       y =
- * sum_S w_j Expert_j(x)
+ *     p = softmax(W x)       S = the K largest       y = sum_S w_j Expert_j(x)
+ *     w_j = p_j / sum_S p (--renorm 1)       w_j = p_j (--renorm 0)
  *
  * Renormalised: Mixtral (arXiv 2401.04088), Qwen3-MoE. Not renormalised: OLMoE (arXiv 2409.02060). The gradients stand
  * in kernels/topk.h. Causal without a capacity.
@@ -26,6 +26,7 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
 
 static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
     topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, p->K, p->renorm, stream);
+    balance_measure(p->load, p->dlogits, p->N, p->E, stream);
     balance_backward(p->dlogits, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale, stream);
     gate_backward(dx, p->dw, p->dlogits, p->x, p->w, p->N, p->C, p->E, stream);
 }

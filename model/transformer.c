@@ -96,6 +96,7 @@ void transformer_connect(Transformer *model) {
         layer->ffn_norm = find_weight(model, "layers.%d.ffn_norm.w", l);
         connect_moe(model, l);
     }
+    model->scratch.din_rows = model->scratch.out_rows;
     rope_table(model->angles, c->seq, head_size(c), c->rope_base, NULL);
     int all_rows[2] = {0, model->N};
     device_from_host(model->scratch.all_rows, all_rows, sizeof all_rows, NULL);
@@ -206,6 +207,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     reserve(arena, &model->logits, (size_t)model->head_rows * c->vocab, sizeof(real_t), kind);
     reserve(arena, &model->losses, N, sizeof(acc_t), kind);
     reserve(arena, &model->slice_loss, slices, sizeof(acc_t), kind);
+    reserve(arena, &model->step_loss, 1, sizeof(acc_t), kind);
     reserve(arena, &model->load, statistics * LOAD_VALUES, sizeof(acc_t), kind);
     reserve(arena, &model->demand, statistics * c->experts, sizeof(int), kind);
     moe_reserve_scratch(&model->scratch, c, scratch, model->N, use == USE_TRAIN, arena);
@@ -333,6 +335,9 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
         matmul_backward_weight(model->head.grad, model->logits, hidden, rows, C, V, stream);
     }
     mean_forward(model->slice_loss + slice, model->losses, model->N, stream);
+    if (slice == model->slices - 1) {
+        mean_forward(model->step_loss, model->slice_loss, model->slices, stream);
+    }
     profile_lap(model->profile, STAGE_HEAD, stream);
 }
 

@@ -5,8 +5,8 @@
  *     loss = cross_entropy(norm(x) Whead)
  *
  * Use:  transformer_reserve(&model, ...); arena_commit(&arena); transformer_load(&model, host_weights);
- *       transformer_forward(&model, tokens, slice, s); transformer_loss(&model, targets, ...);
- * transformer_backward(&model, tokens, s);
+ *       transformer_forward(&model, tokens, slice, s); transformer_loss(&model, targets, slice, true, s);
+ *       transformer_backward(&model, tokens, s);
  *
  * Read transformer.c from the top: forward and backward of each part stand next to each other. Then moe.c.
  */
@@ -67,6 +67,7 @@ typedef struct {
     int head_rows;
     acc_t *losses;     /* (N) nats */
     acc_t *slice_loss; /* (slices) mean of losses */
+    acc_t *step_loss;  /* mean of slice_loss, after the last slice */
     acc_t *load;       /* (slices, moe_count, LOAD_VALUES) */
     int *demand;       /* (slices, moe_count, E) entries that chose each expert */
 

@@ -304,7 +304,8 @@ static void test_finish_derives(void **state) {
 }
 
 static void test_finish_is_idempotent(void **state) {
-    const char *commands[] = {"", "--router top1", "--router dense", "--top-k 1", "--capacity-factor 1.25 --drop slot"};
+    const char *commands[] = {"", "--router top1", "--router dense", "--top-k 1",
+                              "--capacity-factor 1.25 --drop slot --allow-leak"};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         Config config;
         parse(&config, commands[i]);
@@ -422,8 +423,12 @@ static void test_contradictions(void **state) {
         {"--router top1 --top-k 2", "--router top1 sends a token to 1 expert"},
         {"--router dense --capacity-factor 1.5", "drop --capacity-factor"},
         {"--drop slot", "add --capacity-factor"},
+        {"--capacity-factor 1.25 --drop slot", "add --allow-leak"},
+        {"--capacity-factor 1.25 --drop weight", "add --allow-leak"},
+        {"--seq 40000", "--seq"},
+        {"--dim 1040 --heads 2", "raise --heads"},
         {"--moe-every 5", "--moe-every 5"},
-        {"--batch 1048576 --seq 1048576", "raise --grad-accum"},
+        {"--batch 1048576 --seq 32768", "raise --grad-accum"},
         {"--batch 4096 --seq 1024 --layout padded --experts 4096", "--layout padded"},
         {"--out=", "--out is empty"},
         {"--data=", "--data is empty"},
@@ -442,7 +447,7 @@ static void test_accepts_what_is_close_to_a_refusal(void **state) {
                               "--router topk --top-k 1 --renorm auto",
                               "--steps 0",
                               "--layout padded",
-                              "--capacity-factor 1 --drop weight",
+                              "--capacity-factor 1 --drop weight --allow-leak",
                               "--router dense --moe-every 8",
                               "--steps 50 --warmup 50",
                               "--kv-heads 1 --vocab 2 --batch 6 --grad-accum 3",

@@ -40,7 +40,7 @@ static const char *const variants[] = {
     "--renorm 0 --top-k 5",
     "--shared-experts 2",
     "--router top1 --shared-experts 1 --tie 1",
-    "--capacity-factor 0.5 --drop slot",
+    "--capacity-factor 0.5 --drop slot --allow-leak 1",
     "--layout padded --capacity-factor 1",
     "--kv-heads 1",
     "--kv-heads 4 --qk-norm 0",

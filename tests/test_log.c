@@ -391,7 +391,7 @@ static void test_quote(void **state) {
         {"plain", 5, "\"plain\""},
         {"a\"b\\c", 5, "\"a\\\"b\\\\c\""},
         {"\n\t\x01", 3, "\"\\n\\u0009\\u0001\""},
-        {"a\0b", 3, "\"a\\u0000b\""},
+        {"a\0b", 3, "\"a\\ufffdb\""},
         {"\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80", 9, "\"\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\""},
         {"\xc3", 1, "\"\\ufffd\""},
         {"\xff\xe2\x82", 3, "\"\\ufffd\\ufffd\\ufffd\""},

@@ -97,7 +97,6 @@ typedef struct {
     int *tokens, *targets; /* (N) of one slice */
     unsigned char *domain;
     double *floor;
-    acc_t *loss;         /* of the last step */
     int64_t poison_step; /* the step in which a gradient becomes NaN; -1: none */
     int64_t step;
 } Trainer;
@@ -136,7 +135,6 @@ static void trainer_open(Trainer *t, const char *options) {
     arena_reserve(&t->arena, (void **)&t->targets, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(&t->arena, (void **)&t->domain, N, MEMORY_ACTIVATIONS);
     arena_reserve(&t->arena, (void **)&t->floor, N * sizeof(double), MEMORY_ACTIVATIONS);
-    arena_reserve(&t->arena, (void **)&t->loss, sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_commit(&t->arena);
     transformer_connect(&t->model);
     tensors_init(&t->model.tensors, t->model.master, (uint64_t)c->train.seed);
@@ -167,8 +165,7 @@ static void poison(acc_t *values, size_t at, double value) {
 }
 
 static void finish_step(Trainer *t) {
-    mean_forward(t->loss, t->model.slice_loss, t->model.slices, NULL);
-    optimizer_step(&t->optimizer, &t->model, t->loss, &t->config.train, (int)t->step, NULL);
+    optimizer_step(&t->optimizer, &t->model, &t->config.train, (int)t->step, NULL);
     t->step++;
 }
 
@@ -181,7 +178,7 @@ static double train_step(Trainer *t) {
         poison(t->model.grads, t->model.tensors.items[3].offset + 1, NAN);
     }
     finish_step(t);
-    return (double)*t->loss;
+    return (double)*t->model.step_loss;
 }
 
 static size_t flat_bytes(const Trainer *t) {
@@ -203,7 +200,7 @@ static void assert_same_state(const Trainer *a, const Trainer *b) {
     assert_memory_equal(a->optimizer.v, b->optimizer.v, flat_bytes(a));
     assert_int_equal(a->optimizer.state->updates, b->optimizer.state->updates);
     assert_int_equal(a->optimizer.state->skipped, b->optimizer.state->skipped);
-    assert_memory_equal(a->loss, b->loss, sizeof *a->loss);
+    assert_memory_equal(a->model.step_loss, b->model.step_loss, sizeof *a->model.step_loss);
     assert_int_equal(a->step, b->step);
 }
 
@@ -222,7 +219,7 @@ static const Tensor *tensor_named(const Trainer *t, const char *name) {
 static void test_same_bits_for_any_threads(void **state) {
     static const char *const options[] = {
         "--shared-experts 1 --moe-every 2",
-        "--router top1 --tie 1 --act gelu --capacity-factor 0.8 --drop weight --layout padded",
+        "--router top1 --tie 1 --act gelu --capacity-factor 0.8 --drop weight --allow-leak 1 --layout padded",
         "--router dense --grad-accum 2",
     };
     enum { STEPS = 20 };
@@ -460,7 +457,7 @@ static void test_drop_policies_and_later_tokens(void **state) {
     } policies[] = {{"token", false}, {"slot", true}, {"weight", true}};
     for (int p = 0; p < 3; p++) {
         char options[128];
-        snprintf(options, sizeof options, "--batch 1 --capacity-factor 0.7 --drop %s", policies[p].drop);
+        snprintf(options, sizeof options, "--batch 1 --capacity-factor 0.7 --allow-leak 1 --drop %s", policies[p].drop);
         Trainer t;
         trainer_open(&t, options);
         read_slice(&t, SPLIT_TRAIN, 0, 0);
@@ -745,13 +742,34 @@ static void test_gradient_norms(void **state) {
             }
         }
         finish_step(&t);
-        StepFigures f = figures_read(&t.model, &t.optimizer, t.loss, NULL);
+        StepFigures f = figures_read(&t.model, &t.optimizer, NULL);
         assert_near(f.norms.total, sqrt(total), 1e-9 * sqrt(total));
         assert_near(f.adam.norm, sqrt(total), 1e-9 * sqrt(total));
         assert_near(f.adam.scale, 1e-3 / sqrt(total), 1e-9);
         assert_near(f.norms.router, sqrt(router), 1e-9 * sqrt(router));
         assert_true(renormalised ? f.norms.router == 0 : f.norms.router > 0);
         assert_true(f.norms.total > f.norms.router);
+        figures_free(&f);
+        trainer_close(&t);
+    }
+}
+
+/* With the balance losses on, the norm of a router that the main loss does not reach is not 0; the alarm must ring all
+ * the same. */
+static void test_alarm_hears_through_the_balance_losses(void **state) {
+    for (int renormalised = 0; renormalised <= 1; renormalised++) {
+        Trainer t;
+        trainer_open(&t, "--top-k 1 --renorm 0 --aux-coef 0.01 --z-coef 0.001");
+        for (int l = 0; l < t.model.moe_count; l++) { /* as an option it is refused */
+            t.model.layers[t.model.moe_layers[l]].moe.pass.renorm = renormalised;
+        }
+        read_slice(&t, SPLIT_TRAIN, 0, 0);
+        slice_gradient(&t, 0);
+        finish_step(&t);
+        StepFigures f = figures_read(&t.model, &t.optimizer, NULL);
+        assert_true(f.norms.router > 0);
+        assert_true(renormalised ? f.main_gradient == 0 : f.main_gradient > 0);
+        assert_true(renormalised ? f.silent_layer >= 0 : f.silent_layer < 0);
         figures_free(&f);
         trainer_close(&t);
     }
@@ -774,7 +792,7 @@ static void test_overfits_one_batch(void **state) {
         while (t.step < 200 && !(loss < 0.05)) {
             slice_gradient(&t, 0);
             finish_step(&t);
-            loss = (double)*t.loss;
+            loss = (double)*t.model.step_loss;
         }
         if (!(loss < 0.05)) {
             fail_msg("%s: the loss is %g after %lld steps", routers[i], loss, (long long)t.step);
@@ -834,6 +852,7 @@ int main(void) {
         cmocka_unit_test(test_mutual_information),
         cmocka_unit_test(test_evaluation_sums),
         cmocka_unit_test(test_gradient_norms),
+        cmocka_unit_test(test_alarm_hears_through_the_balance_losses),
         cmocka_unit_test(test_overfits_one_batch),
         cmocka_unit_test(test_loss_between_floor_and_unigram),
     };

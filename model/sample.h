@@ -1,0 +1,16 @@
+/* Samples at the end of a run: printed as they are drawn, and one log line each. */
+#ifndef MODEL_SAMPLE_H
+#define MODEL_SAMPLE_H
+
+#include <signal.h>
+
+#include "config.h"
+#include "log.h"
+#include "transformer.h"
+
+/* Continues --prompt, or each of the prompts (count; "" starts from nothing) of the domains of the same number, by
+ * --sample tokens. Ends early once *stop is not 0. */
+void sample_texts(Transformer *model, const Config *config, const char *const *domains, const char *const *prompts,
+                  int count, Log *log, const volatile sig_atomic_t *stop);
+
+#endif

@@ -497,7 +497,7 @@ static void test_step_that_is_not_finite(void **state) {
             if (where == 0) {
                 poison(t.model.grads, w->offset + 5, bad[i]);
             } else if (where == 1) {
-                poison(t.model.slice_loss, 0, bad[i]);
+                poison(t.model.step_loss, 0, bad[i]);
             }
             finish_step(&t);
             assert_memory_equal(t.model.master, before, flat_bytes(&t));

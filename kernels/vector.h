@@ -88,8 +88,8 @@ static inline real_t largest_of(const real_t *x, int n) {
     return lane[0];
 }
 
-/* e^x. In float: x = k ln 2 + r with |r| <= ln 2 / 2 (Cody, Waite), e^r by a polynomial of degree 6, relative error below
- * 3e-7; 0 below -87.3, e^88.3 above 88.3, NaN for NaN. The branches are selects, so loops over it vectorise. */
+/* e^x. In float: x = k ln 2 + r with |r| <= ln 2 / 2 (Cody, Waite), e^r by a polynomial of degree 6, relative error
+ * below 3e-7; 0 below -87.3, e^88.3 above 88.3, NaN for NaN. The branches are selects, so loops over it vectorise. */
 static inline real_t exp_fast(real_t x) {
 #ifdef REAL_DOUBLE
     return exp(x);

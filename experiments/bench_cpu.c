@@ -161,7 +161,7 @@ int main(int argc, char **argv) {
             bench_model(&MODELS[i], steps > 0 ? steps : MODELS[i].steps, device);
         }
     }
-    if (!only) {
+    if (!only || strcmp(only, "none") == 0) {
         bench_matmul(2048, 512, 128, device);
         bench_matmul(2048, 128, 256, device);
         bench_matmul(1024, 1024, 512, device);

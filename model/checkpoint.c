@@ -202,7 +202,7 @@ static bool directory_sync(const char *directory) {
     return ok;
 }
 
-/* Writes a small file, synced. */
+/* Writes a small file and makes it durable, its name too. */
 static bool text_write(const char *directory, const char *name, const char *text, size_t length, char *error,
                        size_t error_size) {
     char path[PATH_SIZE];
@@ -222,6 +222,9 @@ static bool text_write(const char *directory, const char *name, const char *text
     }
     if (!ok) {
         snprintf(error, error_size, "cannot write %s: %s", path, strerror(reason));
+    } else if (!directory_sync(directory)) {
+        snprintf(error, error_size, "cannot sync %s: %s", directory, strerror(errno));
+        ok = false;
     }
     return ok;
 }
@@ -289,18 +292,9 @@ static bool directory_write(const char *directory, const CheckpointState *state,
     manifest.crc[STATE_FILE] = crc32c(0, text, (size_t)length);
     bool ok = text_write(directory, FILE_NAMES[STATE_FILE], text, (size_t)length, error, error_size);
     free(text);
-    if (ok && !directory_sync(directory)) {
-        snprintf(error, error_size, "cannot sync %s: %s", directory, strerror(errno));
-        ok = false;
-    }
     char manifest_text[MANIFEST_SIZE];
     length = manifest_print(manifest_text, &manifest);
-    ok = ok && text_write(directory, "manifest.json", manifest_text, (size_t)length, error, error_size);
-    if (ok && !directory_sync(directory)) {
-        snprintf(error, error_size, "cannot sync %s: %s", directory, strerror(errno));
-        ok = false;
-    }
-    return ok;
+    return ok && text_write(directory, "manifest.json", manifest_text, (size_t)length, error, error_size);
 }
 
 /* Makes a whole RUN/checkpoint.tmp the checkpoint; on failure the one before is again where it was. */
@@ -406,8 +400,7 @@ static void tensor_read(acc_t *values, const char *directory, const SafetensorsF
           "%s is of another model: its tensor '%s' is %s, here it is %s: %s", directory, name,
           shape_text(there, item->ndim, item->shape), here, ANOTHER_MODEL);
     CHECK(item->dtype == DTYPE,
-          "%s: tensor '%s' is not of type %s, in which this program computes: resume with the "
-          "program that wrote it",
+          "%s: tensor '%s' is not of type %s, in which this program computes: resume with the program that wrote it",
           directory, name, DTYPE_NAME);
     memcpy(values + tensor->offset, item->data, item->bytes);
 }

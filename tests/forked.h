@@ -1,8 +1,7 @@
 /* Runs a function in a child process and keeps what it printed and how it ended, to test what ends the program.
  *
  *     run_forked(&result, work, argument);
- *     assert_refused(&result, "--top-k 9");     // exit code 1, one line on stderr that has these words, nothing on
- * stdout
+ *     assert_refused(&result, "--top-k 9");     // exit code 1, nothing on stdout, one line on stderr with these words
  */
 #ifndef TESTS_FORKED_H
 #define TESTS_FORKED_H

@@ -14,11 +14,12 @@
 #define TESTS_GRADCHECK_H
 
 #include <math.h>
-#include <omp.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "threads.h"
 
 #include "../kernels/check.h"
 #include "../kernels/random.h"

@@ -1,8 +1,10 @@
-/* The option table: every option from the command line to JSON and back, what --help promises, and each refusal.
+/* The option table: every option from the command line to JSON and back, what --help promises, what follows from the
+ * options given, and --resume. What is refused is in test_config_refusals.c.
  *
  * What an option may be is learned from --help and from the JSON of the defaults, so an option that is added to the
  * table is tested without a change here.
  */
+#include "command_line.h"
 #include "forked.h"
 
 #include <cjson/cJSON.h>
@@ -14,40 +16,6 @@
 
 static char directory[] = "/tmp/moelab-config-XXXXXX";
 static char run_directory[64];
-
-enum { ARGUMENTS = 32 };
-
-/* Splits a command line at its blanks, in place. */
-static int split(char *line, char **argv) {
-    int argc = 0;
-    argv[argc++] = "train";
-    for (char *word = strtok(line, " "); word; word = strtok(NULL, " ")) {
-        assert_true(argc < ARGUMENTS);
-        argv[argc++] = word;
-    }
-    return argc;
-}
-
-static void parse(Config *config, const char *command) {
-    char line[512], *argv[ARGUMENTS];
-    snprintf(line, sizeof line, "%s", command);
-    int argc = split(line, argv);
-    config_parse(config, argc, argv);
-}
-
-static void parse_and_finish(void *command) {
-    Config config;
-    parse(&config, command);
-    config_finish(&config);
-}
-
-static void assert_command_refused(const char *command, const char *words) {
-    char copy[512];
-    Forked result;
-    snprintf(copy, sizeof copy, "%s", command);
-    run_forked(&result, parse_and_finish, copy);
-    assert_refused(&result, words);
-}
 
 static void write_file(const char *path, const char *text) {
     FILE *file = fopen(path, "w");
@@ -176,6 +144,15 @@ static void test_every_option_round_trips(void **state) {
     free(json);
 }
 
+static void test_json_keeps_absent_keys(void **state) {
+    Config config;
+    char error[256];
+    parse(&config, "--layers 7 --lr 0.5");
+    assert_true(config_from_json(&config, "{\"lr\": 0.25}", error, sizeof error));
+    assert_int_equal(config.model.layers, 7);
+    assert_true(config.train.lr == 0.25);
+}
+
 static void test_help_shows_every_option_with_its_default(void **state) {
     Forked help;
     Config config;
@@ -219,11 +196,9 @@ static void test_stable_names(void **state) {
     const char *names =
         "data val tokenizer shuffle allow_leak layers dim heads kv_heads qk_norm seq vocab expert_dim experts top_k "
         "shared_experts router renorm act moe_every chain_steps capacity_factor layout aux_coef z_coef batch "
-        "grad_accum "
-        "steps lr warmup schedule weight_decay beta1 beta2 clip seed eval_every eval_batches log_every save_every "
-        "resume "
-        "freeze ep out sample export_hf profile trace_syncs tie drop norm_eps rope_base min_lr max_skips prompt "
-        "temperature sample_top_k top_p eval_drop";
+        "grad_accum steps lr warmup schedule weight_decay beta1 beta2 clip seed eval_every eval_batches log_every "
+        "save_every resume freeze ep out sample export_hf profile trace_syncs tie drop norm_eps rope_base min_lr "
+        "max_skips prompt temperature sample_top_k top_p eval_drop";
     char copy[1024];
     Config config;
     config_defaults(&config);
@@ -348,163 +323,6 @@ static void test_difference(void **state) {
     assert_int_equal(strlen(names), 11);
 }
 
-/* --- refusals --- */
-
-typedef struct {
-    const char *command, *words;
-} Refusal;
-
-static void assert_all_refused(const Refusal *refusals, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        assert_command_refused(refusals[i].command, refusals[i].words);
-    }
-}
-
-static void test_malformed_command_lines(void **state) {
-    static const Refusal refusals[] = {
-        {"--lrr 1", "unknown option --lrr: the nearest is --lr"},
-        {"--top_k 2", "the nearest is --top-k"},
-        {"--expert 4", "the nearest is --experts"},
-        {"--temp 1", "the nearest is --temperature"},
-        {"--bacth 4", "the nearest is --batch"},
-        {"--hepl", "the nearest is --help"},
-        {"--steps", "--steps needs a value"},
-        {"--steps --dim 64", "--steps needs a value (N), found --dim"},
-        {"--qk-norm", "--qk-norm needs a value (0|1)"},
-        {"train.txt", "unexpected 'train.txt'"},
-        {"-h", "unexpected '-h'"},
-        {"--", "unexpected '--'"},
-        {"--lr 1 --lr=1", "--lr is given twice"},
-        {"--profile --profile", "--profile is given twice"},
-        {"--profile=2", "--profile 2 is out of range"},
-        {"--lr fast", "--lr takes a number, not 'fast'"},
-        {"--lr 1e-3x", "not '1e-3x'"},
-        {"--lr=", "--lr takes a number"},
-        {"--lr nan", "not 'nan'"},
-        {"--lr -inf", "not '-inf'"},
-        {"--lr 0x10", "not '0x10'"},
-        {"--lr 1e999", "out of range"},
-        {"--lr -1", "--lr -1 is out of range: it goes from 0 to 100"},
-        {"--steps 1e3", "--steps takes a whole number"},
-        {"--steps 1.5", "--steps takes a whole number"},
-        {"--steps 99999999999999999999", "out of range"},
-        {"--seed 9007199254740993", "out of range"},
-        {"--dim 1000000000", "--dim 1000000000 is out of range: it goes from 2 to 65536"},
-        {"--experts -8", "out of range"},
-        {"--seq 1", "out of range"},
-        {"--vocab 65537", "out of range"},
-        {"--beta1 1", "--beta1 1 is out of range"},
-        {"--aux-coef -0.1", "out of range"},
-        {"--shuffle 2", "--shuffle 2 is out of range"},
-        {"--schedule cosin", "one of cosine|constant|wsd (nearest: cosine)"},
-        {"--act relu", "one of swiglu|gelu"},
-        {"--renorm 2", "one of auto|0|1"},
-        {"--data \xff.txt", "UTF-8"},
-    };
-    char long_text[300] = "--out ";
-    memset(long_text + 6, 'x', 280);
-    assert_all_refused(refusals, sizeof refusals / sizeof *refusals);
-    assert_command_refused(long_text, "--out takes at most 255 bytes");
-}
-
-static void test_contradictions(void **state) {
-    static const Refusal refusals[] = {
-        {"--top-k 9", "--top-k 9 is above --experts 8"},
-        {"--dim 130", "--dim 130 is not divisible by --heads 4"},
-        {"--dim 12", "odd size 3"},
-        {"--kv-heads 3", "--heads 4 is not divisible by --kv-heads 3"},
-        {"--vocab 1", "--vocab 1"},
-        {"--batch 5 --grad-accum 2", "--batch 5 is not divisible by --grad-accum 2"},
-        {"--steps 10 --warmup 20", "--warmup 20 is longer than --steps 10"},
-        {"--router tpok", "unknown --router tpok: the nearest is topk"},
-        {"--router top2", "the nearest is top1"},
-        {"--router top1 --renorm 1", "would get no gradient"},
-        {"--top-k 1 --renorm 1", "would get no gradient"},
-        {"--router top1 --top-k 2", "--router top1 sends a token to 1 expert"},
-        {"--router dense --capacity-factor 1.5", "drop --capacity-factor"},
-        {"--drop slot", "add --capacity-factor"},
-        {"--capacity-factor 1.25 --drop slot", "add --allow-leak"},
-        {"--capacity-factor 1.25 --drop weight", "add --allow-leak"},
-        {"--seq 40000", "--seq"},
-        {"--dim 1040 --heads 2", "raise --heads"},
-        {"--moe-every 5", "--moe-every 5"},
-        {"--batch 1048576 --seq 32768", "raise --grad-accum"},
-        {"--batch 4096 --seq 1024 --layout padded --experts 4096", "--layout padded"},
-        {"--out=", "--out is empty"},
-        {"--data=", "--data is empty"},
-        {"--ep 2", "--ep 2"},
-        {"--export-hf x", "--export-hf x"},
-        {"--tokenizer bpe.json", "--tokenizer bpe.json"},
-        {"--chain-steps 2", "--chain-steps 2"},
-        {"--trace-syncs", "--trace-syncs"},
-    };
-    assert_all_refused(refusals, sizeof refusals / sizeof *refusals);
-}
-
-static void test_accepts_what_is_close_to_a_refusal(void **state) {
-    const char *commands[] = {"--top-k 8",
-                              "--router top1 --top-k 1 --renorm 0",
-                              "--router topk --top-k 1 --renorm auto",
-                              "--steps 0",
-                              "--layout padded",
-                              "--capacity-factor 1 --drop weight --allow-leak",
-                              "--router dense --moe-every 8",
-                              "--steps 50 --warmup 50",
-                              "--kv-heads 1 --vocab 2 --batch 6 --grad-accum 3",
-                              "--freeze experts --ep 1 --tokenizer byte --chain-steps 1 --export-hf= --trace-syncs 0"};
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
-        Forked result;
-        char copy[256];
-        snprintf(copy, sizeof copy, "%s", commands[i]);
-        run_forked(&result, parse_and_finish, copy);
-        if (result.exit_code != 0 || result.err[0] || result.out[0]) {
-            fail_msg("%s was refused: %s", commands[i], result.err);
-        }
-    }
-}
-
-static void test_json_refusals(void **state) {
-    static const Refusal refusals[] = {
-        {"", "one whole JSON object"},
-        {"[1]", "one whole JSON object"},
-        {"{\"dim\":64", "one whole JSON object"},
-        {"{\"dim\":64} x", "one whole JSON object"},
-        {"{\"dmi\":64}", "\"dmi\" is no option"},
-        {"{\"dim\":64,\"dim\":32}", "\"dim\" stands twice"},
-        {"{\"dim\":\"64\"}", "\"dim\" must hold a number"},
-        {"{\"dim\":null}", "\"dim\" must hold a number"},
-        {"{\"act\":1}", "\"act\" must hold a string"},
-        {"{\"act\":\"relu\"}", "one of swiglu|gelu"},
-        {"{\"dim\":64.5}", "whole number"},
-        {"{\"dim\":1e30}", "whole number"},
-        {"{\"lr\":1e999}", "not 'inf'"},
-        {"{\"top_k\":0}", "out of range"},
-    };
-    for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++) {
-        Config config;
-        char error[256] = "";
-        config_defaults(&config);
-        char *before = config_to_json(&config);
-        bool accepted = config_from_json(&config, refusals[i].command, error, sizeof error);
-        if (accepted || !strstr(error, refusals[i].words)) {
-            fail_msg("%s: expected \"%s\", got \"%s\"", refusals[i].command, refusals[i].words, error);
-        }
-        char *after = config_to_json(&config);
-        assert_string_equal(before, after);
-        free(before);
-        free(after);
-    }
-}
-
-static void test_json_keeps_absent_keys(void **state) {
-    Config config;
-    char error[256];
-    parse(&config, "--layers 7 --lr 0.5");
-    assert_true(config_from_json(&config, "{\"lr\": 0.25}", error, sizeof error));
-    assert_int_equal(config.model.layers, 7);
-    assert_true(config.train.lr == 0.25);
-}
-
 /* --- --resume --- */
 
 static void test_resume_takes_the_runs_configuration(void **state) {
@@ -568,6 +386,7 @@ static int tear_down(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_option_round_trips),
+        cmocka_unit_test(test_json_keeps_absent_keys),
         cmocka_unit_test(test_help_shows_every_option_with_its_default),
         cmocka_unit_test(test_stable_names),
         cmocka_unit_test(test_options_reach_their_fields),
@@ -576,11 +395,6 @@ int main(void) {
         cmocka_unit_test(test_finish_is_idempotent),
         cmocka_unit_test(test_capacity),
         cmocka_unit_test(test_difference),
-        cmocka_unit_test(test_malformed_command_lines),
-        cmocka_unit_test(test_contradictions),
-        cmocka_unit_test(test_accepts_what_is_close_to_a_refusal),
-        cmocka_unit_test(test_json_refusals),
-        cmocka_unit_test(test_json_keeps_absent_keys),
         cmocka_unit_test(test_resume_takes_the_runs_configuration),
         cmocka_unit_test(test_resume_refusals),
     };

@@ -15,18 +15,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static void omp_set_num_threads(int threads) {
-}
-#endif
+#include "set_options.h"
+#include "threads.h"
 
 #include "../kernels/check.h"
 #include "../kernels/random.h"
 #include "../model/config.h"
 #include "../model/generate.h"
-#include "../model/options.h"
 #include "../model/transformer.h"
 
 static const char BASE[] =
@@ -61,17 +56,6 @@ typedef struct {
     Generator generator;
     int *tokens, *targets; /* (T) */
 } Subject;
-
-/* Sets "--name value" pairs. */
-static void set_options(Config *config, const char *options) {
-    char copy[512], error[256], *rest = NULL;
-    snprintf(copy, sizeof copy, "%s", options);
-    for (char *name = strtok_r(copy, " ", &rest); name; name = strtok_r(NULL, " ", &rest)) {
-        const char *value = strtok_r(NULL, " ", &rest);
-        CHECK(value && option_find(name + 2) >= 0, "a test's option %s is wrong", name);
-        CHECK(option_set(config, &option_table[option_find(name + 2)], value, error, sizeof error), "%s", error);
-    }
-}
 
 /* A model with weights large enough that the next token depends on all before it. */
 static void subject_open(Subject *s, const char *options) {

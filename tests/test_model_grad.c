@@ -20,17 +20,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static void omp_set_num_threads(int threads) {
-}
-#endif
+#include "set_options.h"
+#include "threads.h"
 
 #include "../kernels/check.h"
 #include "../kernels/random.h"
 #include "../model/config.h"
-#include "../model/options.h"
 #include "../model/transformer.h"
 
 typedef struct {
@@ -89,17 +84,6 @@ typedef struct {
     int slices, slice_tokens;
     int *tokens, *targets; /* (slices * N) */
 } Subject;
-
-/* Sets "--name value" pairs. */
-static void set_options(Config *config, const char *options) {
-    char copy[512], error[256], *rest = NULL;
-    snprintf(copy, sizeof copy, "%s", options);
-    for (char *name = strtok_r(copy, " ", &rest); name; name = strtok_r(NULL, " ", &rest)) {
-        const char *value = strtok_r(NULL, " ", &rest);
-        CHECK(value && option_find(name + 2) >= 0, "a test's option %s is wrong", name);
-        CHECK(option_set(config, &option_table[option_find(name + 2)], value, error, sizeof error), "%s", error);
-    }
-}
 
 static void subject_open(Subject *s, const char *options, int head_rows) {
     *s = (Subject){0};

@@ -2,11 +2,11 @@
 /* The backward of every operation against central differences of its forward: every input and parameter, each under its
  * own name.
  *
- *     | analytic - numeric | / (|analytic| + |numeric|) <= 1e-6,   numeric_i = (J(x + h e_i) - J(x - h e_i)) / 2h,   h
- * = 1e-5
+ *     | analytic - numeric | / (|analytic| + |numeric|) <= 1e-6
+ *     numeric_i = (J(x + h e_i) - J(x - h e_i)) / 2h,   h = 1e-5
  *
- * The operations and their shapes are the table at the bottom of operations.h; this file runs it. It needs the build in
- * which all numbers are double (-DREAL_DOUBLE): in float the differences have no digits left.
+ * The operations and their shapes are the table of operations.h; this file runs it. It needs the build in which all
+ * numbers are double (-DREAL_DOUBLE): in float the differences have no digits left.
  */
 #include "operations.h"
 

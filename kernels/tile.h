@@ -34,6 +34,7 @@ enum {
     TILE_COLS = TILE_VECTORS * VECTOR_LENGTH,
     TILE_DEPTH = 256,            /* inner extent of one panel */
     TILE_BLOCK = 24 * TILE_ROWS, /* rows that share a packed panel of b */
+    CHUNK_PANELS = 8,            /* of c that are computed before the next rows of b are read */
     FEW_ROWS = 48,               /* of c: up to here b is read where it lies */
     FEW_COLS = 64,               /* of c: up to here a is, transposed or not */
 };
@@ -124,20 +125,20 @@ static inline void tile_pack_b(real_t *packed, const real_t *b, size_t b_row, si
 
 /* packed (tiles, k, TILE_ROWS) = a (rows, k), rows past the edge zero. */
 static inline void tile_pack_a(real_t *packed, const real_t *a, size_t a_row, size_t a_col, int k, int rows) {
-    for (int first = 0; first < rows; first += TILE_ROWS) {
+    int whole = a_row == 1 ? rows / TILE_ROWS * TILE_ROWS : 0;
+    for (int p = 0; p < k; p++) { /* a row of the transposed a at a time: it is read as it lies */
+        for (int i = 0; i < whole; i += TILE_ROWS) {
+            memcpy(packed + (size_t)i * k + p * TILE_ROWS, a + i + p * a_col, sizeof(real_t) * TILE_ROWS);
+        }
+    }
+    for (int first = whole; first < rows; first += TILE_ROWS) {
         int count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
         real_t *tile = packed + (size_t)first * k;
         const real_t *from = a + first * a_row;
-        if (count == TILE_ROWS && a_row == 1) {
+        memset(tile, 0, sizeof(real_t) * (size_t)k * TILE_ROWS);
+        for (int i = 0; i < count; i++) {
             for (int p = 0; p < k; p++) {
-                memcpy(tile + p * TILE_ROWS, from + p * a_col, sizeof(real_t) * TILE_ROWS);
-            }
-        } else {
-            memset(tile, 0, sizeof(real_t) * (size_t)k * TILE_ROWS);
-            for (int i = 0; i < count; i++) {
-                for (int p = 0; p < k; p++) {
-                    tile[p * TILE_ROWS + i] = from[i * a_row + p * a_col];
-                }
+                tile[p * TILE_ROWS + i] = from[i * a_row + p * a_col];
             }
         }
     }
@@ -160,59 +161,70 @@ static inline void tile_multiply_edge(real_t *c, size_t ldc, const real_t *a_pac
     }
 }
 
+/* The tiles of one panel: c (rows, cols), cols <= TILE_COLS. The first `whole` rows of a are read where they lie, the
+ * others from a_packed. */
+static inline void panel_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row, size_t a_col,
+                                  const real_t *a_packed, int whole, const real_t *b, size_t ldb, int rows, int cols,
+                                  int depth, int accumulate) {
+    real_t edge[TILE_ROWS * TILE_DEPTH];
+    for (int i = 0; i < rows; i += TILE_ROWS) {
+        int left = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
+        const real_t *tile = i < whole ? a + i * a_row : a_packed + (size_t)(i - whole) * depth;
+        if (left == TILE_ROWS && cols == TILE_COLS) {
+            if (i >= whole) {
+                tile_multiply(c + i * ldc, ldc, tile, 1, TILE_ROWS, b, ldb, depth, accumulate);
+            } else if (a_col == 1) {
+                tile_multiply(c + i * ldc, ldc, tile, a_row, 1, b, ldb, depth, accumulate);
+            } else {
+                tile_multiply(c + i * ldc, ldc, tile, 1, a_col, b, ldb, depth, accumulate);
+            }
+            continue;
+        }
+        if (i < whole) {
+            tile_pack_a(edge, tile, a_row, a_col, depth, TILE_ROWS);
+            tile = edge;
+        }
+        tile_multiply_edge(c + i * ldc, ldc, tile, b, ldb, left, cols, depth, accumulate);
+    }
+}
+
 /* c (m,n), rows ldc apart, = or += a (m,k) b (k,n); element (i,p) of a at a[i*a_row + p*a_col], (p,j) of b at
  * b[p*b_row + j*b_col]; in each of a and b one of the two strides is 1. One thread; needs no memory but its stack.
  *
  * Whole tiles of an a with contiguous rows are read where they lie. A transposed a, and b, are copied into tile order
- * first, unless so little is computed with them (FEW_COLS, FEW_ROWS) that the copy would cost more than it saves. */
+ * first, unless so little is computed with them (FEW_COLS, FEW_ROWS) that the copy would cost more than it saves. What
+ * is computed between two copies fits the L2 cache: some rows of a, CHUNK_PANELS panels of c. */
 static void block_multiply(real_t *c, size_t ldc, const real_t *a, size_t a_row, size_t a_col, const real_t *b,
                            size_t b_row, size_t b_col, int m, int n, int k, int accumulate) {
     real_t b_packed[TILE_DEPTH * TILE_COLS] __attribute__((aligned(64)));
     real_t a_packed[TILE_DEPTH * TILE_BLOCK] __attribute__((aligned(64)));
-    if (k == 0 && !accumulate) {
-        for (int i = 0; i < m; i++) {
-            memset(c + i * ldc, 0, sizeof(real_t) * n);
-        }
-    }
     int read_a = a_col == 1 || n <= FEW_COLS;
     int read_b = b_col == 1 && m <= FEW_ROWS;
-    int block = read_a ? 4 * TILE_BLOCK : TILE_BLOCK;
+    int block = read_a ? 2 * TILE_BLOCK : TILE_BLOCK;
+    int chunk = read_a ? CHUNK_PANELS * TILE_COLS : n; /* a transposed a is copied once for all of c */
+    for (int i = 0; i < m && k == 0 && !accumulate; i++) {
+        memset(c + i * ldc, 0, sizeof(real_t) * n);
+    }
     for (int i0 = 0; i0 < m; i0 += block) {
         int rows = m - i0 < block ? m - i0 : block;
         int whole = read_a ? rows - rows % TILE_ROWS : 0; /* rows read where they lie */
-        for (int p0 = 0; p0 < k; p0 += TILE_DEPTH) {
-            int depth = k - p0 < TILE_DEPTH ? k - p0 : TILE_DEPTH;
-            int add = accumulate || p0 > 0;
-            const real_t *a_block = a + i0 * a_row + p0 * a_col;
-            tile_pack_a(a_packed, a_block + whole * a_row, a_row, a_col, depth, rows - whole);
-            for (int j0 = 0; j0 < n; j0 += TILE_COLS) {
-                int cols = n - j0 < TILE_COLS ? n - j0 : TILE_COLS;
-                const real_t *b_panel = b + p0 * b_row + j0 * b_col;
-                size_t ldb = b_row;
-                if (!read_b || cols < TILE_COLS) {
-                    tile_pack_b(b_packed, b_panel, b_row, b_col, depth, cols);
-                    b_panel = b_packed;
-                    ldb = TILE_COLS;
-                }
-                for (int i = 0; i < rows; i += TILE_ROWS) {
-                    int left = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-                    real_t *c_tile = c + (i0 + i) * ldc + j0;
-                    const real_t *a_tile = a_block + i * a_row;
-                    real_t edge[TILE_ROWS * TILE_DEPTH];
-                    if (i < whole && cols == TILE_COLS && a_col == 1) {
-                        tile_multiply(c_tile, ldc, a_tile, a_row, 1, b_panel, ldb, depth, add);
-                    } else if (i < whole && cols == TILE_COLS) {
-                        tile_multiply(c_tile, ldc, a_tile, 1, a_col, b_panel, ldb, depth, add);
-                    } else if (i < whole) {
-                        tile_pack_a(edge, a_tile, a_row, a_col, depth, TILE_ROWS);
-                        tile_multiply_edge(c_tile, ldc, edge, b_panel, ldb, left, cols, depth, add);
-                    } else if (left == TILE_ROWS && cols == TILE_COLS) {
-                        tile_multiply(c_tile, ldc, a_packed + (size_t)(i - whole) * depth, 1, TILE_ROWS, b_panel, ldb,
-                                      depth, add);
-                    } else {
-                        tile_multiply_edge(c_tile, ldc, a_packed + (size_t)(i - whole) * depth, b_panel, ldb, left,
-                                           cols, depth, add);
+        for (int j0 = 0; j0 < n; j0 += chunk) {
+            int end = n - j0 < chunk ? n : j0 + chunk;
+            for (int p0 = 0; p0 < k; p0 += TILE_DEPTH) {
+                int depth = k - p0 < TILE_DEPTH ? k - p0 : TILE_DEPTH;
+                const real_t *a_block = a + i0 * a_row + p0 * a_col;
+                tile_pack_a(a_packed, a_block + whole * a_row, a_row, a_col, depth, rows - whole);
+                for (int j = j0; j < end; j += TILE_COLS) {
+                    int cols = end - j < TILE_COLS ? end - j : TILE_COLS;
+                    const real_t *panel = b + p0 * b_row + j * b_col;
+                    size_t ldb = b_row;
+                    if (!read_b || cols < TILE_COLS) {
+                        tile_pack_b(b_packed, panel, b_row, b_col, depth, cols);
+                        panel = b_packed;
+                        ldb = TILE_COLS;
                     }
+                    panel_multiply(c + i0 * ldc + j, ldc, a_block, a_row, a_col, a_packed, whole, panel, ldb, rows,
+                                   cols, depth, accumulate || p0 > 0);
                 }
             }
         }

@@ -1,3 +1,5 @@
+/* Copies by index, a row to a thread. gather_sum is both combine and the backward of dispatch: they differ by the
+ * weights. */
 #include "dispatch.h"
 
 #include <string.h>

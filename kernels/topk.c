@@ -1,3 +1,4 @@
+/* One token at a time: softmax, choice, weights; and the way back. No token looks at another. */
 #include "topk.h"
 
 #include <stdbool.h>

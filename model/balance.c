@@ -1,3 +1,4 @@
+/* Closed forms over a handful of counts, on the host, in double. Called by figures.c and evaluate.c. */
 #include "balance.h"
 
 #include <math.h>

@@ -1,3 +1,5 @@
+/* Sums over validation batches, their means, and the log's evaluation line. The text is read by train.c, which calls
+ * this. */
 #include "evaluate.h"
 
 #include <math.h>

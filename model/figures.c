@@ -1,3 +1,5 @@
+/* Fetches what the last step left on the device and writes it as the log's step line. Called by train.c every
+ * --log-every steps. */
 #include "figures.h"
 
 #include <math.h>

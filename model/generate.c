@@ -1,3 +1,4 @@
+/* The model reads its own output, one token at a time, keys and values of earlier tokens kept. Called by sample.c. */
 #include "generate.h"
 
 #include <math.h>

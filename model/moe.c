@@ -1,3 +1,9 @@
+/* The MoE layer, stage by stage. Read moe_forward, then moe_backward: each stage is one kernel call, in the order the
+ * data takes, and the backward names the stage whose gradient it makes. What comes before them lists tensors and
+ * reserves memory.
+ *
+ * To change what a stage computes, open its kernel; to change who chooses, a router_*.c. Called by transformer.c.
+ */
 #include "moe.h"
 
 #include <math.h>
@@ -15,8 +21,8 @@ static ExpertShape expert_shape(const ModelConfig *config, int E, int H, int row
 
 void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer) {
     int C = config->dim;
-    double std = 0.02,
-           out_std = std / sqrt(2.0 * config->layers); /* what adds to the stream starts smaller: GPT-2's rule */
+    double std = 0.02;
+    double out_std = std / sqrt(2.0 * config->layers); /* what adds to the stream starts smaller: GPT-2's rule */
     if (!moe_is_routed(config, layer)) {
         ExpertShape mlp = expert_shape(config, 1, config_dense_width(config), 0);
         tensors_add(tensors, TENSOR_DENSE, layer, std, experts_a_width(mlp), C, 0, "layers.%d.mlp.w1", layer);

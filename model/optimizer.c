@@ -1,3 +1,5 @@
+/* Which tensors a step touches and with which learning rate; what it does to them is kernels/adamw.h. Called by
+ * train.c. */
 #include "optimizer.h"
 
 #include <math.h>

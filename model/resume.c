@@ -1,3 +1,4 @@
+/* Copies a run from the device to a checkpoint and back. Called by train.c; what stands on disk is checkpoint.c's. */
 #include "resume.h"
 
 #include <stdio.h>

@@ -1,3 +1,4 @@
+/* The texts that a finished run shows, one per domain. Called by train.c; the drawing itself is generate.c. */
 #include "sample.h"
 
 #include <stdio.h>

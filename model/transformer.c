@@ -1,3 +1,8 @@
+/* The transformer around the MoE layers: parameters, memory, then forward and backward of each part next to each other.
+ * The whole model is forward_from, transformer_loss and transformer_backward at the end of the file.
+ *
+ * Called by train.c, generate.c and experiments/bench_cpu.c. Read next: moe.c.
+ */
 #include "transformer.h"
 
 #include <assert.h>

@@ -42,9 +42,11 @@ fi
 root=$(mktemp -d /tmp/fresh_machine.XXXXXX)
 # shellcheck disable=SC2317  # called by the trap
 cleanup() {
-    if mountpoint -q "$root/proc"; then
-        umount "$root/proc" || return
-    fi
+    for place in dev/pts proc; do
+        if mountpoint -q "$root/$place"; then
+            umount "$root/$place" || return
+        fi
+    done
     rm -rf --one-file-system "$root"
 }
 trap cleanup EXIT
@@ -52,6 +54,9 @@ trap 'exit 130' INT TERM
 
 cp -a "$BASE/." "$root/"
 mount -t proc proc "$root/proc"
+mkdir -p "$root/dev/pts" # a real machine has terminals, and a test of the progress bar wants one
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
+ln -sf pts/ptmx "$root/dev/ptmx"
 cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
 apt-config dump | grep -E '^Acquire::(https?|Check)[^ ]* ' >"$root/etc/apt/apt.conf.d/80network" || true
 git clone --quiet --no-local "$repository" "$root/root/moelab"

@@ -102,8 +102,8 @@ test_samples_hold_no_control_codes() {
 }
 
 test_terminal() {
-    if ! command -v script >/dev/null; then
-        skip "the progress bar: no script(1)"
+    if ! script -qec true /dev/null </dev/null >/dev/null 2>&1; then
+        skip "the progress bar: no script(1), or no pseudo-terminal to be had"
         return
     fi
     with_defaults

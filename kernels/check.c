@@ -1,5 +1,4 @@
-/* See check.h. The two static variables are the exception to "no globals": an error must find its rank from anywhere.
- * */
+/* The two static variables are the exception to "no globals": an error must find its rank from anywhere. */
 #include "check.h"
 
 #include <stdarg.h>

@@ -8,6 +8,7 @@ is tried briefly and the fastest is the one reported. Works with PyTorch 1.13 (D
 where torch.compile is tried too.
 
     python3 experiments/baselines/torch_cpu.py --threads 2                 one JSON line per model, then a table
+    python3 experiments/baselines/torch_cpu.py --ours build/bench_cpu      the same, and the ratio to ours
     python3 experiments/baselines/torch_cpu.py --check-loss                does it learn, do all ways agree
     python3 experiments/baselines/torch_cpu.py --models cpu-mid --profile  where its time goes
 
@@ -50,6 +51,8 @@ def parse_arguments():
                    help="best, or a comma-separated list of: %s, each also with +compile" % " ".join(EXPERTS))
     p.add_argument("--wait", choices=["best"] + WAITS, default="best", help="idle OpenMP threads: passive sleeps")
     p.add_argument("--compile", type=int, choices=(0, 1), default=1, help="0: leave torch.compile out of the trials")
+    p.add_argument("--ours", metavar="PROGRAM", default="",
+                   help="build/bench_cpu: run it after each model and print the ratio")
     p.add_argument("--steps", type=int, default=0, help="timed steps; 0: by speed, 20, 10 or 5")
     p.add_argument("--trials", action="store_true", help="only print the short trial of each variant")
     p.add_argument("--check-loss", action="store_true", help="20 steps on one batch with each variant")
@@ -90,12 +93,21 @@ def find_best(name):
     return row
 
 
+def run_ours(name):
+    """Our benchmark's tokens/s of one model, with the threads we have ourselves."""
+    environment = dict(os.environ, OMP_NUM_THREADS=str(args.threads))
+    environment.pop("OMP_WAIT_POLICY", None)
+    answer = subprocess.run([args.ours, "--model", name], stdout=subprocess.PIPE, env=environment, check=True)
+    return json.loads(answer.stdout.decode().split("\n")[0])["tok_s"]
+
+
 def print_table(rows):
     print("\nPyTorch %(torch)s, %(threads)d threads, %(blas)s, %(cpu)s" % rows[0], file=sys.stderr)
-    print("%-12s %-16s %-8s %9s %9s %8s" % ("model", "experts", "wait", "ms/step", "tokens/s", "GFLOP/s"),
-          file=sys.stderr)
+    print("%-12s %-16s %-8s %9s %9s %8s %9s %6s" % ("model", "experts", "wait", "ms/step", "tokens/s", "GFLOP/s",
+                                                    "ours", "ratio"), file=sys.stderr)
     for row in rows:
-        print("%(model)-12s %(variant)-16s %(wait)-8s %(ms)9.1f %(tok_s)9d %(gflops)8.1f" % row, file=sys.stderr)
+        ours = "%9d %5.2fx" % (row["ours_tok_s"], row["ours_tok_s"] / row["tok_s"]) if "ours_tok_s" in row else ""
+        print("%(model)-12s %(variant)-16s %(wait)-8s %(ms)9.1f %(tok_s)9d %(gflops)8.1f" % row, ours, file=sys.stderr)
 
 
 def prepare_environment(threads, wait):
@@ -119,6 +131,8 @@ if args.wait == "best" and not (args.check_loss or args.profile):
     table = []
     for model_name in args.models.split(","):
         table.append(find_best(model_name))
+        if args.ours:
+            table[-1]["ours_tok_s"] = run_ours(model_name)
         print(json.dumps(table[-1]), flush=True)
     print_table(table)
     sys.exit(0)

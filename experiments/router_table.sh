@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Trains every router on the builtin corpus, several seeds and learning rates side by side, and writes one JSON line per
+# run. `experiments/router_table.py table OUT.jsonl` makes the table.
+#
+#   experiments/router_table.sh [-o lm|mlm] [-j JOBS] [-t THREADS] [-s SEEDS] [-l RATES] [-n STEPS] [-a ARMS] [-T]
+#                               TRAIN OUT.jsonl [COMMIT]
+#
+#   TRAIN      the program (./train)        OUT.jsonl  lines are appended        COMMIT  default: of this checkout
+#   -o         objective: next token (lm) or masked tokens (mlm); each has its own arms
+#   -j -t      runs side by side, threads of each (default: 1 run of all cores)
+#   -s -l -n   "1 2 3"   "2e-3 4e-3 8e-3"   900
+#   -a         only these arms, separated by commas
+#   -T         timing: each arm alone, one after the other, 40 steps; "ms" of such lines is what a step costs
+#
+# Arms share seed, data order and the initial values of all tensors of the same name. K x H = 512 is the active width
+# unless the name says otherwise; what the arms differ in stands in the table below.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 only='' timing=0
+usage() { sed -n '5,6p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
+while getopts 'o:j:t:s:l:n:a:T' option; do
+    case $option in
+        o) objective=$OPTARG ;;
+        j) jobs=$OPTARG ;;
+        t) threads=$OPTARG ;;
+        s) seeds=$OPTARG ;;
+        l) rates=$OPTARG ;;
+        n) steps=$OPTARG ;;
+        a) only=$OPTARG ;;
+        T) timing=1 ;;
+        *) usage ;;
+    esac
+done
+shift $((OPTIND - 1))
+if [ $# -lt 2 ] || [ $# -gt 3 ]; then usage; fi
+train=$(realpath "$1") out=$(realpath "$2")
+commit=${3:-$(git -C "$here" rev-parse --short=12 HEAD)$(git -C "$here" diff --quiet HEAD || echo -dirty)}
+[ -x "$train" ] || { echo "router_table.sh: $1 is not a program: run make first" >&2; exit 1; }
+
+# name, work per token against topk's experts, options
+lm_arms='
+dense               1    --router dense
+dense-half          0.5  --router dense --top-k 1
+top1                0.5  --router top1
+top1-wide           1    --router top1 --expert-dim 512
+topk                1    --router topk
+topk-plain          1    --router topk --renorm 0
+topk-cf1            1    --router topk --capacity-factor 1
+noisy               1    --router noisy
+sigmoid             1    --router sigmoid
+hash                1    --router hash
+position            1    --router position
+random              1    --router random
+random-step         1    --router random-step
+threshold           1    --router threshold
+soft-batch          1    --router soft-batch
+soft-token          4    --router soft-token
+soft-token-narrow   1    --router soft-token --expert-dim 64
+coe                 2    --router coe
+coe-k1              1    --router coe --top-k 1
+coe-norm-k1         1    --router coe --top-k 1 --chain-norm 1
+expert-choice       1    --router expert-choice --allow-leak
+soft                1    --router soft --allow-leak
+'
+mlm_arms='
+dense               1    --router dense
+topk                1    --router topk
+sigmoid             1    --router sigmoid
+hash                1    --router hash
+random              1    --router random
+threshold           1    --router threshold
+expert-choice       1    --router expert-choice
+soft                1    --router soft
+soft-batch          1    --router soft-batch
+'
+case $objective in
+    lm) arms=$lm_arms ;;
+    mlm) arms=$mlm_arms ;;
+    *) usage ;;
+esac
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+common="--data builtin --batch 8 --seq 128 --layers 4 --dim 128 --experts 8 --top-k 2 --expert-dim 256 --min-lr 0.02"
+common="$common --objective $objective --eval-every 0"
+if [ "$timing" = 1 ]; then
+    jobs=1 seeds=1 rates=4e-3 steps=40
+    common="$common --log-every 1 --eval-batches 1"
+else
+    common="$common --log-every 20 --eval-batches 1024" # 2^20 tokens, the same for all arms
+fi
+
+# One line per run: arm, work, rate, seed, then the options. Later options of an arm replace the common ones.
+list() {
+    local name work options
+    while read -r name work options; do
+        [ -n "$name" ] || continue
+        if [ -n "$only" ] && [[ ",$only," != *",$name,"* ]]; then continue; fi
+        for rate in $rates; do
+            for seed in $seeds; do
+                echo "$name $work $rate $seed $options"
+            done
+        done
+    done <<<"$arms"
+}
+
+run() {
+    local name=$1 work=$2 rate=$3 seed=$4 option value line=()
+    shift 4
+    local directory=$folder/$name-$rate-$seed
+    # shellcheck disable=SC2206  # words are meant to be split
+    local words=($common --steps "$steps" --lr "$rate" --seed "$seed")
+    for ((i = 0; i < ${#words[@]}; i += 2)); do
+        option=${words[i]} value=${words[i + 1]}
+        [[ " $* " == *" $option "* ]] || line+=("$option" "$value")
+    done
+    line+=("$@")
+    if ! "$train" "${line[@]}" --out "$directory" >"$directory.txt" 2>&1; then
+        echo "router_table.sh: $name, rate $rate, seed $seed failed: $(tail -n 1 "$directory.txt")" >&2
+        return 0
+    fi
+    python3 "$here/router_table.py" line "$directory/log.jsonl" arm="$name" work="$work" rate="$rate" seed="$seed" \
+        objective="$objective" timing="$timing" threads="${OMP_NUM_THREADS:-all}" side_by_side="$jobs" \
+        commit="$commit" command="./train ${line[*]}" >>"$out"
+    rm -rf "$directory"
+}
+export -f run
+export train out here folder common steps objective timing jobs commit
+[ -z "$threads" ] || export OMP_NUM_THREADS=$threads
+[ "$jobs" = 1 ] || export OMP_WAIT_POLICY=passive
+# shellcheck disable=SC2016  # $@ is the inner shell's
+list | xargs -P "$jobs" -I{} bash -c 'set -- {}; run "$@"'

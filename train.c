@@ -20,7 +20,9 @@
 #include "data/corpus.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
+#include "model/alarm.h"
 #include "model/config.h"
+#include "model/console.h"
 #include "model/evaluate.h"
 #include "model/figures.h"
 #include "model/log.h"
@@ -29,6 +31,7 @@
 #include "model/resume.h"
 #include "model/router.h"
 #include "model/sample.h"
+#include "model/trace.h"
 #include "model/transformer.h"
 
 /* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains and
@@ -49,10 +52,12 @@ typedef struct {
     Optimizer optimizer;
     BatchBuffers batch;
     Log log;
+    Alarms alarms;
+    Choices choices; /* experts of the last evaluation */
+    Trace trace;     /* with --dump-routing */
     Profile profile;
     Progress at;
     double val_loss; /* of the last evaluation */
-    bool terminal;   /* progress line instead of plain lines */
 } Run;
 
 /* ---- signals: the first asks the loop to save and stop, a second ends at once ---- */
@@ -105,6 +110,10 @@ static void open_corpus(Run *run) {
                              .vocab = c->model.vocab,
                              .shuffle = c->train.shuffle,
                              .seed = c->train.seed};
+    if (c->model.objective == OBJECTIVE_MLM) { /* the last token of the vocabulary hides others */
+        options.mask_share = c->train.mask_share;
+        options.mask_token = options.vocab = c->model.vocab - 1;
+    }
     run->corpus = corpus_open(&options);
     for (int d = 0; d < corpus_domains(run->corpus); d++) {
         run->domains[d] = corpus_domain_name(run->corpus, d);
@@ -129,6 +138,22 @@ static void free_batch(BatchBuffers *batch) {
     free(batch->floor);
 }
 
+/* How often each token occurs in the first batches of the training text, for routers that ask; the caller frees. */
+static double *count_tokens(Run *run) {
+    const Config *c = &run->config;
+    enum { BATCHES = 32 };
+    double *frequency = calloc(c->model.vocab, sizeof(double));
+    CHECK(frequency, "out of memory for %d token frequencies", c->model.vocab);
+    Batch batch = {.tokens = run->batch.host_tokens};
+    for (int64_t step = 0; step < BATCHES && router_find(c->model.router)->init; step++) {
+        corpus_batch(run->corpus, SPLIT_TRAIN, step, 0, run->model.B, &batch);
+        for (int n = 0; n < run->model.N; n++) {
+            frequency[batch.tokens[n]]++;
+        }
+    }
+    return frequency;
+}
+
 static void open_model(Run *run) {
     const Config *c = &run->config;
     int slices = c->train.grad_accum, batch = c->train.batch / slices;
@@ -137,14 +162,17 @@ static void open_model(Run *run) {
     open_batch(&run->batch, (size_t)batch * c->model.seq, &run->arena);
     arena_commit(&run->arena);
     transformer_connect(&run->model);
+    run->model.predicted = batch * corpus_masked_tokens(run->corpus);
     if (c->train.resume[0]) {
         run->at = training_load(c, &run->model, &run->optimizer);
         return;
     }
     acc_t *host = calloc(run->model.tensors.total, sizeof(acc_t));
     CHECK(host, "out of memory for %zu initial weights", run->model.tensors.total);
-    tensors_init(&run->model.tensors, host, c->train.seed);
+    double *frequency = count_tokens(run);
+    transformer_init(&run->model, host, c->train.seed, frequency);
     transformer_load(&run->model, host);
+    free(frequency);
     free(host);
 }
 
@@ -159,7 +187,8 @@ static void open_log(Run *run) {
                         .domains = run->domains,
                         .moe_layer_count = run->model.moe_count,
                         .moe_layers = run->model.moe_layers,
-                        .leaky = config_is_leaky(&run->config.model)};
+                        .leaky = config_is_leaky(&run->config.model),
+                        .sees_batch = router_find(run->config.model.router)->sees_batch};
     log_open(&run->log, &run->config, &header, run->config.train.resume[0] ? run->at.step : -1);
     char memory[512];
     int length = 0;
@@ -170,43 +199,14 @@ static void open_log(Run *run) {
     log_line(&run->log, "{\"event\":\"memory\"%s}", memory);
 }
 
-/* Memory by category; what is in none of them (code, batches, a copy being saved, gaps) is "other". */
-static void print_memory(const Run *run, const char *what, size_t bytes) {
-    size_t other = bytes;
-    printf("memory   %s %.1f MiB:", what, bytes / 1048576.0);
-    for (int i = 0; i < MEMORY_CATEGORIES; i++) {
-        if (run->arena.category[i] > 0) {
-            printf(" %s %.1f,", memory_category_name(i), run->arena.category[i] / 1048576.0);
-            other -= run->arena.category[i] < other ? run->arena.category[i] : other;
-        }
+static void open_trace(Run *run) {
+    const Transformer *model = &run->model;
+    const char *path = run->config.train.dump_routing;
+    if (path[0]) {
+        const Plan *plan = &model->moes[0]->plan;
+        TraceShape shape = {plan->N, plan->K, plan->E, model->moe_count, model->slices, run->at.step};
+        trace_create(&run->trace, path, shape);
     }
-    printf(" other %.1f\n", other / 1048576.0);
-}
-
-static void print_start(const Run *run) {
-    const ModelConfig *m = &run->config.model;
-    const TrainConfig *t = &run->config.train;
-    char device[128];
-    device_describe(device, sizeof device);
-    printf("model    %d layers, width %d, router %s", m->layers, m->dim, m->router);
-    if (run->model.moe_count > 0) {
-        printf(", %d experts of width %d, %d per token", m->experts, m->expert_dim, m->top_k);
-    }
-    printf("; %.2f M parameters, %.2f M active\n", tensors_parameters(&run->model.tensors) / 1e6,
-           transformer_active_parameters(&run->model) / 1e6);
-    if (run->model.moe_count > 0 && m->capacity_factor > 0) {
-        int N = run->model.N;
-        printf("capacity %d rows per expert, out of the %d tokens of each slice\n", config_capacity(m, N), N);
-    }
-    if (config_is_leaky(m)) {
-        printf(
-            "warning  this run lets routing see later tokens: its loss is no language-model loss (logged as leaky)\n");
-    }
-    printf("data     %s; %d steps of %d x %d tokens\n", t->data, t->steps, t->batch, m->seq);
-    printf("device   %s\n", device);
-    print_memory(run, "arena", run->arena.bytes);
-    printf("run      %s%s\n", t->out, t->resume[0] ? " (resumed)" : "");
-    fflush(stdout);
 }
 
 /* ---- one step ---- */
@@ -222,19 +222,35 @@ static void read_batch(Run *run, Split split, int64_t step, int slice) {
     device_from_host(b->targets, b->host_targets, run->model.N * sizeof(int), NULL);
 }
 
+/* With --dump-routing: the choices of the forward just done. */
+static void record_routing(Run *run) {
+    const Transformer *model = &run->model;
+    for (int i = 0; run->trace.file && i < model->moe_count; i++) {
+        const Plan *plan = &model->moes[i]->plan;
+        int *expert = calloc((size_t)plan->N * plan->K, sizeof(int));
+        CHECK(expert, "out of memory for a routing record of %d tokens", plan->N);
+        host_from_device(expert, plan->expert, (size_t)plan->N * plan->K * sizeof(int), NULL);
+        trace_append(&run->trace, expert);
+        free(expert);
+    }
+}
+
 static void train_step(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
     model->profile = t->profile ? &run->profile : NULL;
     profile_start(model->profile, NULL);
+    transformer_set_step(model, run->at.step);
     for (int slice = 0; slice < t->grad_accum; slice++) {
         read_batch(run, SPLIT_TRAIN, run->at.step, slice);
         profile_lap(model->profile, STAGE_OTHER, NULL);
         transformer_forward(model, run->batch.tokens, slice, NULL);
         transformer_loss(model, run->batch.targets, slice, true, NULL);
         transformer_backward(model, run->batch.tokens, NULL);
+        record_routing(run);
     }
     optimizer_step(&run->optimizer, model, t, run->at.step, NULL);
+    transformer_update_routers(model, run->optimizer.state, NULL);
     model->profile = NULL;
     run->at.step++;
     run->at.tokens += (int64_t)t->batch * run->config.model.seq;
@@ -242,56 +258,10 @@ static void train_step(Run *run) {
 
 /* ---- what a step tells ---- */
 
-/* A line per logged step, or on a terminal one line that is written over. */
-static void print_progress(const Run *run, const StepFigures *f, double seconds) {
-    const TrainConfig *t = &run->config.train;
-    double tokens = (double)t->batch * run->config.model.seq;
-    int left = (int)((t->steps - run->at.step) * seconds + 0.5);
-    if (run->terminal) {
-        char bar[25];
-        int done = (int)(24 * run->at.step / t->steps);
-        memset(bar, '.', sizeof bar - 1);
-        memset(bar, '#', done);
-        bar[24] = 0;
-        char validation[32] = "";
-        if (isfinite(run->val_loss)) {
-            snprintf(validation, sizeof validation, "  val %.3f", run->val_loss);
-        }
-        printf("\r[%s] %lld/%d  loss %.3f%s  router grad %.1e  %.0f tok/s  %d:%02d left\033[K", bar,
-               (long long)run->at.step, t->steps, f->loss, validation, f->main_gradient, tokens / seconds, left / 60,
-               left % 60);
-    } else {
-        printf(
-            "step %5lld/%d  loss %.4f  aux %.3f  grad %.3f  router grad %.2e  load cv %.2f  %.1f ms  %.0f tok/s  "
-            "%d:%02d left\n",
-            (long long)run->at.step, t->steps, f->loss, f->aux, f->norms.total, f->norms.router, f->load.cv,
-            1e3 * seconds, tokens / seconds, left / 60, left % 60);
-    }
-    fflush(stdout);
-}
-
 static void write_report(const Run *run) {
     char error[512];
     if (!report_write(run->config.train.out, error, sizeof error)) {
         fprintf(stderr, "moelab: no report: %s\n", error);
-    }
-}
-
-/* Where a message begins: on a terminal, after the progress line. */
-static const char *line_start(const Run *run) {
-    return run->terminal ? "\r\033[K" : "";
-}
-
-/* A router that the loss does not reach trains silently, held in place by the balance losses alone: this is where it is
- * heard. */
-static void raise_alarm(Run *run, const StepFigures *f) {
-    bool learns = router_find(run->config.model.router)->learned && run->config.train.freeze != FREEZE_ROUTER;
-    if (learns && f->silent_layer >= 0) {
-        printf("%salarm: step %lld: the router of layer %d gets no gradient from the loss: it learns nothing\n",
-               line_start(run), (long long)run->at.step, f->silent_layer);
-        log_line(&run->log,
-                 "{\"event\":\"alarm\",\"step\":%lld,\"layer\":%d,\"reason\":\"no gradient from the main loss\"}",
-                 (long long)run->at.step, f->silent_layer);
     }
 }
 
@@ -301,7 +271,7 @@ static void guard(Run *run) {
     host_from_device(&adam, run->optimizer.state, sizeof adam, NULL);
     if (adam.skipped > run->at.skipped) {
         run->at.skipped = adam.skipped;
-        printf("%sstep %lld: loss or gradient is not finite; step skipped (%lld in a row)\n", line_start(run),
+        printf("%sstep %lld: loss or gradient is not finite; step skipped (%lld in a row)\n", console_line_start(),
                (long long)run->at.step, (long long)adam.skipped_in_row);
         log_line(&run->log, "{\"event\":\"skip\",\"step\":%lld,\"in_a_row\":%lld}", (long long)run->at.step,
                  (long long)adam.skipped_in_row);
@@ -332,38 +302,26 @@ static int64_t evaluation_batches(const Run *run) {
 static void run_evaluation(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
-    Evaluation e = evaluation_start(model, corpus_domains(run->corpus));
-    transformer_set_dropless(model, !t->eval_drop);
+    Evaluation e = evaluation_start(model, corpus_domains(run->corpus), &run->choices);
+    transformer_set_step(model, run->at.step);
+    transformer_set_training(model, false, t->eval_drop);
     int64_t forwards = evaluation_batches(run) * t->grad_accum;
     for (int64_t i = 0; i < forwards; i++) {
         read_batch(run, SPLIT_VAL, i / t->grad_accum, i % t->grad_accum);
         transformer_forward(model, run->batch.tokens, 0, NULL);
         transformer_loss(model, run->batch.targets, 0, false, NULL);
-        evaluation_add(&e, model, run->batch.domain, run->batch.floor, NULL);
+        evaluation_add(&e, model, run->batch.host_targets, run->batch.domain, run->batch.floor, NULL);
         if (stop_signal) { /* half an evaluation says nothing: back to saving */
-            transformer_set_dropless(model, false);
+            transformer_set_training(model, true, true);
             evaluation_free(&e);
             return;
         }
     }
-    transformer_set_dropless(model, false);
+    transformer_set_training(model, true, true);
     evaluation_finish(&e, corpus_bytes_per_token(run->corpus));
     evaluation_log(&e, &run->log, run->domains, run->at.step, run->at.tokens);
     run->val_loss = e.loss;
-    printf("%sstep %5lld  validation %.4f nats", line_start(run), (long long)run->at.step, e.loss);
-    if (isfinite(e.bits_per_byte)) {
-        printf(", %.4f bits per byte", e.bits_per_byte);
-    }
-    if (corpus_has_floor(run->corpus)) {
-        printf(", floor %.4f (x%.2f):", e.floor, e.loss / e.floor);
-        for (int d = 0; d < e.domains; d++) {
-            if (e.domain_tokens[d] > 0) {
-                printf(" %s x%.2f", run->domains[d], e.domain_loss[d] / e.domain_floor[d]);
-            }
-        }
-    }
-    printf("\n");
-    fflush(stdout);
+    console_evaluation(&e, run->domains, run->at.step);
     evaluation_free(&e);
     write_report(run);
 }
@@ -390,12 +348,18 @@ static void train(Run *run) {
         since_log += seconds;
         bool last = run->at.step == t->steps;
         guard(run);
+        if (run->at.step == 1) {
+            StepFigures figures = figures_read(&run->model, &run->optimizer, NULL);
+            console_first_gradients(&figures);
+            figures_log_gradients(&figures, &run->log, run->at.step);
+            figures_free(&figures);
+        }
         if (is_due(run, t->log_every) || last) {
             StepFigures figures = figures_read(&run->model, &run->optimizer, NULL);
             double mean = since_log / (run->at.step - logged);
             figures_log(&figures, &run->log, &run->config, run->at.step, mean);
-            print_progress(run, &figures, mean);
-            raise_alarm(run, &figures);
+            console_progress(&run->config, &run->at, &figures, mean, run->val_loss);
+            alarms_check(&run->alarms, &figures, &run->model, run->at.step, &run->log, console_line_start());
             figures_free(&figures);
             since_log = 0;
             logged = run->at.step;
@@ -420,51 +384,17 @@ static void sample(Run *run) {
     sample_texts(&run->model, &run->config, run->domains, prompts, count, &run->log, &stop_signal);
 }
 
-static void print_profile(const Profile *profile) {
-    double total = 0;
-    for (int i = 0; i < STAGE_COUNT; i++) {
-        total += profile->seconds[i];
-    }
-    printf("\nstage      seconds   share\n");
-    for (int i = 0; i < STAGE_COUNT; i++) {
-        if (profile->seconds[i] > 0) {
-            printf("%-10s %7.2f  %5.1f %%\n", stage_name(i), profile->seconds[i], 100 * profile->seconds[i] / total);
-        }
-    }
-}
-
-static void print_end(const Run *run) {
-    const TrainConfig *t = &run->config.train;
-    double seconds = run->at.seconds;
-    if (t->profile) {
-        print_profile(&run->profile);
-    }
-    if (run->at.tokens > 0) {
-        printf("\ntrained  %lld steps, %.2f M tokens in %.1f s (%.0f tokens/s, %.0f GFLOP/s)\n",
-               (long long)run->at.step, run->at.tokens / 1e6, seconds, run->at.tokens / seconds,
-               run->at.tokens / seconds * transformer_flops_per_token(&run->model) / 1e9);
-    }
-    print_memory(run, "peak", device_peak_memory());
-    printf("report   %s/report.html\n", t->out);
-}
-
-static void print_stopped(const Run *run, const char *program) {
-    const char *out = run->config.train.out;
-    const char *quote = strpbrk(out, " \t\"$&;()*?!|<>") ? "'" : "";
-    printf("\nstopped by a signal at step %lld; saved. Go on with: %s --resume %s%s%s\n", (long long)run->at.step,
-           program, quote, out, quote);
-}
-
 int main(int argc, char **argv) {
     hold_standard_streams();
-    Run run = {.terminal = isatty(STDOUT_FILENO), .val_loss = NAN};
+    Run run = {.val_loss = NAN};
     config_parse(&run.config, argc, argv);
     config_finish(&run.config);
     catch_signals();
     open_corpus(&run);
     open_model(&run);
     open_log(&run);
-    print_start(&run);
+    open_trace(&run);
+    console_start(&run.config, &run.model, &run.arena);
     train(&run);
 
     bool interrupted = run.at.step < run.config.train.steps;
@@ -477,13 +407,16 @@ int main(int argc, char **argv) {
     write_report(&run);
     log_close(&run.log);
     if (!interrupted) {
-        print_end(&run);
+        console_end(&run.config, &run.model, &run.arena, &run.profile, &run.at);
     } else if (saved) {
-        print_stopped(&run, argv[0]);
+        console_stopped(&run.config, &run.at, argv[0]);
     }
     corpus_close(run.corpus);
     transformer_free(&run.model);
     optimizer_free(&run.optimizer);
+    alarms_free(&run.alarms);
+    choices_free(&run.choices);
+    trace_close(&run.trace);
     free_batch(&run.batch);
     arena_free(&run.arena);
     return !saved ? EXIT_ERROR : interrupted ? EXIT_PREEMPTED : EXIT_OK;

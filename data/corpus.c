@@ -9,6 +9,9 @@
  * keyed permutation that is computed window by window (a Feistel network, Luby and Rackoff 1988, repeated until the
  * result is a window), and they are shifted together by a random phase, so that the cuts fall elsewhere each time.
  *
+ * For masked prediction the T tokens are read into the targets too; then each place keeps one of the two: where it is
+ * hidden the target, elsewhere the token.
+ *
  * Called by train.c. Read next: data/builtin.c, data/text_loader.h. */
 #define TEXT_LOADER_IMPLEMENTATION
 #include "text_loader.h"
@@ -43,6 +46,9 @@ struct Corpus {
     int vocab;
     bool shuffle;
     uint64_t seed;
+    int masked; /* hidden tokens of a sequence; 0: next-token prediction */
+    int mask_token;
+    uint64_t mask_keys[2]; /* by Split */
 };
 
 static bool is_builtin(const char *name) {
@@ -90,6 +96,8 @@ static void open_text(Corpus *corpus, const char *train, const char *val) {
 
 Corpus *corpus_open(const CorpusOptions *options) {
     assert(options->seq >= 1 && options->batch >= 1 && options->vocab >= 1);
+    assert(options->mask_share >= 0 && options->mask_share <= 1);
+    assert(options->mask_share == 0 || options->mask_token >= options->vocab);
     const char *train = options->train, *val = options->val;
     Corpus *corpus = calloc(1, sizeof *corpus);
     CHECK(corpus, "out of memory");
@@ -101,6 +109,14 @@ Corpus *corpus_open(const CorpusOptions *options) {
     corpus->vocab = options->vocab;
     corpus->shuffle = options->shuffle;
     corpus->seed = options->seed;
+    if (options->mask_share > 0) {
+        long nearest = lround(options->mask_share * options->seq);
+        corpus->masked = nearest > 1 ? (int)nearest : 1;
+        corpus->mask_token = options->mask_token;
+        for (int split = SPLIT_TRAIN; split <= SPLIT_VAL; split++) {
+            corpus->mask_keys[split] = random_key(options->seed, RANDOM_MASK, (uint64_t)split);
+        }
+    }
     CHECK(*val == '\0' || is_builtin(val) == corpus->builtin,
           "--data %s and --val %s do not go together: the builtin corpus has its own validation text, leave --val out",
           train, val);
@@ -158,15 +174,21 @@ static uint64_t window_start(const Corpus *corpus, Split split, uint64_t g) {
     return permute(key, g % fitting, fitting) * seq + phase;
 }
 
+/* How far the token that a place predicts lies ahead of the token there. */
+static int target_shift(const Corpus *corpus) {
+    return corpus->masked ? 0 : 1;
+}
+
 static void read_text(const Corpus *corpus, Split split, uint64_t g, int *tokens, int *targets) {
     const Part *part = &corpus->parts[split];
     uint64_t seq = (uint64_t)corpus->seq;
     uint64_t start = part->first + window_start(corpus, split, g);
     char error[TEXT_LOADER_ERROR_BYTES];
-    for (int shift = 0; shift <= 1; shift++) {
-        int *out = shift ? targets : tokens;
+    for (int i = 0; i <= 1; i++) {
+        int *out = i ? targets : tokens;
+        uint64_t from = start + (uint64_t)(i * target_shift(corpus));
         if (out) {
-            bool good = text_loader_read(part->loader, start + (uint64_t)shift, seq, corpus->vocab, out, error);
+            bool good = text_loader_read(part->loader, from, seq, corpus->vocab, out, error);
             CHECK(good, "%s: raise --vocab, or give data of this vocabulary", error);
         }
     }
@@ -177,32 +199,51 @@ static void make_documents(const Corpus *corpus, Split split, uint64_t g, int *t
                            unsigned char *domains, double *floors) {
     unsigned char bytes[BUILTIN_DOCUMENT_BYTES];
     double nats[BUILTIN_DOCUMENT_BYTES];
-    int seq = corpus->seq;
+    int seq = corpus->seq, shift = target_shift(corpus);
     /* D: as many documents as T+1 bytes may take; at least 64, so that a sequence of another T often starts alike. */
     int documents = seq / SHORTEST_DOCUMENT + 1;
     uint64_t index = g * (uint64_t)(documents > 64 ? documents : 64);
-    for (int t = 0; t <= seq;) {
+    for (int t = 0; t < seq + shift;) {
         int domain;
         int length = builtin_document(corpus->keys[split], index++, bytes, nats, &domain);
         assert(length >= SHORTEST_DOCUMENT);
-        for (int i = 0; i < length && t <= seq; i++, t++) {
+        for (int i = 0; i < length && t < seq + shift; i++, t++) {
             if (tokens && t < seq) {
                 tokens[t] = bytes[i];
             }
-            if (t == 0) {
-                continue; /* nothing predicts the first token */
+            int at = t - shift; /* the place that predicts this byte */
+            if (at < 0) {
+                continue; /* nothing before the first token predicts it */
             }
             if (targets) {
-                targets[t - 1] = bytes[i];
+                targets[at] = bytes[i];
             }
             if (domains) {
-                domains[t - 1] = (unsigned char)domain;
+                domains[at] = (unsigned char)domain;
             }
             if (floors) {
-                floors[t - 1] = nats[i];
+                floors[at] = corpus->masked ? NAN : nats[i];
             }
         }
     }
+}
+
+/* Hides `masked` places of sequence g, any choice of them as likely as any other: each place with the share that the
+ * places left to hide have of those left to visit. */
+static void mask_sequence(const Corpus *corpus, Split split, uint64_t g, int *tokens, int *targets) {
+    int seq = corpus->seq, left = corpus->masked;
+    for (int t = 0; t < seq; t++) {
+        uint64_t index = g * (uint64_t)seq + (uint64_t)t;
+        bool hidden = random_below(corpus->mask_keys[split], index, (uint64_t)(seq - t)) < (uint64_t)left;
+        left -= hidden;
+        if (tokens && hidden) {
+            tokens[t] = corpus->mask_token;
+        }
+        if (targets && !hidden) {
+            targets[t] = -1;
+        }
+    }
+    assert(left == 0);
 }
 
 void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Batch *batch) {
@@ -217,18 +258,25 @@ void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, in
         double *floors = batch->floor ? batch->floor + row : NULL;
         if (corpus->builtin) {
             make_documents(corpus, split, g, tokens, targets, domain, floors);
-            continue;
+        } else {
+            read_text(corpus, split, g, tokens, targets);
+            for (size_t t = 0; t < seq; t++) {
+                if (domain) {
+                    domain[t] = 0;
+                }
+                if (floors) {
+                    floors[t] = NAN;
+                }
+            }
         }
-        read_text(corpus, split, g, tokens, targets);
-        for (size_t t = 0; t < seq; t++) {
-            if (domain) {
-                domain[t] = 0;
-            }
-            if (floors) {
-                floors[t] = NAN;
-            }
+        if (corpus->masked) {
+            mask_sequence(corpus, split, g, tokens, targets);
         }
     }
+}
+
+int corpus_masked_tokens(const Corpus *corpus) {
+    return corpus->masked ? corpus->masked : corpus->seq;
 }
 
 int corpus_domains(const Corpus *corpus) {
@@ -240,7 +288,7 @@ const char *corpus_domain_name(const Corpus *corpus, int domain) {
 }
 
 bool corpus_has_floor(const Corpus *corpus) {
-    return corpus->builtin;
+    return corpus->builtin && !corpus->masked;
 }
 
 const char *corpus_prompt(const Corpus *corpus, int domain) {

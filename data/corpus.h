@@ -6,7 +6,10 @@
  *     Corpus *corpus = corpus_open(&options);
  *     corpus_batch(corpus, SPLIT_TRAIN, step, rank * share, share, &batch);
  *
- * Includes nothing of the project but kernels/check.h.
+ * What is to be predicted is the next token, everywhere; or, with mask_share > 0, the tokens that a mask token hides, a
+ * share of each sequence drawn at random (Devlin et al. 2018, arXiv 1810.04805, without its other replacements).
+ *
+ * Includes nothing of the project but kernels/check.h and kernels/random.h.
  */
 #ifndef DATA_CORPUS_H
 #define DATA_CORPUS_H
@@ -25,6 +28,8 @@ typedef struct {
     int vocab;         /* tokens must be below it */
     bool shuffle;      /* false: sequence j of step s is the T+1 tokens from (s*B + j)*T of the stream */
     uint64_t seed;
+    double mask_share; /* share of each sequence that is hidden and predicted, at most 1; 0: next-token prediction */
+    int mask_token;    /* stands where a token is hidden; not below vocab, so that no token of the data is it */
 } CorpusOptions;
 
 typedef struct Corpus Corpus;
@@ -32,9 +37,11 @@ typedef struct Corpus Corpus;
 /* One batch, in arrays of the caller, each (count, T) or NULL where it is not wanted. */
 typedef struct {
     int *tokens;
-    int *targets;          /* the token after each token */
-    unsigned char *domain; /* domain of each target, 0 .. corpus_domains - 1 */
-    double *floor;         /* -ln of the target's true probability given all before it, in nats; NAN where unknown */
+    int *targets;          /* the token after each token; with masks the token hidden there, -1 where none is */
+    unsigned char *domain; /* domain of the token after each token, 0 .. corpus_domains - 1; with masks of the token
+                            * itself, hidden or not */
+    double *floor;         /* -ln of the target's true probability given all before it, in nats; NAN where unknown, and
+                            * with masks, when a token is predicted from both sides */
 } Batch;
 
 /* Opens and checks the data. Ends the program with one line when a path is missing or empty, a shard is malformed, or
@@ -44,15 +51,19 @@ Corpus *corpus_open(const CorpusOptions *options);
 void corpus_close(Corpus *corpus);
 
 /* Fills `count` sequences, the first of which is sequence `first` of step `step`. Step 0 of SPLIT_VAL is always the
- * same text (for the builtin corpus: of one seed). SPLIT_VAL is never shuffled. Ends the program on a token at or above
- * vocab (file, position, value). Thread-safe. */
+ * same text (for the builtin corpus: of one seed). SPLIT_VAL is never shuffled. Masks are a function of (seed, split,
+ * step, sequence) too: training hides other places each time that a text comes round, validation step 0 always the same
+ * ones. Ends the program on a token at or above vocab (file, position, value). Thread-safe. */
 void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Batch *batch);
+
+/* How many tokens of each sequence are predicted: T, or with masks the nearest to mask_share * T, at least 1. */
+int corpus_masked_tokens(const Corpus *corpus);
 
 /* Number of latent domains (1 for text) and their names. */
 int corpus_domains(const Corpus *corpus);
 const char *corpus_domain_name(const Corpus *corpus, int domain);
 
-/* Whether Batch.floor is known (the builtin corpus). */
+/* Whether Batch.floor is known (the builtin corpus without masks). */
 bool corpus_has_floor(const Corpus *corpus);
 
 /* A short prompt that starts a document of the domain ("" when there is none); used to sample one text per domain. */

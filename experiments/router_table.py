@@ -2,10 +2,12 @@
 """From the logs of router_table.sh to a table.
 
     router_table.py line LOG.jsonl KEY=VALUE ...   one JSON line about a finished run, for router_table.sh
+    router_table.py rate OUT.jsonl lm|mlm ARM      the learning rate at which the arm did best so far
     router_table.py table OUT.jsonl                the tables, in Markdown
 
 Differences are taken against topk, seed by seed (same data order, same initial values of all tensors of the same name),
-each arm at its own best learning rate; the interval is Student's t at 95 % over the seeds. Standard library only.
+each arm at its own best learning rate; the interval is Student's t at 95 % over the seeds. Runs at other rates, made
+with fewer seeds to find the best, are in the second table. Standard library only.
 """
 import collections
 import json
@@ -103,7 +105,8 @@ def table(path):
         for arm, r in sorted(best.items(), key=lambda item: statistics.fmean(run["val_loss"] for run in item[1])):
             losses = [run["val_loss"] for run in r]
             paired = [run["val_loss"] - base[run["seed"]] for run in r if run["seed"] in base]
-            cells = [arm, f"{r[0]['rate']:g}", plus_minus(losses), signed(paired) if arm != BASELINE and paired else "–"]
+            against = signed(paired) if arm != BASELINE and paired else "–"
+            cells = [arm, f"{r[0]['rate']:g}", plus_minus(losses), against]
             for name in domains:
                 value = statistics.fmean(run["domains"][name] for run in r)
                 domain_floor = r[0]["floors"][name]
@@ -127,6 +130,10 @@ def table(path):
 def main():
     if len(sys.argv) >= 3 and sys.argv[1] == "line":
         line(sys.argv[2], sys.argv[3:])
+    elif len(sys.argv) == 5 and sys.argv[1] == "rate":
+        runs = [json.loads(text) for text in open(sys.argv[2], encoding="utf-8")]
+        ours = [r for r in runs if r["objective"] == sys.argv[3] and r["arm"] == sys.argv[4] and not r["timing"]]
+        print(f"{best_rate(ours)[0]['rate']:g}" if ours else "")
     elif len(sys.argv) == 3 and sys.argv[1] == "table":
         table(sys.argv[2])
     else:

@@ -2,13 +2,15 @@
 # Trains every router on the builtin corpus, several seeds and learning rates side by side, and writes one JSON line per
 # run. `experiments/router_table.py table OUT.jsonl` makes the table.
 #
-#   experiments/router_table.sh [-o lm|mlm] [-j JOBS] [-t THREADS] [-s SEEDS] [-l RATES] [-n STEPS] [-a ARMS] [-T]
-#                               TRAIN OUT.jsonl [COMMIT]
+#   experiments/router_table.sh [-o lm|mlm] [-j JOBS] [-t THREADS] [-s SEEDS] [-l RATES] [-n STEPS] [-e BATCHES]
+#                               [-a ARMS] [-b] [-T] TRAIN OUT.jsonl [COMMIT]
 #
 #   TRAIN      the program (./train)        OUT.jsonl  lines are appended        COMMIT  default: of this checkout
 #   -o         objective: next token (lm) or masked tokens (mlm); each has its own arms
 #   -j -t      runs side by side, threads of each (default: 1 run of all cores)
 #   -s -l -n   "1 2 3"   "2e-3 4e-3 8e-3"   900
+#   -e         batches of 8 x 128 tokens of the evaluation at the end (1024)
+#   -b         each arm at the learning rate that was best for it in OUT.jsonl so far, instead of -l
 #   -a         only these arms, separated by commas
 #   -T         timing: each arm alone, one after the other, 40 steps; "ms" of such lines is what a step costs
 #
@@ -17,9 +19,9 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 only='' timing=0
+objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 batches=1024 only='' timing=0 best=0
 usage() { sed -n '5,6p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
-while getopts 'o:j:t:s:l:n:a:T' option; do
+while getopts 'o:j:t:s:l:n:e:a:bT' option; do
     case $option in
         o) objective=$OPTARG ;;
         j) jobs=$OPTARG ;;
@@ -27,7 +29,9 @@ while getopts 'o:j:t:s:l:n:a:T' option; do
         s) seeds=$OPTARG ;;
         l) rates=$OPTARG ;;
         n) steps=$OPTARG ;;
+        e) batches=$OPTARG ;;
         a) only=$OPTARG ;;
+        b) best=1 ;;
         T) timing=1 ;;
         *) usage ;;
     esac
@@ -88,7 +92,7 @@ if [ "$timing" = 1 ]; then
     jobs=1 seeds=1 rates=4e-3 steps=40
     common="$common --log-every 1 --eval-batches 1"
 else
-    common="$common --log-every 20 --eval-batches 1024" # 2^20 tokens, the same for all arms
+    common="$common --log-every 20 --eval-batches $batches" # the same text for all arms
 fi
 
 # One line per run: arm, work, rate, seed, then the options. Later options of an arm replace the common ones.
@@ -97,6 +101,7 @@ list() {
     while read -r name work options; do
         [ -n "$name" ] || continue
         if [ -n "$only" ] && [[ ",$only," != *",$name,"* ]]; then continue; fi
+        [ "$best" = 0 ] || rates=$(python3 "$here/router_table.py" rate "$out" "$objective" "$name")
         for rate in $rates; do
             for seed in $seeds; do
                 echo "$name $work $rate $seed $options"

@@ -1,7 +1,10 @@
-/* One (sequence, head) at a time and in it some query rows at a time, whose scores against all keys up to theirs stand
- * in a buffer on the stack: two matrix products with a softmax between them. Forward runs over (sequence, query head),
- * backward over (sequence, key/value head), so that the gradients of a key and a value have one owner. */
+/* One (sequence, head) at a time and in it some query rows at a time, whose scores against all keys that they see stand
+ * in a buffer on the stack: two matrix products with a softmax between them. The keys go up to the last row's own, or
+ * to the end where attention is bidirectional. Forward runs over (sequence, query head), backward over (sequence,
+ * key/value head), so that the gradients of a key and a value have one owner. */
 #include "attention.h"
+
+#include <assert.h>
 
 #include "check.h"
 #include "tile.h"
@@ -54,15 +57,20 @@ static acc_t softmax_row(real_t *s, int visible, int stride, real_t scale) {
     return largest * scale + (acc_t)log(sum);
 }
 
-/* out (rows, HS) of the queries at positions first .. first+rows-1 against keys 0 .. first+rows-1; lse (rows) may be
- * NULL. */
+/* How many keys, from the first on, the query at position t sees. */
+static int visible_keys(AttentionShape shape, int t) {
+    return shape.causal ? t + 1 : shape.T;
+}
+
+/* out (rows, HS) of the queries at positions first .. first+rows-1; lse (rows) may be NULL. */
 static void attend(real_t *out, size_t out_row, acc_t *lse, const real_t *q, size_t q_row, const real_t *k,
-                   const real_t *v, size_t kv_row, int first, int rows, int HS) {
+                   const real_t *v, size_t kv_row, int first, int rows, AttentionShape shape) {
     real_t scores[MOST_SCORES] __attribute__((aligned(64)));
-    int keys = first + rows, stride = score_stride(keys);
+    int HS = shape.HS, keys = visible_keys(shape, first + rows - 1), stride = score_stride(keys);
     block_multiply(scores, stride, q, q_row, 1, k, 1, kv_row, rows, keys, HS, 0);
     for (int t = 0; t < rows; t++) {
-        acc_t row_lse = softmax_row(scores + (size_t)t * stride, first + t + 1, stride, 1 / (real_t)sqrt(HS));
+        int visible = visible_keys(shape, first + t);
+        acc_t row_lse = softmax_row(scores + (size_t)t * stride, visible, stride, 1 / (real_t)sqrt(HS));
         if (lse) {
             lse[t] = row_lse;
         }
@@ -70,8 +78,8 @@ static void attend(real_t *out, size_t out_row, acc_t *lse, const real_t *q, siz
     block_multiply(out, out_row, scores, stride, 1, v, kv_row, 1, rows, HS, keys, 0);
 }
 
-void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, int B, int T, int NH, int NKV, int HS,
-                       Stream *stream) {
+void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape, Stream *stream) {
+    int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
     size_t width = (size_t)(NH + 2 * NKV) * HS;
     int size = query_rows(T), blocks = (T + size - 1) / size;
 #pragma omp parallel for schedule(dynamic)
@@ -82,7 +90,7 @@ void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, int B, int T,
         const real_t *k = sequence + (NH + head / (NH / NKV)) * HS;
         size_t row = (size_t)b * T + first;
         attend(out + (row * NH + head) * HS, (size_t)NH * HS, lse + ((size_t)b * NH + head) * T + first,
-               qkv + row * width + head * HS, width, k, k + NKV * HS, width, first, rows, HS);
+               qkv + row * width + head * HS, width, k, k + NKV * HS, width, first, rows, shape);
     }
 }
 
@@ -97,8 +105,9 @@ static void softmax_row_backward(real_t *restrict p, real_t *restrict dp, int vi
     }
 }
 
-void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv, int B,
-                        int T, int NH, int NKV, int HS, Stream *stream) {
+void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv,
+                        AttentionShape shape, Stream *stream) {
+    int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
     size_t width = (size_t)(NH + 2 * NKV) * HS, out_width = (size_t)NH * HS;
     int size = query_rows(T), group = NH / NKV;
     real_t scale = 1 / (real_t)sqrt(HS);
@@ -117,7 +126,7 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
         for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
             for (int first = 0; first < T; first += size) {
                 int rows = T - first < size ? T - first : size;
-                int keys = first + rows, stride = score_stride(keys);
+                int keys = visible_keys(shape, first + rows - 1), stride = score_stride(keys);
                 const real_t *q = qkv + (start + first) * width + head * HS;
                 const real_t *o = out + (start + first) * out_width + head * HS;
                 const real_t *d_o = dout + (start + first) * out_width + head * HS;
@@ -126,8 +135,8 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
                 block_multiply(ds, stride, d_o, out_width, 1, v, 1, width, rows, keys, HS, 0);
                 for (int t = 0; t < rows; t++) {
                     real_t d = dot(d_o + t * out_width, o + t * out_width, HS);
-                    softmax_row_backward(p + (size_t)t * stride, ds + (size_t)t * stride, first + t + 1, stride,
-                                         row_lse[t], d, scale);
+                    softmax_row_backward(p + (size_t)t * stride, ds + (size_t)t * stride,
+                                         visible_keys(shape, first + t), stride, row_lse[t], d, scale);
                 }
                 block_multiply(dv, width, p, 1, stride, d_o, out_width, 1, keys, HS, rows, 1);
                 block_multiply(dk, width, ds, 1, stride, q, width, 1, keys, HS, rows, 1);
@@ -138,8 +147,10 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
     }
 }
 
-void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, int B, int T, int NH,
-                      int NKV, int HS, Stream *stream) {
+void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, AttentionShape shape,
+                      Stream *stream) {
+    assert(shape.causal);
+    int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
     size_t width = (size_t)(NH + 2 * NKV) * HS, kv_width = (size_t)NKV * HS;
 #pragma omp parallel for
     for (int i = 0; i < B * NKV; i++) {
@@ -151,7 +162,7 @@ void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *q
         memcpy(v + position * kv_width, row + (NH + NKV + kv_head) * HS, sizeof(real_t) * HS);
         for (int head = kv_head * (NH / NKV); head < (kv_head + 1) * (NH / NKV); head++) {
             attend(out + ((size_t)b * NH + head) * HS, HS, NULL, row + head * HS, width, k, v, kv_width, position, 1,
-                   HS);
+                   shape);
         }
     }
 }

@@ -3,7 +3,8 @@
  *
  * Forward keeps the exponentials of a block of BLOCK logits on the stack; forward_backward leaves them where the logits
  * were and multiplies them into the gradient. Both add in the same order, so both give the same losses. A NaN among the
- * logits passes through the exponentials into the loss, where the guard of model/optimizer.c looks for it.
+ * logits of a predicted row passes through the exponentials into the loss, where the guard of model/optimizer.c looks
+ * for it. A row that is not predicted is not read.
  */
 #include "cross_entropy.h"
 
@@ -34,6 +35,10 @@ void cross_entropy_forward(acc_t *losses, const real_t *logits, const int *targe
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         const real_t *l = logits + (size_t)n * V;
+        if (targets[n] < 0) {
+            losses[n] = 0;
+            continue;
+        }
         acc_t max = largest_of(l, V);
         double sum = 0;
         for (int begin = 0; begin < V; begin += BLOCK) {
@@ -49,6 +54,11 @@ void cross_entropy_forward_backward(acc_t *losses, real_t *logits, const int *ta
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         real_t *l = logits + (size_t)n * V;
+        if (targets[n] < 0) {
+            losses[n] = 0;
+            memset(l, 0, sizeof *l * V);
+            continue;
+        }
         acc_t max = largest_of(l, V);
         double target_below_max = (double)max - l[targets[n]];
         double sum = 0;
@@ -64,7 +74,7 @@ void cross_entropy_forward_backward(acc_t *losses, real_t *logits, const int *ta
     }
 }
 
-void mean_forward(acc_t *mean, const acc_t *values, int N, Stream *stream) {
+void mean_forward(acc_t *mean, const acc_t *values, int N, int count, Stream *stream) {
     double lane[LANES] = {0};
     for (int n = 0; n < N; n++) {
         lane[n % LANES] += values[n];
@@ -73,5 +83,5 @@ void mean_forward(acc_t *mean, const acc_t *values, int N, Stream *stream) {
     for (int j = 0; j < LANES; j++) {
         sum += lane[j];
     }
-    *mean = (acc_t)(sum / N);
+    *mean = (acc_t)(sum / count);
 }

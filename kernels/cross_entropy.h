@@ -1,6 +1,9 @@
-/* Softmax and cross-entropy of next-token prediction in one pass over the logits.
+/* Softmax and cross-entropy of token prediction in one pass over the logits.
  *
  *     loss_n = lse(l_n) - l_n[target]          dl_nv = scale (softmax(l_n)_v - 1[v = target])
+ *
+ * A target of -1 is not predicted (masked-token prediction predicts few of its positions): its loss is 0 and its row of
+ * the gradient is 0, whatever its logits are, NaN too.
  */
 #ifndef KERNELS_CROSS_ENTROPY_H
 #define KERNELS_CROSS_ENTROPY_H
@@ -14,7 +17,7 @@ void cross_entropy_forward(acc_t *losses, const real_t *logits, const int *targe
 void cross_entropy_forward_backward(acc_t *losses, real_t *logits, const int *targets, int N, int V, double scale,
                                     Stream *stream);
 
-/* *mean = sum of values (N) / N, added in a fixed order */
-void mean_forward(acc_t *mean, const acc_t *values, int N, Stream *stream);
+/* *mean = sum of values (N) / count, added in a fixed order; count >= 1 is how many of them are predicted */
+void mean_forward(acc_t *mean, const acc_t *values, int N, int count, Stream *stream);
 
 #endif

@@ -1,10 +1,11 @@
-/* Copies by index, a row to a thread. gather_sum is both combine and the backward of dispatch: they differ by the
- * weights. */
+/* Copies by index, a row to a thread. copy_rows is both dispatch and the backward of combine; gather_sum is both
+ * combine and the backward of dispatch, which differ by the weights. */
 #include "dispatch.h"
 
 #include <string.h>
 
-void dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
+/* rows[r] = x[entry[r] / K] */
+static void copy_rows(real_t *rows, const real_t *x, const Plan *plan, int C) {
     int computed = plan->offset[plan->E];
 #pragma omp parallel for
     for (int r = 0; r < computed; r++) {
@@ -39,10 +40,18 @@ static void gather_sum(real_t *y, const real_t *rows, const acc_t *weight, const
     }
 }
 
+void dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
+    copy_rows(rows, x, plan, C);
+}
+
 void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C, int accumulate, Stream *stream) {
     gather_sum(dx, drows, NULL, plan, C, accumulate);
 }
 
 void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int accumulate, Stream *stream) {
     gather_sum(y, rows, plan->weight, plan, C, accumulate);
+}
+
+void combine_backward(real_t *drows, const real_t *dy, const Plan *plan, int C, Stream *stream) {
+    copy_rows(drows, dy, plan, C);
 }

@@ -2,17 +2,18 @@
  * owner that adds in a fixed order.
  *
  *     dispatch   rows[r] = x[entry[r] / K], r < offset[E]         padding rows are zero
- *     combine    y[n]    = sum_j weight[n,j] rows[row[n,j]]      dropped entries add nothing
+ *     combine    y[n]    = sum_j weight[n,j] rows[row[n,j]]      entries without a row add nothing
  *
  * Backward by linearity: the gradient of combine is a dispatch of dy (the weight is applied inside the expert's
- * backward, experts.h), the gradient of dispatch is a combine without weights.
+ * backward, experts.h), the gradient of dispatch is a combine without weights. Both for sparse plans; a soft one is
+ * mixed by soft_mix.h.
  */
 #ifndef KERNELS_DISPATCH_H
 #define KERNELS_DISPATCH_H
 
 #include "plan.h"
 
-/* rows (plan->rows, C); x (N,C). Backward of combine: the same with dy for x. */
+/* rows (plan->rows, C); x (N,C) */
 void dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream);
 
 /* dx (N,C) = sum_j drows[row[n,j]], added to dx when accumulate is 1 */
@@ -20,5 +21,8 @@ void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C,
 
 /* y (N,C) = sum_j weight[n,j] rows[row[n,j]], added to y when accumulate is 1 */
 void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int accumulate, Stream *stream);
+
+/* drows (plan->rows, C) = dy[entry[r] / K], still without the weight; dy (N,C) */
+void combine_backward(real_t *drows, const real_t *dy, const Plan *plan, int C, Stream *stream);
 
 #endif

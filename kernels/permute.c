@@ -5,20 +5,41 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { DROPPED = -1, ACCEPTED = 0 };
+enum { NO_ROW = -1, ACCEPTED = 0 };
+
+static int least(int a, int b) {
+    return a < b ? a : b;
+}
+
+static int whole_tiles(int rows) {
+    return (rows + PLAN_TILE - 1) / PLAN_TILE * PLAN_TILE;
+}
 
 int plan_rows(int N, int E, int K, int capacity, Layout layout) {
+    int entries = N * K;
     if (layout == LAYOUT_PADDED) {
         return E * (capacity > 0 ? capacity : N);
     }
-    return N * K;
+    if (layout == LAYOUT_COMPACT) {
+        int64_t places = (int64_t)E * (capacity > 0 ? capacity : N);
+        return places < entries ? (int)places : entries;
+    }
+    /* An expert's first row takes a tile of its own, its next PLAN_TILE - 1 rows are free: the most tiles come from as
+     * many experts as can have a row. What one expert may hold is the other limit. */
+    int used = least(E, entries);
+    int most = capacity > 0 ? least(capacity, N) : N;
+    return least((entries + used * (PLAN_TILE - 1)) / PLAN_TILE * PLAN_TILE, E * whole_tiles(most));
 }
 
-/* Accepts an entry if its expert has a place left; plan->row says so until the rows are known. */
+/* Accepts an entry if it is there and its expert has a place left; plan->row says so until the rows are known. */
 static void take_place(Plan *plan, int entry) {
     int e = plan->expert[entry];
+    if (e < 0) {
+        plan->row[entry] = NO_ROW;
+        return;
+    }
     int free_place = plan->capacity == 0 || plan->count[e] < plan->capacity;
-    plan->row[entry] = free_place ? ACCEPTED : DROPPED;
+    plan->row[entry] = free_place ? ACCEPTED : NO_ROW;
     plan->count[e] += free_place;
 }
 
@@ -55,7 +76,7 @@ static void take_heaviest(Plan *plan, int e) {
     }
     for (int i = 0; i < entries; i++) {
         if (plan->expert[i] == e && weight_order(plan->weight[i]) <= low) {
-            plan->row[i] = DROPPED;
+            plan->row[i] = NO_ROW;
             if (weight_order(plan->weight[i]) == low) {
                 take_place(plan, i);
             }
@@ -68,7 +89,7 @@ static void accept(Plan *plan) {
     int N = plan->N, K = plan->K;
     if (plan->drop == DROP_WEIGHT && plan->capacity > 0) {
         for (int i = 0; i < N * K; i++) {
-            if (plan->demand[plan->expert[i]] <= plan->capacity) {
+            if (plan->expert[i] < 0 || plan->demand[plan->expert[i]] <= plan->capacity) {
                 take_place(plan, i);
             }
         }
@@ -90,20 +111,56 @@ static void accept(Plan *plan) {
     }
 }
 
+/* Rows of expert e, those without an entry included. */
+static int expert_rows(const Plan *plan, int e) {
+    switch (plan->layout) {
+        case LAYOUT_PADDED: return plan->rows / plan->E;
+        case LAYOUT_BLOCK: return whole_tiles(plan->count[e]);
+        default: return plan->count[e];
+    }
+}
+
+static void place_experts(Plan *plan) {
+    plan->offset[0] = 0;
+    for (int e = 0; e < plan->E; e++) {
+        plan->offset[e + 1] = plan->offset[e] + expert_rows(plan, e);
+    }
+    if (plan->layout == LAYOUT_BLOCK) {
+        int e = 0;
+        for (int tile = 0; tile < plan->rows / PLAN_TILE; tile++) {
+            while (e < plan->E && plan->offset[e + 1] <= tile * PLAN_TILE) {
+                e++;
+            }
+            plan->tile_expert[tile] = e < plan->E ? e : -1;
+        }
+    }
+}
+
+/* Every expert has all its slots, in every group. */
+static void build_soft(Plan *plan) {
+    int rows = plan->N / plan->group_tokens * plan->slots;
+    for (int e = 0; e < plan->E; e++) {
+        plan->demand[e] = plan->count[e] = rows;
+        plan->offset[e] = e * rows;
+    }
+    plan->offset[plan->E] = plan->E * rows;
+}
+
 void plan_build(Plan *plan, Stream *stream) {
+    if (plan->slots > 0) {
+        build_soft(plan);
+        return;
+    }
     int E = plan->E, entries = plan->N * plan->K;
     memset(plan->demand, 0, sizeof(int) * E);
     memset(plan->count, 0, sizeof(int) * E);
     for (int i = 0; i < entries; i++) {
-        plan->demand[plan->expert[i]]++;
+        if (plan->expert[i] >= 0) {
+            plan->demand[plan->expert[i]]++;
+        }
     }
     accept(plan);
-
-    plan->offset[0] = 0;
-    for (int e = 0; e < E; e++) {
-        int length = plan->layout == LAYOUT_PADDED ? plan->rows / E : plan->count[e];
-        plan->offset[e + 1] = plan->offset[e] + length;
-    }
+    place_experts(plan);
     for (int r = 0; r < plan->rows; r++) {
         plan->entry[r] = -1;
         plan->row_weight[r] = 0;

@@ -13,7 +13,16 @@
 #include <stdint.h>
 
 /* One name for each use, so that no two uses share numbers. */
-enum { RANDOM_INIT = 1, RANDOM_TRAIN_DATA, RANDOM_VAL_DATA, RANDOM_SHUFFLE, RANDOM_SAMPLE, RANDOM_ROUTER, RANDOM_TEST };
+enum {
+    RANDOM_INIT = 1,
+    RANDOM_TRAIN_DATA,
+    RANDOM_VAL_DATA,
+    RANDOM_SHUFFLE,
+    RANDOM_SAMPLE,
+    RANDOM_ROUTER,
+    RANDOM_TEST,
+    RANDOM_MASK,
+};
 
 static inline uint64_t random_mix(uint64_t z) {
     z += 0x9e3779b97f4a7c15u;

@@ -1,32 +1,40 @@
-/* One token at a time: softmax, choice, weights; and the way back. No token looks at another. */
+/* One token at a time: softmax, choice, weights; and the way back. No token looks at another. The three steps of the
+ * forward are functions of one token, so that the two halves give the bits of the whole. */
 #include "topk.h"
 
-#include <stdbool.h>
-
+#include "choose.h"
 #include "vector.h"
 
-/* What a probability counts in the choice: NaN less than anything, so that the choice is valid whatever the numbers
- * are. */
-static acc_t rank_value(acc_t p) {
-    return p == p ? p : -1;
+/* p = softmax(l), returns the log-sum-exp of l. */
+static inline acc_t softmax(acc_t *p, const acc_t *l, int E) {
+    acc_t largest = l[0];
+    for (int e = 1; e < E; e++) {
+        largest = l[e] > largest ? l[e] : largest;
+    }
+    acc_t sum = 0;
+    for (int e = 0; e < E; e++) {
+        p[e] = exp_fast(l[e] - largest);
+    }
+    for (int e = 0; e < E; e++) {
+        sum += p[e];
+    }
+    for (int e = 0; e < E; e++) {
+        p[e] /= sum;
+    }
+    return largest + (acc_t)log(sum);
 }
 
-/* The K largest of probs, best first; an equal probability goes to the lower expert. Each is the best of those that
- * come after the one before in this order. */
-static void choose(int *expert, const acc_t *probs, int E, int K) {
-    acc_t last = INFINITY;
-    int last_expert = -1;
+static inline void weigh(acc_t *weight, const int *expert, const acc_t *p, int K, int renorm) {
+    acc_t total = 0;
     for (int j = 0; j < K; j++) {
-        int best = -1;
-        for (int e = 0; e < E; e++) {
-            acc_t value = rank_value(probs[e]);
-            bool later = value < last || (value == last && e > last_expert);
-            if (later && (best < 0 || value > rank_value(probs[best]))) {
-                best = e;
-            }
+        total += expert[j] < 0 ? 0 : p[expert[j]];
+    }
+    for (int j = 0; j < K; j++) {
+        if (expert[j] < 0) {
+            weight[j] = 0;
+        } else {
+            weight[j] = renorm ? p[expert[j]] / total : p[expert[j]];
         }
-        expert[j] = last_expert = best;
-        last = rank_value(probs[best]);
     }
 }
 
@@ -34,32 +42,26 @@ void topk_forward(acc_t *probs, acc_t *lse, int *expert, acc_t *weight, const ac
                   int renorm, Stream *stream) {
 #pragma omp parallel for
     for (int n = 0; n < N; n++) {
-        const acc_t *l = logits + (size_t)n * E;
         acc_t *p = probs + (size_t)n * E;
-        acc_t largest = l[0];
-        for (int e = 1; e < E; e++) {
-            largest = l[e] > largest ? l[e] : largest;
-        }
-        acc_t sum = 0;
-        for (int e = 0; e < E; e++) {
-            p[e] = exp_fast(l[e] - largest);
-        }
-        for (int e = 0; e < E; e++) {
-            sum += p[e];
-        }
-        for (int e = 0; e < E; e++) {
-            p[e] /= sum;
-        }
-        lse[n] = largest + (acc_t)log(sum);
         int *chosen = expert + (size_t)n * K;
-        choose(chosen, p, E, K);
-        acc_t total = 0;
-        for (int j = 0; j < K; j++) {
-            total += p[chosen[j]];
-        }
-        for (int j = 0; j < K; j++) {
-            weight[(size_t)n * K + j] = renorm ? p[chosen[j]] / total : p[chosen[j]];
-        }
+        lse[n] = softmax(p, logits + (size_t)n * E, E);
+        choose_largest(chosen, p, E, K);
+        weigh(weight + (size_t)n * K, chosen, p, K, renorm);
+    }
+}
+
+void softmax_forward(acc_t *probs, acc_t *lse, const acc_t *logits, int N, int E, Stream *stream) {
+#pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        lse[n] = softmax(probs + (size_t)n * E, logits + (size_t)n * E, E);
+    }
+}
+
+void choice_weight(acc_t *weight, const int *expert, const acc_t *probs, int N, int E, int K, int renorm,
+                   Stream *stream) {
+#pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        weigh(weight + (size_t)n * K, expert + (size_t)n * K, probs + (size_t)n * E, K, renorm);
     }
 }
 
@@ -80,6 +82,9 @@ void topk_backward(acc_t *dlogits, const acc_t *dweight, const acc_t *probs, con
             dl[e] = renorm ? 0 : -p[e] * mean;
         }
         for (int j = 0; j < K; j++) {
+            if (chosen[j] < 0) {
+                continue;
+            }
             dl[chosen[j]] = renorm ? w[j] * (g[j] - mean) : p[chosen[j]] * (g[j] - mean);
         }
     }

@@ -19,6 +19,7 @@ LoadSummary load_summary(const double *counts, int E) {
         double q = counts[e] / total;
         variance += (counts[e] - mean) * (counts[e] - mean) / E;
         summary.kl += q > 0 ? q * log(q * E) : 0;
+        summary.near_dead += counts[e] < 0.1 * mean;
     }
     summary.cv = sqrt(variance) / mean;
     summary.max_vio = (largest - mean) / mean;

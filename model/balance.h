@@ -7,6 +7,7 @@ typedef struct {
     double kl;      /* sum q ln(q E), q = counts / total: nats from uniform, ln E when one expert takes all */
     double max_vio; /* (largest - mean) / mean */
     int dead;       /* experts that nobody chose */
+    int near_dead;  /* .. that got less than a tenth of the mean, the dead included */
 } LoadSummary;
 
 /* counts (E), how many entries chose each expert */

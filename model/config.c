@@ -29,7 +29,7 @@ enum { CONFIG_FILE = 65536 };
 static bool option_given(const Config *config, const char *name) {
     int index = option_find(name);
     assert(index >= 0);
-    return config->given >> index & 1;
+    return config->given[index];
 }
 
 void config_defaults(Config *config) {
@@ -98,9 +98,21 @@ static void parse_arguments(Config *config, int argc, char **argv) {
             value = argv[++a];
         }
         option_print(config, option, before, sizeof before);
-        CHECK(!(config->given >> index & 1), "--%s is given twice, '%.80s' and '%.80s': keep one", name, before, value);
+        CHECK(!config->given[index], "--%s is given twice, '%.80s' and '%.80s': keep one", name, before, value);
         CHECK(option_set(config, option, value, error, sizeof error), "%s", error);
-        config->given |= (uint64_t)1 << index;
+        config->given[index] = true;
+    }
+}
+
+static void derive_chain(ModelConfig *model, const Router *router) {
+    if (model->chain_steps == OPTION_AUTO) {
+        model->chain_steps = router->chain_default ? router->chain_default : 1;
+    }
+    if (model->chain_inner == OPTION_AUTO) {
+        model->chain_inner = model->chain_steps > 1 || model->chain_norm;
+    }
+    if (model->chain_outer == OPTION_AUTO) {
+        model->chain_outer = !model->chain_norm;
     }
 }
 
@@ -109,19 +121,32 @@ static void derive(Config *config) {
     ModelConfig *model = &config->model;
     const Router *router = router_find(model->router);
     model->kv_heads = model->kv_heads ? model->kv_heads : model->heads;
-    model->vocab = model->vocab ? model->vocab : 256;
+    model->vocab = model->vocab ? model->vocab : 256 + (model->objective == OBJECTIVE_MLM);
     if (!router) {
         return;
     }
     if (router->fixed_top_k) {
-        model->top_k = router->fixed_top_k;
+        model->top_k = router->fixed_top_k == ROUTER_ALL_EXPERTS ? model->experts : router->fixed_top_k;
     }
+    if (config->train.aux_coef == OPTION_AUTO) {
+        config->train.aux_coef = router->aux_default;
+    }
+    if (config->train.z_coef == OPTION_AUTO) {
+        config->train.z_coef = router->z_default;
+    }
+    if (router->plan == PLAN_SOFT && model->slots == 0) { /* as many rows as top-k would make */
+        int64_t group = router->across ? config->train.batch / config->train.grad_accum : model->seq;
+        model->slots = (int)((group * model->top_k + model->experts - 1) / model->experts);
+    }
+    derive_chain(model, router);
     if (config->train.steps > 0 && config->train.warmup > config->train.steps && !option_given(config, "warmup")) {
         config->train.warmup = config->train.steps;
     }
     if (model->renorm < 0) {
-        /* Renormalised over one expert the weight is the constant 1, and a router that learns would learn nothing. */
-        model->renorm = router->renorm_default && (model->top_k > 1 || !router->learned);
+        /* Renormalised over one expert the weight is the constant 1, and a router that learns would learn nothing. A
+         * soft one weighs all slots, whatever top_k is. */
+        bool constant = model->top_k == 1 && router->learned && router->plan != PLAN_SOFT;
+        model->renorm = router->renorm_default && !constant;
     }
 }
 
@@ -159,10 +184,10 @@ void config_parse(Config *config, int argc, char **argv) {
           error);
     Config saved = merged;
     derive(&saved);
-    merged.given = config->given;
+    memcpy(merged.given, config->given, sizeof merged.given);
     memcpy(merged.train.out, run, sizeof merged.train.out);
     for (int i = 0; i < option_count; i++) {
-        if (config->given >> i & 1) {
+        if (config->given[i]) {
             char error[512];
             option_print(config, &option_table[i], ours, sizeof ours);
             bool valid = option_set(&merged, &option_table[i], ours, error, sizeof error);
@@ -174,7 +199,7 @@ void config_parse(Config *config, int argc, char **argv) {
     Config derived = merged;
     derive(&derived);
     for (int i = 0; i < option_count; i++) {
-        if ((config->given >> i & 1) && option_in_model(&option_table[i])) {
+        if (config->given[i] && option_in_model(&option_table[i])) {
             option_print(config, &option_table[i], ours, sizeof ours);
             option_print(&saved, &option_table[i], theirs, sizeof theirs);
             CHECK(option_equal(&derived, &saved, &option_table[i]),
@@ -195,7 +220,7 @@ char *config_to_json(const Config *config) {
             *dash = '_';
         }
         option_print(config, option, value, sizeof value);
-        if (option->type == TYPE_TEXT || option->type == TYPE_CHOICE) {
+        if (option->type == TYPE_TEXT || option->type == TYPE_CHOICE || !strcmp(value, "auto")) {
             cJSON_AddStringToObject(object, key, value);
         } else {
             cJSON_AddRawToObject(object, key, value); /* cJSON's own printing of doubles may round the last bit */
@@ -207,21 +232,22 @@ char *config_to_json(const Config *config) {
     return json;
 }
 
-/* One key of the object; seen has a bit for every option read so far. */
-static bool read_item(Config *config, const cJSON *item, uint64_t *seen, char *error, size_t size) {
+/* One key of the object; seen has a flag for every option read so far. */
+static bool read_item(Config *config, const cJSON *item, bool *seen, char *error, size_t size) {
     char name[64], number[64];
     snprintf(name, sizeof name, "%s", item->string);
     for (char *bar = strchr(name, '_'); bar; bar = strchr(bar, '_')) {
         *bar = '-';
     }
     int index = option_find(name);
-    if (index < 0 || (*seen >> index & 1)) {
+    if (index < 0 || seen[index]) {
         snprintf(error, size, "key \"%.60s\" %s", item->string, index < 0 ? "is no option" : "stands twice");
         return false;
     }
-    *seen |= (uint64_t)1 << index;
+    seen[index] = true;
     const Option *option = &option_table[index];
-    bool textual = option->type == TYPE_TEXT || option->type == TYPE_CHOICE;
+    bool is_auto = option_may_be_auto(option) && cJSON_IsString(item) && !strcmp(item->valuestring, "auto");
+    bool textual = option->type == TYPE_TEXT || option->type == TYPE_CHOICE || is_auto;
     if (textual ? !cJSON_IsString(item) : !cJSON_IsNumber(item)) {
         snprintf(error, size, "key \"%s\" must hold a %s", item->string, textual ? "string" : "number");
         return false;
@@ -238,10 +264,10 @@ bool config_from_json(Config *config, const char *json, char *error, size_t erro
         return false;
     }
     Config read = *config;
-    uint64_t seen = 0;
+    bool seen[CONFIG_MOST_OPTIONS] = {false};
     bool valid = true;
     for (const cJSON *item = object->child; item && valid; item = item->next) {
-        valid = read_item(&read, item, &seen, error, error_size);
+        valid = read_item(&read, item, seen, error, error_size);
     }
     cJSON_Delete(object);
     if (valid) {
@@ -261,7 +287,11 @@ void config_difference(const Config *a, const Config *b, char *names, size_t siz
 }
 
 int config_dense_width(const ModelConfig *model) {
-    return (model->top_k + model->shared_experts) * model->expert_dim;
+    return (model->top_k + model->shared_experts) * model->expert_dim * model->chain_steps;
+}
+
+int config_share(const ModelConfig *model, int N) {
+    return (int)(((int64_t)N * model->top_k + model->experts - 1) / model->experts);
 }
 
 int config_capacity(const ModelConfig *model, int N) {
@@ -283,16 +313,65 @@ static const char *nearest_router(const char *typed) {
 }
 
 /* Names that parse everywhere but whose feature this program does not have. */
-static void check_available(const TrainConfig *train, const ModelConfig *model) {
+static void check_available(const TrainConfig *train) {
     CHECK(!strcmp(train->tokenizer, "byte"), "--tokenizer %s: this version reads text as bytes only; drop the option",
           train->tokenizer);
     CHECK(train->ep == 1, "--ep %d: this version keeps all experts on one rank; use --ep 1", train->ep);
-    CHECK(model->chain_steps == 1, "--chain-steps %d: this version runs a MoE layer once; use --chain-steps 1",
-          model->chain_steps);
     CHECK(!train->export_hf[0],
           "--export-hf %s: this version writes RUN/checkpoint/model.safetensors only; drop the option",
           train->export_hf);
     CHECK(!train->trace_syncs, "--trace-syncs: on the CPU there is no device to wait for; drop the option");
+}
+
+static void check_objective(const Config *config) {
+    const ModelConfig *model = &config->model;
+    bool masked = model->objective == OBJECTIVE_MLM;
+    CHECK(masked || !option_given(config, "mask-share"),
+          "--mask-share hides tokens for --objective mlm: add that, or drop it");
+    CHECK(!masked || config->train.sample == 0,
+          "--sample with --objective mlm: a model of masked tokens does not write from left to right; drop --sample");
+    CHECK(!masked || model->vocab >= 3,
+          "--vocab %d leaves nothing to predict beside the mask, its last token: raise it", model->vocab);
+}
+
+/* Options that only one router has an ear for, and losses that a router does not have. */
+static void check_router_options(const Config *config) {
+    static const char *const owner[][2] = {
+        {"bias-rate", "sigmoid"},    {"router-groups", "sigmoid"},    {"router-kept-groups", "sigmoid"},
+        {"router-scale", "sigmoid"}, {"threshold-rate", "threshold"}, {"threshold-warmup", "threshold"},
+        {"force", "forced"},
+    };
+    const ModelConfig *model = &config->model;
+    const Router *router = router_find(model->router);
+    for (size_t i = 0; i < sizeof owner / sizeof *owner; i++) {
+        CHECK(!option_given(config, owner[i][0]) || !strcmp(model->router, owner[i][1]),
+              "--%s is for --router %s, not %s: drop it", owner[i][0], owner[i][1], model->router);
+    }
+    CHECK(router->plan == PLAN_SOFT || !option_given(config, "slots") || model->slots == 0,
+          "--slots is for soft routers: with --router %s, --top-k sets the rows; drop it", router->name);
+    if (router->plan != PLAN_NONE) { /* the dense control takes the options of what it is compared with */
+        CHECK(router->has_balance_loss || config->train.aux_coef == 0,
+              "--aux-coef %g with --router %s: it has no balance loss to weigh; drop --aux-coef",
+              config->train.aux_coef, router->name);
+        CHECK(router->has_z_loss || config->train.z_coef == 0,
+              "--z-coef %g with --router %s: it has no z-loss to weigh; drop --z-coef", config->train.z_coef,
+              router->name);
+    }
+    CHECK(router->plan != PLAN_NONE || !config->train.dump_routing[0],
+          "--dump-routing with --router %s: nothing is routed; drop it", router->name);
+}
+
+static void check_chain(const ModelConfig *model) {
+    const Router *router = router_find(model->router);
+    bool sparse = router->plan == PLAN_TOKENS_CHOOSE || router->plan == PLAN_EXPERTS_CHOOSE;
+    CHECK(model->chain_steps == 1 || sparse,
+          "--chain-steps %d with --router %s: a chain is made of sparse layers; use --router topk, or drop it",
+          model->chain_steps, router->name);
+    CHECK(model->chain_inner || model->chain_outer,
+          "--chain-inner 0 with --chain-outer 0 cuts the residual stream: set one of them to 1");
+    CHECK(!model->chain_norm || !model->chain_inner || !model->chain_outer,
+          "--chain-norm 1 with --chain-inner 1 carries the stream already: --chain-outer 1 would count it twice; use "
+          "--chain-outer 0");
 }
 
 static void check_routing(const Config *config) {
@@ -300,18 +379,22 @@ static void check_routing(const Config *config) {
     const Router *router = router_find(model->router);
     CHECK(model->top_k <= model->experts, "--top-k %d is above --experts %d: lower the one or raise the other",
           model->top_k, model->experts);
-    CHECK(router->dense || model->moe_every <= model->layers,
+    CHECK(router->plan == PLAN_NONE || model->moe_every <= model->layers,
           "--moe-every %d leaves no MoE layer among --layers %d: lower it, or ask for --router dense", model->moe_every,
           model->layers);
     if (router->check) {
-        router->check(model);
+        router->check(config);
     }
+    bool drops_nobody = router->plan == PLAN_NONE || router->plan == PLAN_SOFT || router->exact_share ||
+                        router->fixed_top_k == ROUTER_ALL_EXPERTS;
+    CHECK(!drops_nobody || !option_given(config, "drop"),
+          "--drop decides who is dropped, but --router %s drops nobody: drop --drop", router->name);
     CHECK(model->capacity_factor > 0 || !option_given(config, "drop"),
           "--drop decides who is dropped, but without a capacity nobody is: add --capacity-factor 1.25 or drop --drop");
-    CHECK(
-        router->causal || config->train.allow_leak,
-        "--router %s looks at later tokens, so its loss is no language-model loss: add --allow-leak to train it anyway",
-        router->name);
+    CHECK(model->objective == OBJECTIVE_MLM || !router->sees_future || config->train.allow_leak,
+          "--router %s looks at later tokens, so its loss is no language-model loss: use --objective mlm, or add "
+          "--allow-leak to train it anyway",
+          router->name);
     CHECK(!config_is_leaky(model) || config->train.allow_leak,
           "--drop %s lets a later token take an earlier one's place, so the loss sees the future: use --drop token, or "
           "add "
@@ -327,9 +410,13 @@ static void check_sizes(const Config *config) {
     const ModelConfig *model = &config->model;
     int slice = config->train.batch / config->train.grad_accum;
     double N = (double)slice * model->seq;
-    CHECK(N * model->top_k <= INT_MAX,
-          "%d sequences of --seq %d with --top-k %d are more than 2^31 rows: raise --grad-accum", slice, model->seq,
-          model->top_k);
+    const Router *router = router_find(model->router);
+    double entries = router->plan == PLAN_EXPERTS_CHOOSE ? model->experts
+                     : router->plan == PLAN_SOFT         ? (double)model->experts * model->slots
+                                                         : model->top_k;
+    CHECK(N * entries <= INT_MAX,
+          "%d sequences of --seq %d with %.0f entries per token are more than 2^31: raise --grad-accum", slice,
+          model->seq, entries);
     if (model->layout == LAYOUT_PADDED) {
         double capacity = model->capacity_factor > 0 ? config_capacity(model, (int)N) : N;
         CHECK(capacity * model->experts <= INT_MAX,
@@ -339,8 +426,9 @@ static void check_sizes(const Config *config) {
 }
 
 bool config_is_leaky(const ModelConfig *model) {
-    bool takes_places = model->capacity_factor > 0 && model->drop != DROP_TOKEN && !router_find(model->router)->dense;
-    return !router_find(model->router)->causal || takes_places;
+    const Router *router = router_find(model->router);
+    bool takes_places = model->capacity_factor > 0 && model->drop != DROP_TOKEN && router->plan != PLAN_NONE;
+    return model->objective == OBJECTIVE_LM && (router->sees_future || takes_places);
 }
 
 void config_finish(Config *config) {
@@ -349,10 +437,11 @@ void config_finish(Config *config) {
     const Router *router = router_find(model->router);
     CHECK(router, "unknown --router %s: the nearest is %s, of %s", model->router, nearest_router(model->router),
           router_names());
-    CHECK(!router->fixed_top_k || !option_given(config, "top-k") || model->top_k == router->fixed_top_k,
-          "--router %s sends a token to %d expert: drop --top-k %d, or use --router topk", router->name,
-          router->fixed_top_k, model->top_k);
+    int asked_top_k = model->top_k;
     derive(config);
+    CHECK(!router->fixed_top_k || !option_given(config, "top-k") || model->top_k == asked_top_k,
+          "--router %s sends a token to %d expert%s: drop --top-k %d, or use --router topk", router->name, model->top_k,
+          model->top_k > 1 ? "s" : "", asked_top_k);
 
     CHECK(train->data[0], "--data is empty: name a file, or use --data builtin");
     CHECK(train->out[0], "--out is empty: name a directory for the run");
@@ -375,7 +464,10 @@ void config_finish(Config *config) {
               "--prompt holds byte %d, but --vocab %d ends before it: change one of them", (unsigned char)*c,
               model->vocab);
     }
-    check_available(train, model);
+    check_available(train);
+    check_objective(config);
+    check_router_options(config);
     check_routing(config);
+    check_chain(model);
     check_sizes(config);
 }

@@ -15,14 +15,20 @@
 
 #include "../kernels/plan.h"
 
+typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
 typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
 typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
 typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER } Freeze;
 
-enum { CONFIG_TEXT = 256 };
+enum {
+    CONFIG_TEXT = 256,
+    CONFIG_MOST_OPTIONS = 128,
+    OPTION_AUTO = -1, /* a number that config_finish is to choose */
+};
 
 /* What is computed. Two runs whose ModelConfig differs cannot share a checkpoint. */
 typedef struct {
+    int objective; /* Objective */
     int layers, dim, heads, kv_heads, seq, vocab;
     int qk_norm; /* 0|1: RMSNorm of every query and key head */
     int tie;     /* 0|1: the head is the embedding */
@@ -30,11 +36,15 @@ typedef struct {
     int experts, top_k, expert_dim, shared_experts;
     int renorm;    /* 0|1: weights renormalised over the chosen; -1 until config_finish picks the router's */
     int moe_every; /* every n-th layer is MoE, the others are dense MLPs of matched active width */
-    int chain_steps;
-    double capacity_factor; /* 0: dropless */
-    int act;                /* Activation */
-    int layout;             /* Layout */
-    int drop;               /* DropPolicy */
+    int slots;     /* of each expert and group, soft routers */
+    int router_groups, router_kept_groups;
+    double router_scale;
+    char force[CONFIG_TEXT];                               /* where the router "forced" sends tokens */
+    int chain_steps, chain_inner, chain_outer, chain_norm; /* chain.h; auto until config_finish */
+    double capacity_factor;                                /* 0: dropless */
+    int act;                                               /* Activation */
+    int layout;                                            /* Layout */
+    int drop;                                              /* DropPolicy */
     double norm_eps, rope_base;
 } ModelConfig;
 
@@ -43,8 +53,11 @@ typedef struct {
     char data[CONFIG_TEXT], val[CONFIG_TEXT], tokenizer[CONFIG_TEXT];
     int shuffle;
     int allow_leak;
+    double mask_share;
     /* losses */
-    double aux_coef, z_coef;
+    double aux_coef, z_coef; /* auto until config_finish takes the router's own */
+    double bias_rate, threshold_rate;
+    int threshold_warmup;
     /* training */
     int batch, grad_accum, steps, warmup, schedule;
     double lr, min_lr, weight_decay, beta1, beta2, clip; /* min_lr: share of lr left at the end; clip 0: off */
@@ -62,13 +75,14 @@ typedef struct {
     int sample_top_k;
     int eval_drop; /* 1: evaluate with the capacity of training; 0: dropless */
     /* measure */
+    char dump_routing[CONFIG_TEXT];
     int profile, trace_syncs;
 } TrainConfig;
 
 typedef struct {
     ModelConfig model;
     TrainConfig train;
-    uint64_t given; /* bit i: row i of the option table was set on the command line */
+    bool given[CONFIG_MOST_OPTIONS]; /* [i]: row i of the option table was set on the command line */
 } Config;
 
 /* Defaults of every option. */
@@ -80,8 +94,8 @@ void config_defaults(Config *config);
  * missing, malformed or out-of-range value. Both "--lr 1e-3" and "--lr=1e-3" are accepted. */
 void config_parse(Config *config, int argc, char **argv);
 
-/* Fills what follows from the rest (kv_heads 0 -> heads, vocab 0 -> 256, renorm -1 -> the router's own; top1
- * implies its top_k), then refuses what cannot work, one line each, naming the options and the way out. Calls
+/* Fills what follows from the rest (kv_heads 0 -> heads, vocab 0 -> 256 and the mask, what is auto -> the router's own;
+ * top1 implies its top_k), then refuses what cannot work, one line each, naming the options and the way out. Calls
  * router_find. Idempotent. */
 void config_finish(Config *config);
 
@@ -101,15 +115,19 @@ bool config_read(Config *config, const char *run, char *error, size_t error_size
  * none. */
 void config_difference(const Config *a, const Config *b, char *names, size_t size);
 
-/* Whether a token's output may depend on later tokens: a router that is not causal, or places at full experts given by
- * choice or by weight, where a later token can take an earlier one's. Such runs need --allow-leak and are marked in
- * their log. */
+/* Whether the next token can be read instead of predicted: a router that sees later tokens, or places at full experts
+ * given by choice or by weight, where a later token can take an earlier one's. Such runs need --allow-leak and are
+ * marked in their log. Masked prediction leaks nothing: every token may see every other. */
 bool config_is_leaky(const ModelConfig *model);
 
-/* Width of the MLP of a dense layer: the active width of a MoE layer, (top_k + shared_experts) * expert_dim. */
+/* Width of the MLP of a dense layer: the active width of a MoE layer, (top_k + shared_experts) * expert_dim for each
+ * step of its chain. */
 int config_dense_width(const ModelConfig *model);
 
 /* Rows an expert takes from N tokens: ceil(capacity_factor * top_k * N / experts) but at most N, 0 when dropless. */
 int config_capacity(const ModelConfig *model, int N);
+
+/* Rows of an expert that takes exactly its share of N tokens: ceil(top_k * N / experts). */
+int config_share(const ModelConfig *model, int N);
 
 #endif

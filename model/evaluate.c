@@ -16,8 +16,20 @@ static void *allocate(size_t count, size_t size) {
     return memory;
 }
 
-Evaluation evaluation_start(const Transformer *model, int domains) {
+void choices_free(Choices *choices) {
+    free(choices->expert);
+    *choices = (Choices){0};
+}
+
+Evaluation evaluation_start(const Transformer *model, int domains, Choices *choices) {
     Evaluation e = {.domains = domains, .moe_count = model->moe_count, .E = model->config->experts};
+    e.masked = model->config->objective == OBJECTIVE_MLM;
+    e.choices = choices;
+    e.first = true;
+    e.churn = allocate(e.moe_count, sizeof(double));
+    for (int i = 0; i < e.moe_count; i++) {
+        e.churn[i] = NAN;
+    }
     e.domain_loss = allocate(domains, sizeof(double));
     e.domain_floor = allocate(domains, sizeof(double));
     e.domain_tokens = allocate(domains, sizeof(int64_t));
@@ -26,26 +38,88 @@ Evaluation evaluation_start(const Transformer *model, int domains) {
     return e;
 }
 
-void evaluation_add(Evaluation *e, const Transformer *model, const unsigned char *domain, const double *floor,
-                    Stream *stream) {
-    int N = model->N, K = model->config->top_k;
-    acc_t *losses = allocate(N, sizeof(acc_t));
-    int *chosen = allocate((size_t)N * K, sizeof(int));
-    host_from_device(losses, model->losses, N * sizeof(acc_t), stream);
-    for (int n = 0; n < N; n++) {
-        e->domain_loss[domain[n]] += losses[n];
-        e->domain_floor[domain[n]] += floor[n];
-        e->domain_tokens[domain[n]]++;
-    }
-    for (int i = 0; i < model->moe_count; i++) {
-        const Plan *plan = &model->layers[model->moe_layers[i]].moe.plan;
-        host_from_device(chosen, plan->expert, (size_t)N * K * sizeof(int), stream);
-        for (int n = 0; n < N * K; n++) {
-            e->domain_expert[((size_t)i * e->domains + domain[n / K]) * e->E + chosen[n]]++;
+/* Whether two lists of K experts hold the same ones, in whatever order; -1 stands for none. */
+static bool same_experts(const int *a, const int *b, int K) {
+    for (int i = 0; i < K; i++) {
+        bool found = a[i] < 0;
+        for (int j = 0; j < K && !found; j++) {
+            found = a[i] == b[j];
+        }
+        bool found_back = b[i] < 0;
+        for (int j = 0; j < K && !found_back; j++) {
+            found_back = b[i] == a[j];
+        }
+        if (!found || !found_back) {
+            return false;
         }
     }
-    free(losses);
+    return true;
+}
+
+/* Compares the choices of this evaluation's first forward with those of the evaluation before, and keeps them. */
+static void measure_churn(Evaluation *e, const Transformer *model, Stream *stream) {
+    const Plan *plan = &model->moes[0]->plan;
+    size_t entries = (size_t)plan->N * plan->K, bytes = entries * sizeof(int);
+    bool is_first = !e->choices->expert;
+    if (is_first) {
+        e->choices->expert = allocate(e->moe_count * entries, sizeof(int));
+    }
+    int *chosen = allocate(entries, sizeof(int));
+    for (int i = 0; i < e->moe_count; i++) {
+        int *before = e->choices->expert + i * entries, changed = 0;
+        host_from_device(chosen, model->moes[i]->plan.expert, bytes, stream);
+        for (int n = 0; n < plan->N; n++) {
+            changed += !same_experts(before + (size_t)n * plan->K, chosen + (size_t)n * plan->K, plan->K);
+        }
+        e->churn[i] = is_first ? NAN : (double)changed / plan->N;
+        memcpy(before, chosen, bytes);
+    }
     free(chosen);
+}
+
+/* How often, or with a soft plan with how much weight, each domain went to each expert. */
+static void add_experts(Evaluation *e, const Plan *plan, double *domain_expert, const unsigned char *domain,
+                        Stream *stream) {
+    size_t entries = (size_t)plan->N * plan->K;
+    int *chosen = allocate(entries, sizeof(int));
+    acc_t *weight = allocate(entries, sizeof(acc_t));
+    if (plan->slots > 0) {
+        host_from_device(weight, plan->weight, entries * sizeof(acc_t), stream);
+    } else {
+        host_from_device(chosen, plan->expert, entries * sizeof(int), stream);
+    }
+    for (size_t i = 0; i < entries; i++) {
+        double *row = domain_expert + (size_t)domain[i / plan->K] * e->E;
+        if (plan->slots > 0) {
+            row[i % plan->K / plan->slots] += weight[i];
+        } else if (chosen[i] >= 0) {
+            row[chosen[i]]++;
+        }
+    }
+    free(chosen);
+    free(weight);
+}
+
+void evaluation_add(Evaluation *e, const Transformer *model, const int *targets, const unsigned char *domain,
+                    const double *floor, Stream *stream) {
+    int N = model->N;
+    acc_t *losses = allocate(N, sizeof(acc_t));
+    host_from_device(losses, model->losses, N * sizeof(acc_t), stream);
+    for (int n = 0; n < N; n++) {
+        if (targets[n] >= 0) {
+            e->domain_loss[domain[n]] += losses[n];
+            e->domain_floor[domain[n]] += floor[n];
+            e->domain_tokens[domain[n]]++;
+        }
+    }
+    for (int i = 0; i < model->moe_count; i++) {
+        add_experts(e, &model->moes[i]->plan, e->domain_expert + (size_t)i * e->domains * e->E, domain, stream);
+    }
+    if (e->first && model->moe_count > 0 && model->moes[0]->plan.slots == 0) {
+        measure_churn(e, model, stream);
+    }
+    e->first = false;
+    free(losses);
 }
 
 void evaluation_finish(Evaluation *e, double bytes_per_token) {
@@ -60,7 +134,7 @@ void evaluation_finish(Evaluation *e, double bytes_per_token) {
     }
     e->loss /= tokens;
     e->floor /= tokens;
-    e->bits_per_byte = e->loss / M_LN2 / bytes_per_token;
+    e->bits_per_byte = e->masked ? NAN : e->loss / M_LN2 / bytes_per_token;
     for (int i = 0; i < e->moe_count; i++) {
         e->information[i] = mutual_information(e->domain_expert + (size_t)i * e->domains * e->E, e->domains, e->E);
     }
@@ -72,6 +146,7 @@ void evaluation_free(Evaluation *e) {
     free(e->domain_tokens);
     free(e->domain_expert);
     free(e->information);
+    free(e->churn);
     *e = (Evaluation){0};
 }
 
@@ -132,6 +207,11 @@ void evaluation_log(const Evaluation *e, Log *log, const char *const *names, int
     fputs("],\"mi\":[", out);
     for (int i = 0; i < e->moe_count; i++) {
         fprintf(out, "%s%.6g", i > 0 ? "," : "", e->information[i]);
+    }
+    fputs("],\"churn\":[", out);
+    for (int i = 0; i < e->moe_count; i++) {
+        fputs(i > 0 ? "," : "", out);
+        print_number(out, e->churn[i]);
     }
     fputs("]}", out);
     fclose(out);

@@ -2,28 +2,41 @@
 #ifndef MODEL_EVALUATE_H
 #define MODEL_EVALUATE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "config.h"
 #include "log.h"
 #include "transformer.h"
 
+/* The experts that an evaluation's first forward chose, kept for the next evaluation. Zero at first. */
+typedef struct {
+    int *expert; /* (moe_count, N, K of the plan), owned */
+} Choices;
+
+void choices_free(Choices *choices);
+
 typedef struct {
     int domains, moe_count, E;
-    double loss, floor, bits_per_byte;  /* nats per token; floor NAN when unknown */
+    bool masked;                        /* only hidden tokens count: there are no bits per byte */
+    double loss, floor, bits_per_byte;  /* nats per token; NAN when unknown */
     double *domain_loss, *domain_floor; /* (domains) nats per token of the domain; NAN without tokens */
     int64_t *domain_tokens;             /* (domains) */
     double *domain_expert;              /* (moe_count, domains, E) how often tokens of the domain chose the expert */
     double *information;                /* (moe_count) mutual information of domain and expert, nats */
+    double *churn;                      /* (moe_count) share of tokens with other experts than before, NAN */
+    Choices *choices;                   /* the caller's */
+    bool first;                         /* the first forward is still to come */
 } Evaluation;
 
-/* An empty evaluation of this model on text of so many domains; arrays are its own until evaluation_free. */
-Evaluation evaluation_start(const Transformer *model, int domains);
+/* An empty evaluation of this model on text of so many domains; arrays are its own until evaluation_free. choices:
+ * those of the evaluation before, on the same text; they become this one's. */
+Evaluation evaluation_start(const Transformer *model, int domains, Choices *choices);
 
-/* Adds the forward that model has just done with transformer_loss: domain of each target (N) and -ln of its true
- * probability, floor (N), NAN where unknown. */
-void evaluation_add(Evaluation *evaluation, const Transformer *model, const unsigned char *domain, const double *floor,
-                    Stream *stream);
+/* Adds the forward that model has just done with transformer_loss: its targets (N), -1 where none counts, domain of each
+ * (N) and -ln of its true probability, floor (N), NAN where unknown. All on the host. */
+void evaluation_add(Evaluation *evaluation, const Transformer *model, const int *targets, const unsigned char *domain,
+                    const double *floor, Stream *stream);
 
 /* From sums to means, once everything is added. */
 void evaluation_finish(Evaluation *evaluation, double bytes_per_token);

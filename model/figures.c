@@ -8,16 +8,22 @@
 
 #include "../kernels/check.h"
 
+static double square(double x) {
+    return x * x;
+}
+
 StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, Stream *stream) {
     int layers = model->moe_count, slices = model->slices, E = model->config->experts;
-    StepFigures f = {
-        .norms = optimizer_norms(optimizer, &model->tensors, stream), .moe_count = layers, .E = E, .silent_layer = -1};
+    StepFigures f = {.norms = optimizer_norms(optimizer, &model->tensors, stream), .moe_count = layers, .E = E};
     size_t places = (size_t)slices * layers;
     acc_t step_loss, *load = calloc(places * LOAD_VALUES + 1, sizeof(acc_t));
     int *demand = calloc(places * E + 1, sizeof(int));
     f.counts = calloc((size_t)layers * E + 1, sizeof(double));
-    f.layer_entropy = calloc(layers + 1, sizeof(double));
+    f.layer_entropy = calloc(4 * layers + 1, sizeof(double)); /* the four (moe_count) arrays in one piece */
     CHECK(load && demand && f.counts && f.layer_entropy, "out of memory for the statistics of %d layers", layers);
+    f.layer_main_norm = f.layer_entropy + layers;
+    f.layer_balance_norm = f.layer_entropy + 2 * layers;
+    f.layer_margin = f.layer_entropy + 3 * layers;
     host_from_device(&step_loss, model->step_loss, sizeof step_loss, stream);
     host_from_device(&f.adam, optimizer->state, sizeof f.adam, stream);
     host_from_device(load, model->load, places * LOAD_VALUES * sizeof(acc_t), stream);
@@ -30,23 +36,31 @@ StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, S
         f.entropy += values[LOAD_ENTROPY] / places;
         f.dropped += values[LOAD_DROPPED] / places;
         f.mean_entropy += values[LOAD_MEAN_ENTROPY] / places;
-        f.main_gradient += values[LOAD_MAIN_GRADIENT] * values[LOAD_MAIN_GRADIENT];
-        if (values[LOAD_MAIN_GRADIENT] == 0) {
-            f.silent_layer = model->moe_layers[i % layers];
-        }
+        f.margin += values[LOAD_MARGIN] / places;
+        f.tokens_dropped += values[LOAD_TOKENS_DROPPED] / places;
+        f.padding += values[LOAD_PADDING] / places;
         f.layer_entropy[i % layers] += values[LOAD_ENTROPY] / slices;
+        f.layer_margin[i % layers] += values[LOAD_MARGIN] / slices;
+        f.layer_main_norm[i % layers] += square(values[LOAD_MAIN_GRADIENT]); /* slices are different tokens */
+        f.layer_balance_norm[i % layers] += square(values[LOAD_BALANCE_GRADIENT]);
         for (int e = 0; e < E; e++) {
             f.counts[i % layers * E + e] += demand[i * E + e];
         }
     }
-    f.main_gradient = sqrt(f.main_gradient);
     for (int l = 0; l < layers; l++) {
+        f.main_gradient += f.layer_main_norm[l];
+        f.balance_gradient += f.layer_balance_norm[l];
+        f.layer_main_norm[l] = sqrt(f.layer_main_norm[l]);
+        f.layer_balance_norm[l] = sqrt(f.layer_balance_norm[l]);
         LoadSummary s = load_summary(f.counts + (size_t)l * E, E);
         f.load.cv += s.cv / layers;
         f.load.kl += s.kl / layers;
         f.load.max_vio += s.max_vio / layers;
         f.load.dead += s.dead;
+        f.load.near_dead += s.near_dead;
     }
+    f.main_gradient = sqrt(f.main_gradient);
+    f.balance_gradient = sqrt(f.balance_gradient);
     free(load);
     free(demand);
     return f;
@@ -58,12 +72,18 @@ void figures_free(StepFigures *f) {
     *f = (StepFigures){0};
 }
 
-static void print_value(FILE *out, const char *key, double value) {
+/* A number, or null where it is not finite: JSON has no other. */
+static void print_number(FILE *out, double value) {
     if (isfinite(value)) {
-        fprintf(out, ",\"%s\":%.9g", key, value);
+        fprintf(out, "%.9g", value);
     } else {
-        fprintf(out, ",\"%s\":null", key);
+        fputs("null", out);
     }
+}
+
+static void print_value(FILE *out, const char *key, double value) {
+    fprintf(out, ",\"%s\":", key);
+    print_number(out, value);
 }
 
 static void print_counts(FILE *out, const StepFigures *f) {
@@ -74,11 +94,30 @@ static void print_counts(FILE *out, const StepFigures *f) {
         }
         fputs("]", out);
     }
-    fputs("],\"layer_entropy\":[", out);
-    for (int l = 0; l < f->moe_count; l++) {
-        fprintf(out, "%s%.6g", l > 0 ? "," : "", isfinite(f->layer_entropy[l]) ? f->layer_entropy[l] : 0);
+    fputs("]", out);
+}
+
+static void print_layers(FILE *out, const char *key, const double *values, int count) {
+    fprintf(out, ",\"%s\":[", key);
+    for (int l = 0; l < count; l++) {
+        fputs(l > 0 ? "," : "", out);
+        print_number(out, values[l]);
     }
     fputs("]", out);
+}
+
+void figures_log_gradients(const StepFigures *f, Log *log, int64_t step) {
+    char *text = NULL;
+    size_t length = 0;
+    FILE *out = open_memstream(&text, &length);
+    CHECK(out, "out of memory for a line of the log");
+    fprintf(out, "{\"event\":\"router_gradient\",\"step\":%lld", (long long)step);
+    print_layers(out, "main", f->layer_main_norm, f->moe_count);
+    print_layers(out, "balance", f->layer_balance_norm, f->moe_count);
+    fputs("}", out);
+    fclose(out);
+    log_line(log, "%s", text);
+    free(text);
 }
 
 void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t step, double seconds) {
@@ -95,16 +134,24 @@ void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t s
     print_value(out, "grad_norm", f->norms.total);
     print_value(out, "router_grad_norm", f->norms.router);
     print_value(out, "router_main_norm", f->main_gradient);
+    print_value(out, "router_balance_norm", f->balance_gradient);
     fprintf(out, ",\"ms\":%.4g,\"tok_s\":%.0f,\"mfu\":null", 1e3 * seconds, tokens / seconds);
     print_value(out, "drop", f->dropped);
+    print_value(out, "token_drop", f->tokens_dropped);
+    print_value(out, "padding", f->padding);
     print_value(out, "load_cv", f->load.cv);
     print_value(out, "load_kl", f->load.kl);
     print_value(out, "max_vio", f->load.max_vio);
     print_value(out, "entropy", f->entropy);
     print_value(out, "mean_entropy", f->mean_entropy);
-    fprintf(out, ",\"dead\":%d,\"leaky\":%s,\"skipped\":%lld", f->load.dead,
+    print_value(out, "margin", f->margin);
+    fprintf(out, ",\"dead\":%d,\"near_dead\":%d,\"leaky\":%s,\"skipped\":%lld", f->load.dead, f->load.near_dead,
             config_is_leaky(&config->model) ? "true" : "false", (long long)f->adam.skipped);
     print_counts(out, f);
+    print_layers(out, "layer_entropy", f->layer_entropy, f->moe_count);
+    print_layers(out, "layer_main_norm", f->layer_main_norm, f->moe_count);
+    print_layers(out, "layer_balance_norm", f->layer_balance_norm, f->moe_count);
+    print_layers(out, "layer_margin", f->layer_margin, f->moe_count);
     fputs("}", out);
     fclose(out);
     log_line(log, "%s", text);

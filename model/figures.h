@@ -10,25 +10,34 @@
 #include "transformer.h"
 
 typedef struct {
-    double loss;          /* cross-entropy alone, nats per token */
-    double aux, z;        /* mean over MoE layers of balance loss and z-loss, before their coefficients */
-    double main_gradient; /* norm of the main loss's gradient at all routers' logits */
-    int silent_layer;     /* a MoE layer whose router the main loss does not reach, -1: none */
-    double mean_entropy;  /* entropy of the mean probabilities, mean over MoE layers, nats */
-    double entropy;       /* mean over tokens and MoE layers of the routing entropy, nats */
-    double dropped;       /* share of entries without a place */
-    LoadSummary load;     /* mean over the MoE layers; dead is their sum */
-    GradientNorms norms;  /* before clipping */
+    double loss;             /* cross-entropy alone, nats per token */
+    double aux, z;           /* mean over MoE layers of balance loss and z-loss, before their coefficients */
+    double main_gradient;    /* norm of the main loss's gradient at all routers' logits */
+    double balance_gradient; /* .. of the balance losses' */
+    double mean_entropy;     /* entropy of the mean probabilities, mean over MoE layers, nats */
+    double entropy;          /* mean over tokens and MoE layers of the routing entropy, nats */
+    double margin;           /* mean over tokens and layers of the K-th score less the next */
+    double dropped;          /* share of entries without a place */
+    double tokens_dropped;   /* share of tokens without any expert */
+    double padding;          /* share of computed rows that hold no token */
+    LoadSummary load;        /* mean over the MoE layers; dead and near_dead are sums */
+    GradientNorms norms;     /* before clipping */
     AdamState adam;
     int moe_count, E;
     double *counts;        /* (moe_count, E) entries that chose each expert */
-    double *layer_entropy; /* (moe_count) */
+    double *layer_entropy; /* (moe_count) each, as the means above */
+    double *layer_main_norm;
+    double *layer_balance_norm;
+    double *layer_margin;
 } StepFigures;
 
 /* Reads the last step's figures from the device. The arrays are the caller's
  * (figures_free). */
 StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, Stream *stream);
 void figures_free(StepFigures *figures);
+
+/* The line of a run's first step that has the norms of each router's gradients (see log.h). */
+void figures_log_gradients(const StepFigures *figures, Log *log, int64_t step);
 
 /* The step line (see log.h). step: steps done; seconds: of one step. A value that is not finite is written as null. */
 void figures_log(const StepFigures *figures, Log *log, const Config *config, int64_t step, double seconds);

@@ -20,6 +20,7 @@ void generator_open(Generator *generator, const Config *config, Transformer *sou
     arena_reserve(&generator->arena, (void **)&generator->tokens, sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&generator->arena);
     transformer_connect(&generator->model);
+    transformer_set_step(&generator->model, source->context.step);
 }
 
 void generator_close(Generator *generator) {

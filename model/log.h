@@ -2,13 +2,17 @@
  *
  * Line 1 is the header. Then, told apart by their keys:
  *   step line   {"step":120,"tokens":..,"loss":..,"aux":..,"z":..,"lr":..,"grad_norm":..,"router_grad_norm":..,
- *                "router_main_norm":..,"ms":..,"tok_s":..,"mfu":null,"drop":..,"load_cv":..,"load_kl":..,"max_vio":..,
- *                "entropy":..,"mean_entropy":..,"dead":0,"leaky":false,"skipped":0,
- *                "counts":[[E ints] per MoE layer],"layer_entropy":[..]}
+ *                "router_main_norm":..,"router_balance_norm":..,"ms":..,"tok_s":..,"mfu":null,"drop":..,
+ *                "token_drop":..,"padding":..,"load_cv":..,"load_kl":..,"max_vio":..,"entropy":..,"mean_entropy":..,
+ *                "margin":..,"dead":0,"near_dead":0,"leaky":false,"skipped":0,"counts":[[E ints] per router],
+ *                "layer_entropy":[..],"layer_main_norm":[..],"layer_balance_norm":[..],"layer_margin":[..]}
  *   evaluation  {"step":..,"tokens":..,"val_loss":..,"val_bpb":..,"val_floor":.. or null,
  *                "val_domains":{"stories":{"loss":..,"floor":..,"tokens":..},..},
- *                "domain_expert":[[[E shares] per domain] per MoE layer],"mi":[nats per MoE layer]}
- *   event       {"event":"resume"|"skip"|"sample"|"memory"|"checkpoint"|"alarm"|"end", ...}
+ *                "domain_expert":[[[E shares] per domain] per router],"mi":[nats per router],
+ *                "churn":[share of tokens whose experts changed since the evaluation before; null at first]}
+ *   event       {"event":"resume"|"skip"|"sample"|"memory"|"checkpoint"|"alarm"|"router_gradient"|"end", ...}
+ * Arrays per router have one entry for each MoE layer, or for each step of its chain; the header's "moe_layers" names
+ * the layer of each.
  * Losses are nats per token; floats are printed with nine digits, so that equal bits give equal text.
  */
 #ifndef MODEL_LOG_H
@@ -35,6 +39,7 @@ typedef struct {
     int moe_layer_count;
     const int *moe_layers;
     bool leaky;
+    bool sees_batch; /* the router looks at other sequences of the batch */
 } LogHeader;
 
 /* Makes RUN (and its parents) and RUN/config.json, and starts a log with its header. A RUN that exists with another

@@ -2,17 +2,22 @@
  * data takes, and the backward names the stage whose gradient it makes. What comes before them lists tensors and
  * reserves memory.
  *
- * To change what a stage computes, open its kernel; to change who chooses, a router_*.c. Called by transformer.c.
+ * To change what a stage computes, open its kernel; to change who chooses, a router_*.c. Called by chain.c.
  */
 #include "moe.h"
 
 #include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
+#include "../kernels/check.h"
 #include "../kernels/dispatch.h"
 #include "../kernels/permute.h"
+#include "../kernels/soft_mix.h"
 
 bool moe_is_routed(const ModelConfig *config, int layer) {
-    return !router_find(config->router)->dense && (layer + 1) % config->moe_every == 0;
+    return router_find(config->router)->plan != PLAN_NONE && (layer + 1) % config->moe_every == 0;
 }
 
 static ExpertShape expert_shape(const ModelConfig *config, int E, int H, int rows) {
@@ -30,7 +35,6 @@ void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer) {
         return;
     }
     ExpertShape experts = expert_shape(config, config->experts, config->expert_dim, 0);
-    tensors_add(tensors, TENSOR_ROUTER, layer, std, experts.E, C, 0, "layers.%d.moe.router.w", layer);
     tensors_add(tensors, TENSOR_EXPERT, layer, std, experts.E, experts_a_width(experts), C, "layers.%d.moe.experts.w1",
                 layer);
     tensors_add(tensors, TENSOR_EXPERT, layer, out_std, experts.E, C, experts.H, "layers.%d.moe.experts.w2", layer);
@@ -45,28 +49,66 @@ static void grow(size_t *size, size_t needed) {
     *size = needed > *size ? needed : *size;
 }
 
-static void reserve_plan(Plan *plan, size_t entries, size_t rows, Arena *arena) {
+/* ---- memory ---- */
+
+static void reserve_plan(Plan *plan, size_t rows, Arena *arena) {
     int E = plan->E;
-    arena_reserve(arena, (void **)&plan->expert, entries * sizeof(int), MEMORY_ACTIVATIONS);
+    size_t entries = (size_t)plan->N * plan->K;
     arena_reserve(arena, (void **)&plan->weight, entries * sizeof(acc_t), MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&plan->row, entries * sizeof(int), MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&plan->entry, rows * sizeof(int), MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&plan->row_weight, rows * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&plan->count, E * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&plan->demand, E * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&plan->offset, (E + 1) * sizeof(int), MEMORY_ACTIVATIONS);
+    if (plan->slots > 0) {
+        arena_reserve(arena, (void **)&plan->mix, entries * sizeof(acc_t), MEMORY_ACTIVATIONS);
+        return;
+    }
+    arena_reserve(arena, (void **)&plan->expert, entries * sizeof(int), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&plan->row, entries * sizeof(int), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&plan->entry, rows * sizeof(int), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&plan->row_weight, rows * sizeof(acc_t), MEMORY_ACTIVATIONS);
+    if (plan->layout == LAYOUT_BLOCK) {
+        size_t tiles = (rows + PLAN_TILE - 1) / PLAN_TILE;
+        arena_reserve(arena, (void **)&plan->tile_expert, tiles * sizeof(int), MEMORY_ACTIVATIONS);
+    }
 }
 
-static void reserve_pass(RouterPass *pass, Arena *arena) {
-    size_t scores = (size_t)pass->N * pass->E;
+static void reserve_pass(RouterPass *pass, size_t scores, Arena *arena) {
+    size_t probs = (size_t)pass->N * pass->E;
     arena_reserve(arena, (void **)&pass->logits, scores * sizeof(acc_t), MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&pass->probs, scores * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&pass->dlogits, scores * sizeof(acc_t), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&pass->probs, probs * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&pass->lse, pass->N * sizeof(acc_t), MEMORY_ACTIVATIONS);
 }
 
-void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slices, int moe_count, ScratchSize *size,
-                 Arena *arena) {
+/* The plan's sizes as the options ask for them. */
+static Plan plan_of(const Router *router, const ModelConfig *c, int N, int T) {
+    Plan plan = {.N = N, .E = c->experts, .K = c->top_k, .layout = c->layout, .drop = c->drop};
+    if (router->plan == PLAN_SOFT) {
+        plan.slots = c->slots;
+        plan.K = c->experts * c->slots;
+        plan.across = router->across;
+        plan.group_tokens = router->across ? N / T : T;
+        plan.rows = N / plan.group_tokens * plan.K;
+        return plan;
+    }
+    plan.K = router->plan == PLAN_EXPERTS_CHOOSE ? c->experts : c->top_k;
+    plan.capacity = router->exact_share ? config_share(c, N) : config_capacity(c, N);
+    plan.rows = plan_rows(N, plan.E, plan.K, plan.capacity, plan.layout);
+    return plan;
+}
+
+void moe_set_dropless(MoeLayer *moe, bool dropless) {
+    Plan *plan = &moe->plan;
+    if (plan->slots > 0 || moe->router->exact_share) {
+        return;
+    }
+    plan->capacity = dropless ? 0 : moe->asked.capacity;
+    plan->layout = dropless ? LAYOUT_COMPACT : moe->asked.layout;
+    plan->rows = dropless ? plan_rows(plan->N, plan->E, plan->K, 0, LAYOUT_COMPACT) : moe->asked.rows;
+}
+
+void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const RouterContext *context, int site,
+                 ScratchSize *size, Arena *arena) {
     const ModelConfig *c = &config->model;
     moe->N = N;
     moe->C = c->dim;
@@ -74,19 +116,35 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slic
     if (!moe->router) {
         moe->experts = expert_shape(c, 1, config_dense_width(c), N);
     } else {
-        int E = c->experts, K = c->top_k, capacity = config_capacity(c, N);
-        int rows = plan_rows(N, E, K, capacity, c->layout);
-        int most_rows = rows > N * K ? rows : N * K; /* a dropless evaluation takes every entry */
-        moe->plan =
-            (Plan){.N = N, .E = E, .K = K, .rows = rows, .capacity = capacity, .layout = c->layout, .drop = c->drop};
-        moe->rows = rows, moe->capacity = capacity, moe->layout = c->layout;
-        moe->pass = (RouterPass){.N = N, .C = c->dim, .E = E, .K = K, .renorm = c->renorm};
-        moe->pass.aux_scale = config->train.aux_coef / (moe_count * slices);
-        moe->pass.z_scale = config->train.z_coef / (moe_count * slices);
-        moe->experts = expert_shape(c, E, c->expert_dim, most_rows);
-        reserve_plan(&moe->plan, (size_t)N * K, most_rows, arena);
-        reserve_pass(&moe->pass, arena);
+        moe->asked = moe->plan = plan_of(moe->router, c, N, context->T);
+        moe_set_dropless(moe, true); /* evaluation takes every entry */
+        int most_rows = moe->plan.rows > moe->asked.rows ? moe->plan.rows : moe->asked.rows;
+        moe_set_dropless(moe, false);
+        double share = 1.0 / ((double)context->routers * context->slices);
+        moe->pass = (RouterPass){.N = N,
+                                 .C = c->dim,
+                                 .E = c->experts,
+                                 .K = c->top_k,
+                                 .renorm = c->renorm,
+                                 .site = site,
+                                 .config = config,
+                                 .context = context,
+                                 .aux_scale = config->train.aux_coef * share,
+                                 .z_scale = config->train.z_coef * share};
+        moe->experts = expert_shape(c, c->experts, c->expert_dim, most_rows);
+        size_t entries = (size_t)N * moe->plan.K;
+        reserve_plan(&moe->plan, most_rows, arena);
+        reserve_pass(&moe->pass, moe->plan.slots > 0 ? entries : (size_t)N * c->experts, arena);
+        if (moe->router->reserve) {
+            moe->router->reserve(&moe->pass, arena);
+        }
+        if (moe->plan.slots > 0) {
+            arena_reserve(arena, (void **)&moe->out_rows, (size_t)most_rows * c->dim * sizeof(real_t),
+                          MEMORY_ACTIVATIONS);
+        }
         grow(&size->rows, most_rows);
+        grow(&size->entries, entries);
+        size->soft |= moe->plan.slots > 0;
     }
     size_t rows = moe->experts.rows, width = experts_a_width(moe->experts);
     arena_reserve(arena, (void **)&moe->a, rows * width * sizeof(real_t), MEMORY_ACTIVATIONS);
@@ -101,6 +159,13 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slic
     }
 }
 
+void moe_free(MoeLayer *moe) {
+    if (moe->router && moe->router->release) {
+        moe->router->release(&moe->pass);
+    }
+    free(moe->pass.own);
+}
+
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena) {
     size_t row_bytes = size.rows * config->dim * sizeof(real_t);
@@ -113,15 +178,59 @@ void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, Scratch
         arena_reserve(arena, (void **)&scratch->dy_rows, row_bytes, MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->da, size.a * sizeof(real_t), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->drow_weight, size.rows * sizeof(acc_t), MEMORY_ACTIVATIONS);
-        arena_reserve(arena, (void **)&scratch->dweight, (size_t)N * config->top_k * sizeof(acc_t), MEMORY_ACTIVATIONS);
+        arena_reserve(arena, (void **)&scratch->dweight, size.entries * sizeof(acc_t), MEMORY_ACTIVATIONS);
+        if (size.soft) {
+            arena_reserve(arena, (void **)&scratch->dmix, size.entries * sizeof(acc_t), MEMORY_ACTIVATIONS);
+        }
     }
 }
 
-void moe_set_dropless(MoeLayer *moe, bool dropless) {
-    Plan *plan = &moe->plan;
-    plan->capacity = dropless ? 0 : moe->capacity;
-    plan->layout = dropless ? LAYOUT_COMPACT : moe->layout;
-    plan->rows = dropless ? plan->N * plan->K : moe->rows;
+/* Where a tensor of the list lies in a flat buffer; NULL without the tensor or the buffer. */
+static const real_t *weight_of(const TensorList *tensors, const real_t *weights, int layer, const char *part) {
+    char name[64];
+    snprintf(name, sizeof name, "layers.%d.%s", layer, part);
+    int t = tensors_find(tensors, name);
+    return t < 0 ? NULL : weights + tensors->items[t].offset;
+}
+
+static acc_t *gradient_of(const TensorList *tensors, acc_t *grads, int layer, const char *part) {
+    char name[64];
+    snprintf(name, sizeof name, "layers.%d.%s", layer, part);
+    int t = tensors_find(tensors, name);
+    return t < 0 || !grads ? NULL : grads + tensors->items[t].offset;
+}
+
+void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char *router_prefix, const real_t *weights,
+                 acc_t *master, acc_t *grads) {
+    const char *w1 = moe->router ? "moe.experts.w1" : "mlp.w1", *w2 = moe->router ? "moe.experts.w2" : "mlp.w2";
+    moe->w1 = weight_of(tensors, weights, layer, w1), moe->dw1 = gradient_of(tensors, grads, layer, w1);
+    moe->w2 = weight_of(tensors, weights, layer, w2), moe->dw2 = gradient_of(tensors, grads, layer, w2);
+    moe->shared_w1 = weight_of(tensors, weights, layer, "moe.shared.w1");
+    moe->shared_w2 = weight_of(tensors, weights, layer, "moe.shared.w2");
+    moe->dshared_w1 = gradient_of(tensors, grads, layer, "moe.shared.w1");
+    moe->dshared_w2 = gradient_of(tensors, grads, layer, "moe.shared.w2");
+    for (int t = 0, i = 0; t < tensors->count && i < ROUTER_PARAMS; t++) {
+        const Tensor *tensor = &tensors->items[t];
+        if (strncmp(tensor->name, router_prefix, strlen(router_prefix)) == 0) {
+            bool trained = grads && tensor->kind != TENSOR_STATE;
+            moe->pass.param[i++] = (RouterParam){master + tensor->offset, trained ? grads + tensor->offset : NULL};
+        }
+    }
+}
+
+/* ---- the layer ---- */
+
+/* The router's losses and the statistics of what it did. */
+static void measure(MoeLayer *moe, acc_t *load, int *demand, Stream *stream) {
+    RouterPass *pass = &moe->pass;
+    const Plan *plan = &moe->plan;
+    device_zero(load, LOAD_VALUES * sizeof(acc_t), stream);
+    if (moe->router->balance) {
+        moe->router->balance(pass, plan, stream);
+    }
+    probs_measure(load, pass->mean_prob, pass->probs, plan->N, plan->E, pass->K, stream);
+    plan_measure(load, plan, stream);
+    device_copy(demand, plan->demand, plan->E * sizeof(int), stream);
 }
 
 void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
@@ -132,27 +241,68 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
         return;
     }
     Plan *plan = &moe->plan;
+    bool soft = plan->slots > 0;
+    real_t *out_rows = soft ? moe->out_rows : scratch->out_rows;
     moe->pass.x = x;
     moe->pass.load = load;
+    moe->pass.mean_prob = scratch->mean_prob;
     moe->router->forward(&moe->pass, plan, stream);
     profile_lap(profile, STAGE_ROUTE, stream);
     plan_build(plan, stream);
-    balance_forward(load, scratch->mean_prob, moe->pass.probs, moe->pass.lse, plan->demand, plan->count, plan->N,
-                    plan->E, plan->K, stream);
-    device_copy(demand, plan->demand, plan->E * sizeof(int), stream);
+    measure(moe, load, demand, stream);
     profile_lap(profile, STAGE_PERMUTE, stream);
-    dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
+    if (soft) {
+        soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
+    } else {
+        dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
+    }
     profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_forward(scratch->out_rows, moe->a, scratch->h, scratch->in_rows, moe->w1, moe->w2, plan->offset,
-                    moe->experts, 0, stream);
+    experts_forward(out_rows, moe->a, scratch->h, scratch->in_rows, moe->w1, moe->w2, plan->offset, moe->experts, 0,
+                    stream);
     profile_lap(profile, STAGE_EXPERTS, stream);
-    combine_forward(y, scratch->out_rows, plan, moe->C, 0, stream);
+    if (soft) {
+        soft_combine_forward(y, out_rows, plan, moe->C, 0, stream);
+    } else {
+        combine_forward(y, out_rows, plan, moe->C, 0, stream);
+    }
     profile_lap(profile, STAGE_COMBINE, stream);
     if (moe->shared.H > 0) {
         experts_forward(y, moe->shared_a, scratch->h, x, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared,
                         1, stream);
         profile_lap(profile, STAGE_EXPERTS, stream);
     }
+}
+
+/* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
+static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
+                          Profile *profile, Stream *stream) {
+    const Plan *plan = &moe->plan;
+    soft_combine_backward(scratch->dy_rows, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
+    profile_lap(profile, STAGE_COMBINE, stream);
+    soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
+    profile_lap(profile, STAGE_DISPATCH, stream);
+    experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, scratch->dy_rows,
+                     scratch->in_rows, moe->a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
+    profile_lap(profile, STAGE_EXPERTS, stream);
+    soft_dispatch_backward(dx, scratch->dmix, scratch->din_rows, x, plan, moe->C, moe->shared.H > 0, stream);
+    profile_lap(profile, STAGE_DISPATCH, stream);
+}
+
+/* The same by way of a sparse plan. */
+static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
+                            Profile *profile, Stream *stream) {
+    const Plan *plan = &moe->plan;
+    combine_backward(scratch->dy_rows, dy, plan, moe->C, stream);
+    profile_lap(profile, STAGE_COMBINE, stream);
+    dispatch_forward(scratch->in_rows, x, plan, moe->C, stream); /* again: cheaper than keeping it for every layer */
+    profile_lap(profile, STAGE_DISPATCH, stream);
+    experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da,
+                     scratch->dy_rows, scratch->in_rows, moe->a, plan->row_weight, moe->w1, moe->w2, plan->offset,
+                     moe->experts, 0, stream);
+    profile_lap(profile, STAGE_EXPERTS, stream);
+    dispatch_backward(dx, scratch->din_rows, plan, moe->C, moe->shared.H > 0, stream);
+    profile_lap(profile, STAGE_DISPATCH, stream);
+    plan_weight_backward(scratch->dweight, scratch->drow_weight, plan, stream);
 }
 
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
@@ -163,25 +313,19 @@ void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *
         profile_lap(profile, STAGE_EXPERTS, stream);
         return;
     }
-    const Plan *plan = &moe->plan;
-    int has_shared = moe->shared.H > 0;
-    if (has_shared) {
+    if (moe->shared.H > 0) {
         experts_backward(dx, NULL, moe->dshared_w1, moe->dshared_w2, scratch->h, scratch->da, dy, x, moe->shared_a,
                          NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, stream);
         profile_lap(profile, STAGE_EXPERTS, stream);
     }
-    dispatch_forward(scratch->dy_rows, dy, plan, moe->C, stream); /* the backward of combine */
-    profile_lap(profile, STAGE_COMBINE, stream);
-    dispatch_forward(scratch->in_rows, x, plan, moe->C,
-                     stream); /* made again: cheaper than keeping it for every layer */
-    profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da,
-                     scratch->dy_rows, scratch->in_rows, moe->a, plan->row_weight, moe->w1, moe->w2, plan->offset,
-                     moe->experts, 0, stream);
-    profile_lap(profile, STAGE_EXPERTS, stream);
-    dispatch_backward(dx, scratch->din_rows, plan, moe->C, has_shared, stream);
-    profile_lap(profile, STAGE_DISPATCH, stream);
-    plan_weight_backward(scratch->dweight, scratch->drow_weight, plan, stream);
-    moe->router->backward(&moe->pass, dx, scratch->dweight, plan, stream);
-    profile_lap(profile, STAGE_ROUTE, stream);
+    if (moe->plan.slots > 0) {
+        moe->pass.dmix = scratch->dmix;
+        soft_backward(moe, scratch, dx, dy, x, profile, stream);
+    } else {
+        sparse_backward(moe, scratch, dx, dy, x, profile, stream);
+    }
+    if (moe->router->backward) {
+        moe->router->backward(&moe->pass, dx, scratch->dweight, &moe->plan, stream);
+        profile_lap(profile, STAGE_ROUTE, stream);
+    }
 }

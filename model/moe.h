@@ -2,8 +2,9 @@
  *
  *     x -> router -> plan -> dispatch -> experts -> combine -> y          and back
  *
- * The stages are separate kernels, called one after the other in moe.c and timed apart. With the router "dense", or in
- * a layer that --moe-every skips, the layer is one MLP of the active width.
+ * The stages are separate kernels, called one after the other in moe.c and timed apart. A soft plan (plan.h) mixes
+ * where a sparse one copies; the experts are the same. With the router "dense", or in a layer that --moe-every skips,
+ * the layer is one MLP of the active width. chain.c applies it, once or several times.
  */
 #ifndef MODEL_MOE_H
 #define MODEL_MOE_H
@@ -17,18 +18,18 @@
 
 typedef struct {
     int N, C;
-    const Router *router; /* NULL: a dense layer */
+    const Router *router; /* NULL: a dense layer, no plan, no pass */
     RouterPass pass;
     Plan plan;
     ExpertShape experts; /* the routed experts, or the one MLP of a dense layer */
     ExpertShape shared;  /* the shared experts as one MLP; H 0: none */
-    int rows, capacity;  /* of the plan as the options ask, for moe_set_dropless */
-    Layout layout;
+    Plan asked;          /* its sizes as the options ask, for moe_set_dropless */
     const real_t *w1, *w2, *shared_w1, *shared_w2;
     acc_t *dw1, *dw2, *dshared_w1, *dshared_w2;
     /* saved by forward */
     real_t *a;        /* (rows, 2H or H) of the experts before the activation */
     real_t *shared_a; /* (N, ..) of the shared ones */
+    real_t *out_rows; /* (rows,C) what the experts made; kept with a soft plan alone */
 } MoeLayer;
 
 /* Buffers that all layers take turns in. */
@@ -39,31 +40,41 @@ typedef struct {
     real_t *dy_rows;    /* (rows,C) the gradient of the layer's output, in row order */
     real_t *h, *da;     /* (rows,H), (rows, 2H or H) */
     acc_t *drow_weight; /* (rows) */
-    acc_t *dweight;     /* (N,K) */
+    acc_t *dweight;     /* (N,K of the plan) */
+    acc_t *dmix;        /* (N,K of the plan), soft */
     acc_t *mean_prob;   /* (E) mean probabilities, for the statistics */
     int *all_rows;      /* {0, N}: the offsets of a single expert that takes every token */
 } MoeScratch;
 
-/* What the layers need of those: rows, elements of h, elements of da. */
+/* What the layers need of those: rows, elements of h, elements of da, entries of a plan. */
 typedef struct {
-    size_t rows, h, a;
+    size_t rows, h, a, entries;
+    bool soft;
 } ScratchSize;
 
-/* Describes layer `layer`'s tensors; appends them to the list. */
+/* Describes layer `layer`'s experts; appends them to the list. (Routers are listed by chain.c, one for each step.) */
 void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer);
 
 /* Whether layer `layer` routes at all. */
 bool moe_is_routed(const ModelConfig *config, int layer);
 
-/* Reserves what the layer saves for N tokens; `size` grows to what it needs of the shared buffers. */
-void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, int slices, int moe_count, ScratchSize *size,
-                 Arena *arena);
+/* Reserves what the layer saves for N tokens; `size` grows to what it needs of the shared buffers. context: of the
+ * whole model, must outlive the layer; site: which of the model's routers this one is. */
+void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const RouterContext *context, int site,
+                 ScratchSize *size, Arena *arena);
+void moe_free(MoeLayer *moe);
+
+/* Connects it to its parameters in the flat buffers of the list; gradients NULL: none. The router's are those whose
+ * names begin with `router_prefix`. */
+void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char *router_prefix, const real_t *weights,
+                 acc_t *master, acc_t *grads);
 
 /* Reserves the shared buffers, those of backward only where there is one. */
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena);
 
-/* Takes every token (no capacity, compact rows), or works as configured again. */
+/* Takes every choice (no capacity, compact rows), or works as configured again. Experts that choose exactly their share
+ * and soft plans have nothing to drop. */
 void moe_set_dropless(MoeLayer *moe, bool dropless);
 
 /* y (N,C) from x (N,C); load (LOAD_VALUES) receives the losses and statistics, demand (E) the choices. Both unused in a

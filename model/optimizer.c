@@ -8,7 +8,7 @@
 #include "../kernels/check.h"
 
 static bool is_frozen(const Tensor *tensor, Freeze freeze) {
-    return (freeze == FREEZE_EXPERTS && tensor->kind == TENSOR_EXPERT) ||
+    return tensor->kind == TENSOR_STATE || (freeze == FREEZE_EXPERTS && tensor->kind == TENSOR_EXPERT) ||
            (freeze == FREEZE_ROUTER && tensor->kind == TENSOR_ROUTER);
 }
 

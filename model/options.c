@@ -26,7 +26,11 @@ const Option option_table[] = {
     {"data", "shuffle", true, TYPE_INT, TRAIN(shuffle), "1", 0, 1, "0|1", "0: read the text in order"},
     {"data", "allow-leak", false, TYPE_SWITCH, TRAIN(allow_leak), "0", 0, 1, "",
      "let a router see later tokens (marked in the log)"},
+    {"data", "mask-share", true, TYPE_REAL, TRAIN(mask_share), "0.15", 0.001, 0.999, "X",
+     "share of the tokens that --objective mlm hides and predicts"},
 
+    {"model", "objective", true, TYPE_CHOICE, MODEL(objective), "lm", OBJECTIVE_LM, 0, "lm|mlm",
+     "lm: the next token; mlm: masked tokens from both sides, where every router is valid"},
     {"model", "layers", true, TYPE_INT, MODEL(layers), "4", 1, 1024, "N", "transformer layers"},
     {"model", "dim", true, TYPE_INT, MODEL(dim), "128", 2, 65536, "N", "model width"},
     {"model", "heads", true, TYPE_INT, MODEL(heads), "4", 1, 4096, "N", "query heads"},
@@ -51,16 +55,41 @@ const Option option_table[] = {
     {"model", "act", true, TYPE_CHOICE, MODEL(act), "swiglu", ACT_SWIGLU, 0, "swiglu|gelu", "what is inside an expert"},
     {"model", "moe-every", true, TYPE_INT, MODEL(moe_every), "1", 1, 1024, "N",
      "every N-th layer is MoE, the others dense of the same active width"},
-    {"model", "chain-steps", true, TYPE_INT, MODEL(chain_steps), "1", 1, 16, "N", "times a MoE layer is iterated"},
+    {"model", "slots", true, TYPE_INT, MODEL(slots), "0", 0, 4096, "N",
+     "slots per expert of a soft router; 0: as many rows as --top-k would make"},
+    {"model", "router-groups", true, TYPE_INT, MODEL(router_groups), "1", 1, 4096, "N",
+     "sigmoid: groups the experts are in"},
+    {"model", "router-kept-groups", true, TYPE_INT, MODEL(router_kept_groups), "1", 1, 4096, "N",
+     "sigmoid: groups a token may choose from"},
+    {"model", "router-scale", true, TYPE_REAL, MODEL(router_scale), "1", 1e-6, 1e6, "X",
+     "sigmoid: factor of all weights"},
+    {"model", "force", true, TYPE_TEXT, MODEL(force), "balanced", 0, TEXT, "balanced|zipf:S|one|FILE",
+     "forced: where tokens go; FILE: as --dump-routing recorded it"},
+    {"model", "chain-steps", true, TYPE_INT, MODEL(chain_steps), "auto", 1, 16, "auto|N",
+     "times a MoE layer is iterated, each time with a router of its own; auto: 2 for coe, else 1"},
+    {"model", "chain-inner", true, TYPE_CHOICE, MODEL(chain_inner), "auto", -1, 0, "auto|0|1",
+     "1: an iteration adds to its input; auto: where there is more than one"},
+    {"model", "chain-outer", true, TYPE_CHOICE, MODEL(chain_outer), "auto", -1, 0, "auto|0|1",
+     "1: the chain's result is added to the stream, 0: replaces it; auto: 0 with --chain-norm 1"},
+    {"model", "chain-norm", true, TYPE_INT, MODEL(chain_norm), "0", 0, 1, "0|1",
+     "1: each iteration normalises its input, as a layer of its own would"},
     {"model", "capacity-factor", true, TYPE_REAL, MODEL(capacity_factor), "0", 0, 4096, "X",
      "places per expert, as a multiple of the fair share; 0: dropless"},
-    {"model", "layout", true, TYPE_CHOICE, MODEL(layout), "compact", LAYOUT_COMPACT, 0, "compact|padded",
-     "rows of the experts; padded without a capacity holds experts x tokens rows"},
+    {"model", "layout", true, TYPE_CHOICE, MODEL(layout), "compact", LAYOUT_COMPACT, 0, "compact|padded|block",
+     "rows of the experts: as many as there are, the capacity for each, whole tiles"},
     {"model", "drop", true, TYPE_CHOICE, MODEL(drop), "token", DROP_TOKEN, 0, "token|slot|weight",
      "who keeps a place at a full expert: earlier tokens, first choices, heavier weights"},
 
-    {"losses", "aux-coef", true, TYPE_REAL, TRAIN(aux_coef), "0.01", 0, 1000, "X", "coefficient of the balance loss"},
-    {"losses", "z-coef", true, TYPE_REAL, TRAIN(z_coef), "0.001", 0, 1000, "X", "coefficient of the router's z-loss"},
+    {"losses", "aux-coef", true, TYPE_REAL, TRAIN(aux_coef), "auto", 0, 1000, "auto|X",
+     "coefficient of the balance loss; auto: 0.01, sigmoid 0.0001, 0 where nothing needs balancing"},
+    {"losses", "z-coef", true, TYPE_REAL, TRAIN(z_coef), "auto", 0, 1000, "auto|X",
+     "coefficient of the z-loss; auto: 0.001 for routers with a softmax over experts, else 0"},
+    {"losses", "bias-rate", true, TYPE_REAL, TRAIN(bias_rate), "0.001", 0, 1, "X",
+     "sigmoid: what the selection bias moves by each step"},
+    {"losses", "threshold-rate", true, TYPE_REAL, TRAIN(threshold_rate), "0.01", 1e-9, 1, "X",
+     "threshold: share of a step's cut in the running threshold"},
+    {"losses", "threshold-warmup", true, TYPE_INT, TRAIN(threshold_warmup), "50", 0, 1000000000, "N",
+     "threshold: steps of expert choice before the thresholds decide"},
 
     {"training", "batch", true, TYPE_INT, TRAIN(batch), "16", 1, 1048576, "N",
      "sequences of one optimizer step, over all ranks"},
@@ -113,6 +142,8 @@ const Option option_table[] = {
     {"output", "export-hf", false, TYPE_TEXT, TRAIN(export_hf), "", 0, TEXT, "DIR",
      "write the model for Hugging Face transformers"},
 
+    {"measure", "dump-routing", false, TYPE_TEXT, TRAIN(dump_routing), "", 0, TEXT, "FILE",
+     "record which experts every token of every training step went to"},
     {"measure", "profile", false, TYPE_SWITCH, TRAIN(profile), "0", 0, 1, "", "time the stages of the MoE layer"},
     {"measure", "trace-syncs", false, TYPE_SWITCH, TRAIN(trace_syncs), "0", 0, 1, "",
      "report where the host waits for the device"},
@@ -120,7 +151,7 @@ const Option option_table[] = {
 
 enum { OPTIONS = sizeof option_table / sizeof *option_table };
 
-_Static_assert(OPTIONS <= 64, "Config.given has one bit per option");
+_Static_assert((int)OPTIONS <= (int)CONFIG_MOST_OPTIONS, "Config.given has one flag per option");
 
 const int option_count = OPTIONS;
 
@@ -157,6 +188,11 @@ int name_distance(const char *typed, const char *name) {
         }
     }
     return d[n][m];
+}
+
+bool option_may_be_auto(const Option *option) {
+    bool number = option->type == TYPE_INT || option->type == TYPE_REAL;
+    return number && strncmp(option->values, "auto|", 5) == 0;
 }
 
 /* The i-th name of "a|b|c" into name; false past the last. */
@@ -208,6 +244,16 @@ static bool choice_set(Config *config, const Option *option, const char *text, c
     return false;
 }
 
+static void number_set(char *field, OptionType type, int64_t integer, double value) {
+    if (type == TYPE_INT64) {
+        *(int64_t *)field = integer;
+    } else if (type == TYPE_REAL) {
+        *(double *)field = value;
+    } else {
+        *(int *)field = (int)integer;
+    }
+}
+
 bool option_set(Config *config, const Option *option, const char *text, char *error, size_t size) {
     char *field = (char *)config + option->offset;
     if (option->type == TYPE_CHOICE) {
@@ -224,6 +270,10 @@ bool option_set(Config *config, const Option *option, const char *text, char *er
         return true;
     }
     bool whole = option->type != TYPE_REAL;
+    if (option_may_be_auto(option) && !strcmp(text, "auto")) {
+        number_set(field, option->type, OPTION_AUTO, OPTION_AUTO);
+        return true;
+    }
     char *end = NULL;
     errno = 0;
     long long integer = whole ? strtoll(text, &end, 10) : 0;
@@ -238,13 +288,7 @@ bool option_set(Config *config, const Option *option, const char *text, char *er
                  option->min, option->max);
         return false;
     }
-    if (option->type == TYPE_INT64) {
-        *(int64_t *)field = integer;
-    } else if (option->type == TYPE_REAL) {
-        *(double *)field = value;
-    } else {
-        *(int *)field = (int)integer;
-    }
+    number_set(field, option->type, integer, value);
     return true;
 }
 
@@ -254,6 +298,9 @@ void option_print(const Config *config, const Option *option, char *text, size_t
         snprintf(text, size, "%s", field);
     } else if (option->type == TYPE_INT64) {
         snprintf(text, size, "%lld", (long long)*(const int64_t *)field);
+    } else if (option_may_be_auto(option) &&
+               (option->type == TYPE_INT ? *(const int *)field : *(const double *)field) == OPTION_AUTO) {
+        snprintf(text, size, "auto");
     } else if (option->type == TYPE_REAL) {
         double value = *(const double *)field;
         for (int digits = 6; digits <= 17; digits++) {

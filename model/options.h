@@ -34,6 +34,10 @@ typedef struct {
 
 enum { OPTION_TEXT = CONFIG_TEXT }; /* holds the text of any value */
 
+/* Whether the option is a number that may also be "auto" (its `values` begin with it): the field is then OPTION_AUTO
+ * until config_finish puts in what follows from the rest. */
+bool option_may_be_auto(const Option *option);
+
 extern const Option option_table[];
 extern const int option_count;
 

@@ -1,10 +1,15 @@
-/* The list of routers. */
+/* The list of routers: to add one, name its table here. */
 #include "router.h"
 
 #include <stdio.h>
 #include <string.h>
 
-#define ROUTERS(each) each(dense) each(top1) each(topk)
+#include "../kernels/random.h"
+
+#define ROUTERS(each)                                                                                                \
+    each(dense) each(top1) each(topk) each(noisy) each(sigmoid) each(hash) each(position) each(random)               \
+        each(random_step) each(expert_choice) each(threshold) each(soft) each(soft_batch) each(soft_token) each(coe) \
+            each(forced)
 
 #define DECLARE(name) extern const Router router_##name;
 ROUTERS(DECLARE)
@@ -28,6 +33,16 @@ const Router *router_find(const char *name) {
 }
 
 const char *router_names(void) {
-#define NAME(name) ", " #name
-    return &ROUTERS(NAME)[2]; /* past the first comma */
+    static char names[512];
+    size_t used = 0;
+    for (int i = 0; i < ROUTER_COUNT && used < sizeof names; i++) {
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i > 0 ? ", " : "", routers[i]->name);
+    }
+    return names;
+}
+
+uint64_t router_key(const RouterPass *pass) {
+    const RouterContext *c = pass->context;
+    uint64_t forward = (uint64_t)c->step * (uint64_t)c->slices + (uint64_t)c->slice;
+    return random_key(c->seed, RANDOM_ROUTER, random_mix(forward) ^ (uint64_t)pass->site);
 }

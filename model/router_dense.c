@@ -4,14 +4,14 @@
 #include "../kernels/check.h"
 #include "router.h"
 
-static void check(const ModelConfig *model) {
-    CHECK(model->capacity_factor == 0, "--router dense has no experts to fill: drop --capacity-factor");
+static void check(const Config *config) {
+    CHECK(config->model.capacity_factor == 0, "--router dense has no experts to fill: drop --capacity-factor");
 }
 
 const Router router_dense = {
     .name = "dense",
-    .summary = "no routing: one MLP of the active width, the control",
-    .causal = true,
-    .dense = true,
+    .summary = "one MLP of the active width: the control",
+    .paper = "",
+    .plan = PLAN_NONE,
     .check = check,
 };

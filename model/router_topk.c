@@ -3,41 +3,58 @@
  *     p = softmax(W x)       S = the K largest       y = sum_S w_j Expert_j(x)
  *     w_j = p_j / sum_S p (--renorm 1)       w_j = p_j (--renorm 0)
  *
- * Renormalised: Mixtral (arXiv 2401.04088), Qwen3-MoE. Not renormalised: OLMoE (arXiv 2409.02060). The gradients stand
- * in kernels/topk.h. Causal without a capacity.
+ * Renormalised: Mixtral (arXiv 2401.04088), Qwen3-MoE; it equals a softmax over the K chosen logits alone. Not
+ * renormalised: OLMoE (arXiv 2409.02060). The gradients stand in kernels/topk.h. Causal without a capacity.
  */
-#include "../kernels/balance_loss.h"
 #include "../kernels/check.h"
 #include "../kernels/gate.h"
 #include "../kernels/topk.h"
 #include "router.h"
 
-static void check(const ModelConfig *model) {
-    CHECK(model->top_k > 1 || model->renorm != 1,
-          "--router topk --top-k 1 with --renorm 1: renormalised over one expert the weight is always 1, so the router "
-          "would get no "
-          "gradient from the loss and never learn; take --renorm 0 or --top-k 2");
+enum { GATE };
+
+static void check(const Config *config) {
+    CHECK(config->model.top_k > 1 || config->model.renorm != 1,
+          "--router %s --top-k 1 with --renorm 1: renormalised over one expert the weight is always 1, so the router "
+          "would get no gradient from the loss and never learn; take --renorm 0 or --top-k 2",
+          config->model.router);
+}
+
+static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
+    tensors_add(list, TENSOR_ROUTER, layer, 0.02, model->experts, model->dim, 0, "%s.w", prefix);
 }
 
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
-    gate_forward(p->logits, p->x, p->w, p->N, p->C, p->E, stream);
+    gate_forward(p->logits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
     topk_forward(p->probs, p->lse, plan->expert, plan->weight, p->logits, p->N, p->E, p->K, p->renorm, stream);
+}
+
+static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
+    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, p->K, stream);
 }
 
 static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
     topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, p->K, p->renorm, stream);
-    balance_measure(p->load, p->dlogits, p->N, p->E, stream);
-    balance_backward(p->dlogits, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale, stream);
-    gate_backward(dx, p->dw, p->dlogits, p->x, p->w, p->N, p->C, p->E, stream);
+    gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
+    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale,
+                     stream);
+    gate_backward(dx, p->param[GATE].dw, p->dlogits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
 }
 
 const Router router_topk = {
     .name = "topk",
-    .summary = "the K most probable experts, weights renormalised or not (Mixtral, Qwen3-MoE, OLMoE)",
-    .causal = true,
+    .summary = "its K most probable experts, weights renormalised (`--renorm 1`) or not (`0`)",
+    .paper = "Mixtral 2401.04088, OLMoE 2409.02060",
+    .plan = PLAN_TOKENS_CHOOSE,
     .learned = true,
     .renorm_default = 1,
+    .aux_default = 0.01,
+    .z_default = 0.001,
+    .has_balance_loss = true,
+    .has_z_loss = true,
     .check = check,
+    .tensors = tensors,
     .forward = forward,
+    .balance = balance,
     .backward = backward,
 };

@@ -24,7 +24,7 @@ static size_t round_up(size_t n) {
     return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
-static int tensor_index(const TensorList *list, const char *name) {
+int tensors_find(const TensorList *list, const char *name) {
     for (int i = 0; i < list->count; i++) {
         if (strcmp(list->items[i].name, name) == 0) {
             return i;
@@ -57,7 +57,7 @@ int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, i
     int length = vsnprintf(tensor.name, sizeof tensor.name, name_format, arguments);
     va_end(arguments);
     assert(length > 0 && (size_t)length < sizeof tensor.name);
-    int namesake = tensor_index(list, tensor.name);
+    int namesake = tensors_find(list, tensor.name);
     assert(namesake < 0);
     (void)length, (void)namesake; /* read by assert alone */
 
@@ -75,7 +75,7 @@ void tensors_free(TensorList *list) {
 size_t tensors_parameters(const TensorList *list) {
     size_t parameters = 0;
     for (int i = 0; i < list->count; i++) {
-        parameters += list->items[i].count;
+        parameters += list->items[i].kind == TENSOR_STATE ? 0 : list->items[i].count;
     }
     return parameters;
 }

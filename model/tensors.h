@@ -12,7 +12,8 @@
 
 #include "../kernels/types.h"
 
-typedef enum { TENSOR_DENSE, TENSOR_ROUTER, TENSOR_EXPERT } TensorKind;
+/* A state belongs to a router, which moves it by itself: no gradient, no optimizer, but part of the checkpoint. */
+typedef enum { TENSOR_DENSE, TENSOR_ROUTER, TENSOR_EXPERT, TENSOR_STATE } TensorKind;
 
 typedef struct {
     char name[64]; /* "layers.0.moe.experts.w1" */
@@ -36,9 +37,12 @@ typedef struct {
 int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, int d0, int d1, int d2,
                 const char *name_format, ...);
 
+/* Index of the tensor of that name, -1 when there is none. */
+int tensors_find(const TensorList *list, const char *name);
+
 void tensors_free(TensorList *list);
 
-/* Elements of real parameters, gaps left out. */
+/* Elements of all parameters, gaps and states left out. */
 size_t tensors_parameters(const TensorList *list);
 
 /* Initial values into a host buffer of list->total elements: a function of seed, tensor name and element index. */

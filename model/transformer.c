@@ -18,6 +18,7 @@
 #include "../kernels/embedding.h"
 #include "../kernels/matmul.h"
 #include "../kernels/norm.h"
+#include "../kernels/random.h"
 #include "../kernels/rope.h"
 
 enum { MOST_LOGITS = 1 << 22, LEAST_HEAD_ROWS = 256 };
@@ -45,7 +46,7 @@ static void list_tensors(TensorList *list, const ModelConfig *c) {
         }
         tensors_add(list, TENSOR_DENSE, l, out_std, C, C, 0, "layers.%d.attn.out.w", l);
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.ffn_norm.w", l);
-        moe_tensors(list, c, l);
+        chain_tensors(list, c, l);
     }
     tensors_add(list, TENSOR_DENSE, -1, ones, C, 0, 0, "final_norm.w");
     if (!c->tie) {
@@ -60,29 +61,12 @@ static Weight find_weight(const Transformer *model, const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(name, sizeof name, format, arguments);
     va_end(arguments);
-    for (int i = 0; i < model->tensors.count; i++) {
-        const Tensor *t = &model->tensors.items[i];
-        if (strcmp(t->name, name) == 0) {
-            return (Weight){model->weights + t->offset, model->master + t->offset,
-                            model->grads ? model->grads + t->offset : NULL};
-        }
+    int index = tensors_find(&model->tensors, name);
+    if (index < 0) {
+        return (Weight){0};
     }
-    return (Weight){0};
-}
-
-static void connect_moe(Transformer *model, int l) {
-    MoeLayer *moe = &model->layers[l].moe;
-    bool routed = moe->router != NULL;
-    Weight w1 = find_weight(model, routed ? "layers.%d.moe.experts.w1" : "layers.%d.mlp.w1", l);
-    Weight w2 = find_weight(model, routed ? "layers.%d.moe.experts.w2" : "layers.%d.mlp.w2", l);
-    Weight shared1 = find_weight(model, "layers.%d.moe.shared.w1", l);
-    Weight shared2 = find_weight(model, "layers.%d.moe.shared.w2", l);
-    Weight router = find_weight(model, "layers.%d.moe.router.w", l);
-    moe->w1 = w1.w, moe->dw1 = w1.grad;
-    moe->w2 = w2.w, moe->dw2 = w2.grad;
-    moe->shared_w1 = shared1.w, moe->dshared_w1 = shared1.grad;
-    moe->shared_w2 = shared2.w, moe->dshared_w2 = shared2.grad;
-    moe->pass.w = router.master, moe->pass.dw = router.grad;
+    size_t offset = model->tensors.items[index].offset;
+    return (Weight){model->weights + offset, model->master + offset, model->grads ? model->grads + offset : NULL};
 }
 
 void transformer_connect(Transformer *model) {
@@ -99,12 +83,26 @@ void transformer_connect(Transformer *model) {
         layer->k_norm = find_weight(model, "layers.%d.attn.k_norm.w", l);
         layer->attn_out = find_weight(model, "layers.%d.attn.out.w", l);
         layer->ffn_norm = find_weight(model, "layers.%d.ffn_norm.w", l);
-        connect_moe(model, l);
+        chain_connect(&layer->chain, &model->tensors, l, model->weights, model->master, model->grads);
     }
     model->scratch.din_rows = model->scratch.out_rows;
     rope_table(model->angles, c->seq, head_size(c), c->rope_base, NULL);
     int all_rows[2] = {0, model->N};
     device_from_host(model->scratch.all_rows, all_rows, sizeof all_rows, NULL);
+}
+
+void transformer_init(const Transformer *model, acc_t *host, uint64_t seed, const double *frequency) {
+    tensors_init(&model->tensors, host, seed);
+    for (int i = 0; i < model->moe_count; i++) {
+        const MoeLayer *moe = model->moes[i];
+        acc_t *param[ROUTER_PARAMS] = {NULL};
+        for (int p = 0; p < ROUTER_PARAMS && moe->pass.param[p].w; p++) {
+            param[p] = host + (moe->pass.param[p].w - model->master);
+        }
+        if (moe->router->init) {
+            moe->router->init(param, model->config, frequency, random_key(seed, RANDOM_INIT, (uint64_t)i));
+        }
+    }
 }
 
 void transformer_load(Transformer *model, const acc_t *host) {
@@ -115,13 +113,34 @@ void transformer_store(const Transformer *model, acc_t *host) {
     host_from_device(host, model->master, model->tensors.total * sizeof(acc_t), NULL);
 }
 
+void transformer_router_name(const Transformer *model, int i, char *name, size_t size) {
+    int layer = model->moe_layers[i], first = i;
+    while (first > 0 && model->moe_layers[first - 1] == layer) {
+        first--;
+    }
+    if (model->config->chain_steps > 1) {
+        snprintf(name, size, "layer %d, chain step %d", layer, i - first + 1);
+    } else {
+        snprintf(name, size, "layer %d", layer);
+    }
+}
+
 size_t transformer_active_parameters(const Transformer *model) {
-    size_t active = 0;
+    const ModelConfig *c = model->config;
+    size_t active = 0, visits = (size_t)c->top_k * c->chain_steps, E = c->experts;
     for (int i = 0; i < model->tensors.count; i++) {
         const Tensor *t = &model->tensors.items[i];
-        active += t->kind == TENSOR_EXPERT ? t->count / t->shape[0] * model->config->top_k : t->count;
+        active += t->kind == TENSOR_EXPERT  ? t->count / E * (visits < E ? visits : E)
+                  : t->kind == TENSOR_STATE ? 0
+                                            : t->count;
     }
     return active;
+}
+
+/* Expert rows that a token is worth on average, in one application of a MoE layer. */
+static double rows_per_token(const Transformer *model) {
+    const Plan *plan = model->moe_count > 0 ? &model->moes[0]->plan : NULL;
+    return plan && plan->slots > 0 ? (double)plan->rows / plan->N : model->config->top_k;
 }
 
 double transformer_flops_per_token(const Transformer *model) {
@@ -130,11 +149,14 @@ double transformer_flops_per_token(const Transformer *model) {
     for (int i = 0; i < model->tensors.count; i++) {
         const Tensor *t = &model->tensors.items[i];
         bool only_looked_up = strcmp(t->name, "embedding.w") == 0 && !c->tie;
-        if (t->ndim >= 2 && !only_looked_up) {
-            matrices += t->kind == TENSOR_EXPERT ? (double)t->count / t->shape[0] * c->top_k : (double)t->count;
+        bool shared = strstr(t->name, ".moe.shared.") != NULL;
+        if (t->ndim >= 2 && !only_looked_up && t->kind != TENSOR_STATE) {
+            double visits = t->kind == TENSOR_EXPERT ? rows_per_token(model) / t->shape[0] : 1;
+            matrices += visits * (t->kind == TENSOR_EXPERT || shared ? c->chain_steps : 1) * (double)t->count;
         }
     }
-    return 6 * matrices + 6.0 * c->layers * c->seq * c->dim;
+    double scores = c->objective == OBJECTIVE_LM ? 0.5 : 1; /* share of the T x T that is computed */
+    return 6 * matrices + 12.0 * scores * c->layers * c->seq * c->dim;
 }
 
 /* ---- memory ---- */
@@ -143,8 +165,8 @@ static void reserve(Arena *arena, void *slot, size_t count, size_t size, MemoryC
     arena_reserve(arena, slot, count * size, category);
 }
 
-static void reserve_layer(Transformer *model, int l, const Config *config, TransformerUse use, ScratchSize *scratch,
-                          Arena *arena) {
+static void reserve_layer(Transformer *model, int l, int first_site, const Config *config, TransformerUse use,
+                          ScratchSize *scratch, Arena *arena) {
     const ModelConfig *c = model->config;
     Layer *layer = &model->layers[l];
     size_t N = model->N, C = c->dim, width = qkv_width(c);
@@ -165,7 +187,7 @@ static void reserve_layer(Transformer *model, int l, const Config *config, Trans
         reserve(arena, &layer->keys, cache, sizeof(real_t), MEMORY_CACHE);
         reserve(arena, &layer->values, cache, sizeof(real_t), MEMORY_CACHE);
     }
-    moe_reserve(&layer->moe, config, l, model->N, model->slices, model->moe_count, scratch, arena);
+    chain_reserve(&layer->chain, config, l, model->N, &model->context, first_site, scratch, arena);
 }
 
 static void reserve_backward(Transformer *model, Arena *arena) {
@@ -184,21 +206,31 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     const ModelConfig *c = &config->model;
     *model = (Transformer){.config = c, .B = batch, .T = use == USE_GENERATE ? 1 : c->seq, .slices = slices};
     model->N = model->B * model->T;
+    model->predicted = model->N;
     model->layers = calloc(c->layers, sizeof(Layer));
-    model->moe_layers = calloc(c->layers, sizeof(int));
-    CHECK(model->layers && model->moe_layers, "out of memory for %d layers: lower --layers", c->layers);
+    model->moe_layers = calloc(c->layers * c->chain_steps, sizeof(int));
+    model->moes = calloc(c->layers * c->chain_steps, sizeof(MoeLayer *));
+    CHECK(model->layers && model->moe_layers && model->moes, "out of memory for %d layers: lower --layers", c->layers);
     list_tensors(&model->tensors, c);
     for (int l = 0; l < c->layers; l++) {
-        if (moe_is_routed(c, l)) {
+        for (int s = 0; s < chain_routers(c, l); s++) {
             model->moe_layers[model->moe_count++] = l;
         }
     }
+    model->context = (RouterContext){.T = model->T,
+                                     .slices = slices,
+                                     .routers = model->moe_count,
+                                     .seed = config->train.seed,
+                                     .training = use == USE_TRAIN};
     if (use == USE_TRAIN) {
         reserve(arena, &model->master, model->tensors.total, sizeof(acc_t), MEMORY_WEIGHTS);
     }
     ScratchSize scratch = {0};
-    for (int l = 0; l < c->layers; l++) {
-        reserve_layer(model, l, config, use, &scratch, arena);
+    for (int l = 0, site = 0; l < c->layers; l++) {
+        reserve_layer(model, l, site, config, use, &scratch, arena);
+        for (int s = 0; s < chain_routers(c, l); s++) {
+            model->moes[site++] = &model->layers[l].chain.moe[s];
+        }
     }
     size_t N = model->N, C = c->dim, statistics = (size_t)slices * model->moe_count;
     MemoryCategory kind = MEMORY_ACTIVATIONS;
@@ -218,21 +250,33 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     moe_reserve_scratch(&model->scratch, c, scratch, model->N, use == USE_TRAIN, arena);
     if (use == USE_TRAIN) {
         reserve_backward(model, arena);
+        chain_reserve_scratch(&model->chain_scratch, c, model->N, arena);
     } else {
         model->master = source->master;
     }
 }
 
 void transformer_free(Transformer *model) {
+    for (int l = 0; l < model->config->layers; l++) {
+        chain_free(&model->layers[l].chain);
+    }
     free(model->layers);
     free(model->moe_layers);
+    free(model->moes);
     tensors_free(&model->tensors);
     *model = (Transformer){0};
 }
 
-void transformer_set_dropless(Transformer *model, bool dropless) {
+/* ---- what the next forwards are ---- */
+
+void transformer_set_step(Transformer *model, int64_t step) {
+    model->context.step = step;
+}
+
+void transformer_set_training(Transformer *model, bool training, bool keep_capacity) {
+    model->context.training = training;
     for (int i = 0; i < model->moe_count; i++) {
-        moe_set_dropless(&model->layers[model->moe_layers[i]].moe, dropless);
+        moe_set_dropless(model->moes[i], !training && !keep_capacity);
     }
 }
 
@@ -250,20 +294,30 @@ static RopeShape rope_shape(const Transformer *model, int start) {
                        .eps = c->norm_eps};
 }
 
+/* T is the length of the cache in generation. */
+static AttentionShape attention_shape(const Transformer *model) {
+    const ModelConfig *c = model->config;
+    return (AttentionShape){.B = model->B,
+                            .T = model->layers[0].keys ? c->seq : model->T,
+                            .NH = c->heads,
+                            .NKV = c->kv_heads,
+                            .HS = head_size(c),
+                            .causal = c->objective == OBJECTIVE_LM};
+}
+
 /* branch = attention(layer->xn). Rows stand at positions start .. start+T-1; with a cache, earlier ones are read from
  * it. */
 static void attention_block_forward(Transformer *model, Layer *layer, int start, Stream *stream) {
     const ModelConfig *c = model->config;
-    int N = model->N, C = c->dim, HS = head_size(c);
+    int N = model->N, C = c->dim;
     matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
     rope_forward(layer->qkv_turned, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w, layer->k_norm.w, model->angles,
                  rope_shape(model, start), stream);
     if (layer->keys) {
-        attention_decode(layer->att, layer->keys, layer->values, layer->qkv_turned, start, model->B, c->seq, c->heads,
-                         c->kv_heads, HS, stream);
+        attention_decode(layer->att, layer->keys, layer->values, layer->qkv_turned, start, attention_shape(model),
+                         stream);
     } else {
-        attention_forward(layer->att, layer->lse, layer->qkv_turned, model->B, model->T, c->heads, c->kv_heads, HS,
-                          stream);
+        attention_forward(layer->att, layer->lse, layer->qkv_turned, attention_shape(model), stream);
     }
     matmul_forward(model->branch, layer->att, layer->attn_out.w, N, C, C, stream);
     profile_lap(model->profile, STAGE_ATTENTION, stream);
@@ -272,11 +326,11 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
 /* dn = gradient of layer->xn, from dx, the gradient of the residual stream after the attention. */
 static void attention_block_backward(Transformer *model, Layer *layer, Stream *stream) {
     const ModelConfig *c = model->config;
-    int N = model->N, C = c->dim, HS = head_size(c);
+    int N = model->N, C = c->dim;
     matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, C, C, 0, stream);
     matmul_backward_weight(layer->attn_out.grad, model->dx, layer->att, N, C, C, stream);
-    attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qkv_turned, model->B, model->T,
-                       c->heads, c->kv_heads, HS, stream);
+    attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qkv_turned, attention_shape(model),
+                       stream);
     rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, model->dqkv, layer->qk_rstd, layer->qkv_raw,
                   layer->q_norm.w, layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
     matmul_backward_input(model->dn, model->dqkv, layer->qkv.w, N, C, qkv_width(c), 0, stream);
@@ -305,16 +359,24 @@ static void forward_from(Transformer *model, const int *tokens, int start, int s
     embedding_forward(model->layers[0].x, tokens, model->embedding.w, model->N, c->dim, stream);
     profile_lap(model->profile, STAGE_EMBED, stream);
     const real_t *x = model->layers[0].x;
-    int moe_index = slice * model->moe_count;
+    int site = slice * model->moe_count;
+    model->context.tokens = tokens;
+    model->context.start = start;
+    model->context.slice = slice;
     for (int l = 0; l < c->layers; l++) {
         Layer *layer = &model->layers[l];
         norm_block_forward(model, layer->x, layer->xn, layer->x_rstd, x, layer->attn_norm, stream);
         attention_block_forward(model, layer, start, stream);
         norm_block_forward(model, layer->mid, layer->mn, layer->mid_rstd, layer->x, layer->ffn_norm, stream);
-        moe_forward(&layer->moe, &model->scratch, model->branch, layer->mn, model->load + moe_index * LOAD_VALUES,
-                    model->demand + moe_index * c->experts, model->profile, stream);
-        moe_index += layer->moe.router != NULL;
+        chain_forward(&layer->chain, &model->scratch, model->branch, layer->mn, layer->mid,
+                      model->load + site * LOAD_VALUES, model->demand + site * c->experts, model->profile, stream);
+        site += chain_routers(c, l);
         x = layer->mid;
+        if (!layer->chain.outer) { /* the branch takes the stream's place */
+            real_t *next = l + 1 < c->layers ? model->layers[l + 1].x : model->final_x;
+            device_copy(next, model->branch, (size_t)model->N * c->dim * sizeof(real_t), stream);
+            x = next;
+        }
     }
     norm_block_forward(model, model->final_x, model->hidden, model->final_rstd, x, model->final_norm, stream);
 }
@@ -326,7 +388,7 @@ void transformer_forward(Transformer *model, const int *tokens, int slice, Strea
 void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream) {
     const ModelConfig *c = model->config;
     int C = c->dim, V = c->vocab;
-    double scale = 1.0 / ((double)model->N * model->slices);
+    double scale = 1.0 / ((double)model->predicted * model->slices);
     for (int first = 0; first < model->N; first += model->head_rows) {
         int rows = model->N - first < model->head_rows ? model->N - first : model->head_rows;
         const real_t *hidden = model->hidden + (size_t)first * C;
@@ -339,9 +401,9 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
         matmul_backward_input(model->dn + (size_t)first * C, model->logits, model->head.w, rows, C, V, 0, stream);
         matmul_backward_weight(model->head.grad, model->logits, hidden, rows, C, V, stream);
     }
-    mean_forward(model->slice_loss + slice, model->losses, model->N, stream);
+    mean_forward(model->slice_loss + slice, model->losses, model->N, model->predicted, stream);
     if (slice == model->slices - 1) {
-        mean_forward(model->step_loss, model->slice_loss, model->slices, stream);
+        mean_forward(model->step_loss, model->slice_loss, model->slices, model->slices, stream);
     }
     profile_lap(model->profile, STAGE_HEAD, stream);
 }
@@ -352,13 +414,24 @@ void transformer_backward(Transformer *model, const int *tokens, Stream *stream)
     norm_block_backward(model, model->final_x, model->final_rstd, model->final_norm, stream);
     for (int l = c->layers - 1; l >= 0; l--) {
         Layer *layer = &model->layers[l];
-        moe_backward(&layer->moe, &model->scratch, model->dn, model->dx, layer->mn, model->profile, stream);
+        chain_backward(&layer->chain, &model->chain_scratch, &model->scratch, model->dn, model->dx, layer->mn,
+                       model->profile, stream);
         norm_block_backward(model, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
         attention_block_backward(model, layer, stream);
         norm_block_backward(model, layer->x, layer->x_rstd, layer->attn_norm, stream);
     }
     embedding_backward(model->embedding.grad, model->dx, tokens, model->N, c->dim, c->vocab, stream);
     profile_lap(model->profile, STAGE_EMBED, stream);
+}
+
+void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream) {
+    int E = model->config->experts;
+    for (int i = 0; i < model->moe_count; i++) {
+        MoeLayer *moe = model->moes[i];
+        if (moe->router->update) {
+            moe->router->update(&moe->pass, model->demand + (size_t)i * E, (size_t)model->moe_count * E, adam, stream);
+        }
+    }
 }
 
 void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream) {

@@ -1,10 +1,10 @@
 /* The model: a decoder-only transformer whose feed-forward layers are mixtures of experts (the block of Qwen3-MoE).
  *
  *     x = embedding[tokens]
- *     L times:   x += attention(rope(norm(x) Wqkv)) Wo          x += moe(norm(x))
+ *     L times:   x += attention(rope(norm(x) Wqkv)) Wo          x += moe(norm(x))      (chain.h: or several times)
  *     loss = cross_entropy(norm(x) Whead)
  *
- * Use:  transformer_reserve(&model, ...); arena_commit(&arena); transformer_load(&model, host_weights);
+ * Use:  transformer_reserve(&model, ...); arena_commit(&arena); transformer_connect(&model); transformer_load(..);
  *       transformer_forward(&model, tokens, slice, s); transformer_loss(&model, targets, slice, true, s);
  *       transformer_backward(&model, tokens, s);
  *
@@ -16,6 +16,7 @@
 #include <stdbool.h>
 
 #include "../kernels/device.h"
+#include "chain.h"
 #include "config.h"
 #include "moe.h"
 #include "tensors.h"
@@ -43,17 +44,20 @@ typedef struct {
     real_t *mn;            /* (N,C) normalised */
     acc_t *mid_rstd;       /* (N) */
     real_t *keys, *values; /* (B,T,NKV,HS) generation only */
-    MoeLayer moe;
+    Chain chain;           /* the MoE layer, applied once or several times */
 } Layer;
 
 typedef struct {
     const ModelConfig *config;
-    int B, T, N; /* sequences, time, rows of one forward */
-    int slices;  /* forwards per optimizer step */
+    int B, T, N;           /* sequences, time, rows of one forward */
+    int slices;            /* forwards per optimizer step */
+    int predicted;         /* targets of one forward that count: N, or fewer where only masked tokens are predicted */
+    RouterContext context; /* what the routers know of the forward at hand */
     TensorList tensors;
     Weight embedding, final_norm, head;
     Layer *layers;   /* (L), host */
-    int *moe_layers; /* (moe_count) index of each MoE layer, host */
+    int *moe_layers; /* (moe_count) the layer of each router, host: with a chain several have the same */
+    MoeLayer **moes; /* (moe_count) host: each routed application of experts, in the order of the forward */
     int moe_count;
 
     acc_t *master, *grads; /* flat (tensors.total) */
@@ -75,6 +79,7 @@ typedef struct {
     real_t *dn;          /* (N,C) gradient of a normalised input */
     real_t *dqkv, *datt; /* (N, (NH+2*NKV)*HS), (N, NH*HS) */
     MoeScratch scratch;
+    ChainScratch chain_scratch;
     Profile *profile; /* NULL: no stage times */
 } Transformer;
 
@@ -90,30 +95,44 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
 void transformer_connect(Transformer *model);
 void transformer_free(Transformer *model);
 
+/* Initial parameters and router states into a host buffer of tensors.total values: a function of the seed alone, and,
+ * where a router asks for it, of the frequency (V) of tokens in the training text (NULL: not known). */
+void transformer_init(const Transformer *model, acc_t *host, uint64_t seed, const double *frequency);
+
 /* Parameters from and to a host buffer of tensors.total values. */
 void transformer_load(Transformer *model, const acc_t *host);
 void transformer_store(const Transformer *model, acc_t *host);
 
-/* Parameters a token meets (expert tensors count K/E), and training FLOPs per token: 6 per active matrix parameter and
- * 6 T NH HS per layer for causal attention (half of the T x T scores). */
+/* "layer 2", or "layer 2, chain step 1" where a layer routes more than once: the i-th router. */
+void transformer_router_name(const Transformer *model, int i, char *name, size_t size);
+
+/* Parameters a token meets (expert tensors count K/E, or what a chain can reach at most), and training FLOPs per token:
+ * 6 per active matrix parameter and 6 T NH HS per layer for causal attention (half of the T x T scores, all of them for
+ * masked prediction). */
 size_t transformer_active_parameters(const Transformer *model);
 double transformer_flops_per_token(const Transformer *model);
+
+/* Says which step the next forwards belong to, and whether they train: evaluation draws no noise and takes every token
+ * (capacity 0) unless the user wants training's drops. */
+void transformer_set_step(Transformer *model, int64_t step);
+void transformer_set_training(Transformer *model, bool training, bool keep_capacity);
 
 /* tokens (N) on the device -> model->hidden. Books routing statistics under `slice`. */
 void transformer_forward(Transformer *model, const int *tokens, int slice, Stream *stream);
 
-/* targets (N) -> model->losses, model->slice_loss[slice]. With gradient, also the gradients of the head and of hidden;
- * each token weighs 1 / (N * slices). */
+/* targets (N), -1 where nothing is predicted -> model->losses, model->slice_loss[slice], their mean over
+ * model->predicted. With gradient, also the gradients of the head and of hidden; each target weighs
+ * 1 / (predicted * slices). */
 void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream);
 
 /* After transformer_loss with gradient: adds to model->grads. */
 void transformer_backward(Transformer *model, const int *tokens, Stream *stream);
 
+/* After the optimizer's step, whose state is `adam`: routers that learn without a gradient move what they keep. */
+void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream);
+
 /* One token per sequence at `position`, after those before it; leaves logits (B,V) in model->logits. USE_GENERATE only.
  */
 void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream);
-
-/* Evaluation takes every token (capacity 0) unless the user wants training's drops. */
-void transformer_set_dropless(Transformer *model, bool dropless);
 
 #endif

@@ -171,7 +171,7 @@ static inline void rope_case_backward(Case *c) {
     copy_heads(dqkv, (real_t *[3]){grad(c, "q"), grad(c, "k"), grad(c, "v")}, s.N, s.NH, s.NKV, s.HS, false);
 }
 
-static inline bool make_attention(Case *c) { /* B T NH NKV HS */
+static inline bool make_attention(Case *c) { /* B T NH NKV HS causal */
     int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
     add_heads(c, B * T, NH, NKV, HS);
     add_output(c, "out", (size_t)B * T * NH * HS);
@@ -180,42 +180,53 @@ static inline bool make_attention(Case *c) { /* B T NH NKV HS */
     return true;
 }
 
+static inline AttentionShape attention_case_shape(const Case *c) {
+    return (AttentionShape){
+        .B = c->n[0], .T = c->n[1], .NH = c->n[2], .NKV = c->n[3], .HS = c->n[4], .causal = c->n[5]};
+}
+
 static inline void attention_case_forward(Case *c) {
-    int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
-    copy_heads(val(c, "qkv"), (real_t *[3]){val(c, "q"), val(c, "k"), val(c, "v")}, B * T, NH, NKV, HS, true);
-    attention_forward(val(c, "out"), val(c, "lse"), val(c, "qkv"), B, T, NH, NKV, HS, NULL);
+    AttentionShape s = attention_case_shape(c);
+    copy_heads(val(c, "qkv"), (real_t *[3]){val(c, "q"), val(c, "k"), val(c, "v")}, s.B * s.T, s.NH, s.NKV, s.HS, true);
+    attention_forward(val(c, "out"), val(c, "lse"), val(c, "qkv"), s, NULL);
 }
 
 static inline void attention_case_backward(Case *c) {
-    int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
+    AttentionShape s = attention_case_shape(c);
     real_t *dqkv = val(c, "dqkv");
     fill_value(dqkv, array_named(c, "dqkv")->count, NAN);
-    attention_backward(dqkv, grad(c, "out"), val(c, "out"), val(c, "lse"), val(c, "qkv"), B, T, NH, NKV, HS, NULL);
-    copy_heads(dqkv, (real_t *[3]){grad(c, "q"), grad(c, "k"), grad(c, "v")}, B * T, NH, NKV, HS, false);
+    attention_backward(dqkv, grad(c, "out"), val(c, "out"), val(c, "lse"), val(c, "qkv"), s, NULL);
+    copy_heads(dqkv, (real_t *[3]){grad(c, "q"), grad(c, "k"), grad(c, "v")}, s.B * s.T, s.NH, s.NKV, s.HS, false);
 }
 
-static inline bool make_cross_entropy(Case *c) { /* N V */
+/* Rows 0, every, 2 every, ... are predicted. */
+static inline bool make_cross_entropy(Case *c) { /* N V every */
     int N = c->n[0], V = c->n[1];
     add_input(c, "logits", (size_t)N * V, OVERWRITTEN);
     add_output(c, "mean", 1);
     add_saved(c, "losses", (size_t)N);
     c->index = case_ints(c, (size_t)N);
     for (int n = 0; n < N; n++) {
-        c->index[n] = (int)random_below(random_key(c->seed, RANDOM_TEST, 6), (uint64_t)n, (uint64_t)V);
+        int target = (int)random_below(random_key(c->seed, RANDOM_TEST, 6), (uint64_t)n, (uint64_t)V);
+        c->index[n] = n % c->n[2] == 0 ? target : -1;
     }
     return true;
 }
 
+static inline int cross_entropy_case_count(const Case *c) {
+    return (c->n[0] + c->n[2] - 1) / c->n[2];
+}
+
 static inline void cross_entropy_case_forward(Case *c) {
     cross_entropy_forward(val(c, "losses"), val(c, "logits"), c->index, c->n[0], c->n[1], NULL);
-    mean_forward(val(c, "mean"), val(c, "losses"), c->n[0], NULL);
+    mean_forward(val(c, "mean"), val(c, "losses"), c->n[0], cross_entropy_case_count(c), NULL);
 }
 
 static inline void cross_entropy_case_backward(Case *c) {
     Array *logits = array_named(c, "logits");
     memcpy(logits->gradient, logits->value, logits->count * sizeof(real_t));
     cross_entropy_forward_backward(val(c, "losses"), logits->gradient, c->index, c->n[0], c->n[1],
-                                   (double)grad(c, "mean")[0] / c->n[0], NULL);
+                                   (double)grad(c, "mean")[0] / cross_entropy_case_count(c), NULL);
 }
 
 #endif

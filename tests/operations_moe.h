@@ -32,11 +32,13 @@ static inline void add_plan(Case *c, int N, int E, int K, int capacity, Layout l
     c->plan.demand = case_ints(c, (size_t)E);
     c->plan.count = case_ints(c, (size_t)E);
     c->plan.offset = case_ints(c, (size_t)E + 1);
+    c->plan.tile_expert = layout == LAYOUT_BLOCK ? case_ints(c, (size_t)rows / PLAN_TILE) : NULL;
 }
 
-typedef enum { SKEW_NONE, SKEW_EMPTY, SKEW_ONE } Skew; /* the last expert gets its share, nothing, every token */
+/* The last expert gets its share, nothing, every token; SKEW_PICKED: any part of the tokens goes to any expert. */
+typedef enum { SKEW_NONE, SKEW_EMPTY, SKEW_ONE, SKEW_PICKED } Skew;
 
-/* K different experts for each token. SKEW_EMPTY needs K < E. */
+/* K different experts for each token. SKEW_EMPTY needs K < E, SKEW_PICKED, with entries that are not there, K = E. */
 static inline void choose_experts(Plan *plan, Skew skew, uint64_t seed) {
     uint64_t key = random_key(seed, RANDOM_TEST, 77);
     for (int n = 0; n < plan->N; n++) {
@@ -44,7 +46,9 @@ static inline void choose_experts(Plan *plan, Skew skew, uint64_t seed) {
         int shift =
             (int)random_below(key, (uint64_t)n, (uint64_t)(skew == SKEW_NONE ? plan->E : plan->E - 1 + (plan->E == 1)));
         for (int j = 0; j < plan->K; j++) {
-            if (skew == SKEW_NONE) {
+            if (skew == SKEW_PICKED) {
+                expert[j] = random_below(key, (uint64_t)plan->N + n * plan->K + j, 5) < 2 ? j : -1;
+            } else if (skew == SKEW_NONE) {
                 expert[j] = (shift + j) % plan->E;
             } else if (skew == SKEW_ONE && j == 0) {
                 expert[j] = plan->E - 1;
@@ -77,7 +81,8 @@ static inline bool choices_are_clear(const acc_t *probs, const Plan *plan) {
     }
     for (int i = 0; plan->drop == DROP_WEIGHT && i < plan->N * plan->K; i++) {
         for (int j = 0; j < i; j++) {
-            if (fabs((double)(plan->weight[i] - plan->weight[j])) <= 1e-4) {
+            bool rivals = plan->expert[i] >= 0 && plan->expert[j] == plan->expert[i];
+            if (rivals && fabs((double)(plan->weight[i] - plan->weight[j])) <= 1e-4) {
                 return false;
             }
         }
@@ -127,6 +132,17 @@ static inline void topk_case_backward(Case *c) {
 /* The weights of balance and z-loss in an objective: their upstream gradients. */
 static const double balance_upstream[LOAD_VALUES] = {[LOAD_BALANCE] = 0.7, [LOAD_Z] = 0.3};
 
+/* All of "load" but the two norms, which the backward measures. */
+static inline void balance_and_measure(Case *c) {
+    acc_t *load = val(c, "load");
+    const Plan *plan = &c->plan;
+    fill_value(load, LOAD_VALUES, 0);
+    balance_forward(load, val(c, "mean_prob"), val(c, "probs"), val(c, "lse"), plan->demand, plan->N, plan->E, plan->K,
+                    NULL);
+    probs_measure(load, val(c, "mean_prob"), val(c, "probs"), plan->N, plan->E, plan->K, NULL);
+    plan_measure(load, plan, NULL);
+}
+
 static inline void add_balance(Case *c, int E) {
     add_output(c, "load", LOAD_VALUES);
     for (int i = 0; i < LOAD_VALUES; i++) {
@@ -150,13 +166,13 @@ static inline void balance_case_forward(Case *c) {
     int N = c->n[0], E = c->n[1], K = c->n[2];
     topk_forward(val(c, "probs"), val(c, "lse"), c->plan.expert, c->plan.weight, val(c, "logits"), N, E, K, 1, NULL);
     plan_build(&c->plan, NULL);
-    balance_forward(val(c, "load"), val(c, "mean_prob"), val(c, "probs"), val(c, "lse"), c->plan.demand, c->plan.count,
-                    N, E, K, NULL);
+    balance_and_measure(c);
 }
 
 static inline void balance_case_backward(Case *c) {
-    balance_backward(grad(c, "logits"), val(c, "probs"), val(c, "lse"), c->plan.demand, c->n[0], c->n[1], c->n[2],
-                     balance_upstream[LOAD_BALANCE], balance_upstream[LOAD_Z], NULL);
+    gradient_measure(val(c, "load"), grad(c, "logits"), array_named(c, "logits")->count, NULL);
+    balance_backward(grad(c, "logits"), val(c, "load"), val(c, "probs"), val(c, "lse"), c->plan.demand, c->n[0],
+                     c->n[1], c->n[2], balance_upstream[LOAD_BALANCE], balance_upstream[LOAD_Z], NULL);
 }
 
 static inline bool make_dispatch(Case *c) { /* N C E K capacity layout drop skew accumulate */
@@ -170,15 +186,15 @@ static inline bool make_dispatch(Case *c) { /* N C E K capacity layout drop skew
     return true;
 }
 
-/* dispatch_forward; rows past the last expert (compact with drops) are nobody's and are left out of the objective. */
-static inline void dispatch_used(real_t *rows, const real_t *x, const Plan *plan, int C) {
-    dispatch_forward(rows, x, plan, C, NULL);
+/* Rows past the last expert's are nobody's and are left out of the objective. */
+static inline void clear_unused(real_t *rows, const Plan *plan, int C) {
     size_t used = (size_t)plan->offset[plan->E] * C;
     fill_value(rows + used, (size_t)plan->rows * C - used, 0);
 }
 
 static inline void dispatch_case_forward(Case *c) {
-    dispatch_used(val(c, "rows"), val(c, "x"), &c->plan, c->n[1]);
+    dispatch_forward(val(c, "rows"), val(c, "x"), &c->plan, c->n[1], NULL);
+    clear_unused(val(c, "rows"), &c->plan, c->n[1]);
 }
 
 static inline void dispatch_case_backward(Case *c) {
@@ -201,12 +217,14 @@ static inline void combine_case_forward(Case *c) {
     combine_forward(val(c, "y"), val(c, "rows"), &c->plan, c->n[1], c->n[8], NULL);
 }
 
-/* By linearity: a dispatch of dy, scaled by the row's weight; the weight's gradient is <dy, row>. */
+/* What the experts' backward does with a row's weight is done here: it scales the row's gradient, and its own gradient
+ * is <dy, row>. */
 static inline void combine_case_backward(Case *c) {
     int C = c->n[1];
     const Plan *plan = &c->plan;
     real_t *drows = grad(c, "rows");
-    dispatch_used(drows, grad(c, "y"), plan, C);
+    combine_backward(drows, grad(c, "y"), plan, C, NULL);
+    clear_unused(drows, plan, C);
     for (int r = 0; r < plan->rows; r++) {
         double dot = 0;
         for (int i = 0; i < C; i++) {
@@ -267,40 +285,68 @@ static inline void experts_case_backward(Case *c) {
                      experts_case_shape(c), c->n[7], NULL);
 }
 
-/* The whole layer: gate, top-k, plan, dispatch, experts, combine, with the balance and z-loss in the objective. */
-enum { MOE_N, MOE_C, MOE_H, MOE_E, MOE_K, MOE_RENORM, MOE_GELU, MOE_CAPACITY, MOE_LAYOUT, MOE_DROP, MOE_SKEW };
+/* The whole layer: gate, choice, plan, dispatch, experts, combine, with the balance and z-loss in the objective. */
+enum {
+    MOE_N,
+    MOE_C,
+    MOE_H,
+    MOE_E,
+    MOE_K,
+    MOE_RENORM,
+    MOE_GELU,
+    MOE_CAPACITY,
+    MOE_LAYOUT,
+    MOE_DROP,
+    MOE_SKEW,
+    MOE_PICKED
+};
 
 static inline ExpertShape moe_shape(const Case *c) {
     return (ExpertShape){
         .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .gelu = c->n[MOE_GELU]};
 }
 
+/* Tokens choose their K best, or, with MOE_PICKED and K = E, each expert picks the tokens with p above 1/E. */
+static inline void moe_case_choose(Case *c) {
+    int N = c->n[MOE_N], E = c->n[MOE_E], K = c->n[MOE_K], renorm = c->n[MOE_RENORM];
+    Plan *plan = &c->plan;
+    acc_t *probs = val(c, "probs");
+    if (!c->n[MOE_PICKED]) {
+        topk_forward(probs, val(c, "lse"), plan->expert, plan->weight, val(c, "logits"), N, E, K, renorm, NULL);
+        return;
+    }
+    softmax_forward(probs, val(c, "lse"), val(c, "logits"), N, E, NULL);
+    for (int i = 0; i < N * E; i++) {
+        plan->expert[i] = probs[i] > (acc_t)1 / E ? i % E : -1;
+    }
+    choice_weight(plan->weight, plan->expert, probs, N, E, K, renorm, NULL);
+}
+
 static inline void moe_case_forward(Case *c) {
-    int N = c->n[MOE_N], C = c->n[MOE_C], E = c->n[MOE_E], K = c->n[MOE_K];
+    int N = c->n[MOE_N], C = c->n[MOE_C], E = c->n[MOE_E];
     Plan *plan = &c->plan;
     gate_forward(val(c, "logits"), val(c, "x"), val(c, "gate"), N, C, E, NULL);
-    topk_forward(val(c, "probs"), val(c, "lse"), plan->expert, plan->weight, val(c, "logits"), N, E, K,
-                 c->n[MOE_RENORM], NULL);
+    moe_case_choose(c);
     plan_build(plan, NULL);
     dispatch_forward(val(c, "rows_x"), val(c, "x"), plan, C, NULL);
     experts_forward(val(c, "rows_y"), val(c, "a"), val(c, "h"), val(c, "rows_x"), val(c, "w1"), val(c, "w2"),
                     plan->offset, moe_shape(c), 0, NULL);
     combine_forward(val(c, "y"), val(c, "rows_y"), plan, C, 0, NULL);
-    balance_forward(val(c, "load"), val(c, "mean_prob"), val(c, "probs"), val(c, "lse"), plan->demand, plan->count, N,
-                    E, K, NULL);
+    balance_and_measure(c);
 }
 
 static inline void moe_case_backward(Case *c) {
     int N = c->n[MOE_N], C = c->n[MOE_C], E = c->n[MOE_E], K = c->n[MOE_K];
     const Plan *plan = &c->plan;
-    dispatch_forward(val(c, "rows_dy"), grad(c, "y"), plan, C, NULL);
+    combine_backward(val(c, "rows_dy"), grad(c, "y"), plan, C, NULL);
     experts_backward(val(c, "rows_dx"), val(c, "drow_weight"), grad(c, "w1"), grad(c, "w2"), val(c, "h"), val(c, "da"),
                      val(c, "rows_dy"), val(c, "rows_x"), val(c, "a"), plan->row_weight, val(c, "w1"), val(c, "w2"),
                      plan->offset, moe_shape(c), 0, NULL);
     plan_weight_backward(val(c, "dweight"), val(c, "drow_weight"), plan, NULL);
     topk_backward(val(c, "dlogits"), val(c, "dweight"), val(c, "probs"), plan->expert, plan->weight, N, E, K,
                   c->n[MOE_RENORM], NULL);
-    balance_backward(val(c, "dlogits"), val(c, "probs"), val(c, "lse"), plan->demand, N, E, K,
+    gradient_measure(val(c, "load"), val(c, "dlogits"), (size_t)N * E, NULL);
+    balance_backward(val(c, "dlogits"), val(c, "load"), val(c, "probs"), val(c, "lse"), plan->demand, N, E, K,
                      (double)grad(c, "load")[LOAD_BALANCE], (double)grad(c, "load")[LOAD_Z], NULL);
     dispatch_backward(grad(c, "x"), val(c, "rows_dx"), plan, C, 0, NULL);
     gate_backward(grad(c, "x"), grad(c, "gate"), val(c, "dlogits"), val(c, "x"), val(c, "gate"), N, C, E, NULL);
@@ -341,6 +387,11 @@ static inline bool make_moe(Case *c) {
     int last = c->plan.demand[E - 1];
     if ((c->n[MOE_SKEW] == SKEW_ONE && last != N) || (c->n[MOE_SKEW] == SKEW_EMPTY && last != 0)) {
         return false;
+    }
+    for (int i = 0; c->n[MOE_PICKED] && N <= 64 && i < N * E; i++) {
+        if (fabs((double)val(c, "probs")[i] - 1.0 / E) <= 1e-3) {
+            return false;
+        }
     }
     return N > 64 || choices_are_clear(val(c, "probs"), &c->plan); /* large shapes are not perturbed */
 }

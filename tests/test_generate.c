@@ -70,7 +70,7 @@ static void subject_open(Subject *s, const char *options) {
     arena_reserve(&s->arena, (void **)&s->targets, bytes, MEMORY_ACTIVATIONS);
     arena_commit(&s->arena);
     transformer_connect(&s->model);
-    transformer_set_dropless(&s->model, true);
+    transformer_set_training(&s->model, false, false);
     for (int i = 0; i < s->model.tensors.count; i++) {
         const Tensor *t = &s->model.tensors.items[i];
         uint64_t key = random_key(5, RANDOM_TEST, (uint64_t)i);

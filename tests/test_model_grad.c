@@ -1,13 +1,10 @@
 // build: double
 /* The gradient of the whole model against central differences, tensor by tensor, in many configurations.
  *
- *     loss = cross-entropy + aux-coef * mean balance loss + z-coef * mean z-loss
- *     dL/dw = (L(w + d) - L(w - d)) / 2d + O(d^2)
- *
- * Choosing experts is not differentiable, so each configuration draws weights until no choice is close to another:
- * what is tested is the gradient where it exists. Operations have their own tests (test_ops_grad.c); here their order,
- * scales and sums are at stake: what reaches the stream twice, the slices, the tied head. Read next:
- * model/transformer.c.
+ * Operations have their own tests (test_ops_grad.c); here their order, scales and sums are at stake: what reaches the
+ * stream twice, the slices, the chain, the tied head, a router's way into the loss. The model, its weights and the
+ * differences are model_grad.h, the configurations a table here. After them: which losses reach what, and whether the
+ * check itself finds an error. Read next: model/transformer.c.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -15,28 +12,15 @@
 #include <stdint.h>
 
 #include <cmocka.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "set_options.h"
+#include "model_grad.h"
 #include "threads.h"
-
-#include "../kernels/check.h"
-#include "../kernels/random.h"
-#include "../model/config.h"
-#include "../model/transformer.h"
 
 typedef struct {
     const char *name, *options;
     int head_rows; /* rows the head takes at a time; 0: all */
     bool drops;    /* entries must be dropped */
 } Variant;
-
-static const char BASE[] =
-    "--layers 2 --dim 12 --heads 3 --kv-heads 1 --seq 7 --vocab 11 --experts 4 --top-k 2 --expert-dim 5 --batch 3 "
-    "--aux-coef 0.3 --z-coef 0.2";
 
 static const Variant variants[] = {
     {"topk, renormalised", "--renorm 1", 0, false},
@@ -59,8 +43,8 @@ static const Variant variants[] = {
     {"every second layer", "--moe-every 2", 0, false},
     {"every second layer, shared", "--moe-every 2 --layers 3 --shared-experts 1", 0, false},
     {"drops by token", "--capacity-factor 0.6 --drop token", 0, true},
-    {"drops by slot", "--capacity-factor 0.6 --drop slot --allow-leak 1", 0, true},
-    {"drops by weight", "--capacity-factor 0.6 --drop weight --allow-leak 1", 0, true},
+    {"drops by slot", "--capacity-factor 0.6 --drop slot", 0, true},
+    {"drops by weight", "--capacity-factor 0.6 --drop weight", 0, true},
     {"drops, plain weights", "--capacity-factor 0.6 --renorm 0", 0, true},
     {"drops, top1", "--capacity-factor 0.6 --router top1", 0, true},
     {"drops, padded, shared", "--capacity-factor 0.6 --layout padded --shared-experts 1", 0, true},
@@ -73,262 +57,290 @@ static const Variant variants[] = {
     {"two slices", "--batch 4 --grad-accum 2", 0, false},
     {"three slices, drops", "--grad-accum 3 --capacity-factor 0.6", 0, true},
     {"one layer, wide heads", "--layers 1 --heads 1 --dim 22", 0, false},
+
+    {"block", "--layout block", 0, false},
+    {"block, several tiles of an expert", "--layout block --layers 1 --experts 2 --batch 6 --seq 11", 0, false},
+    {"block, drops, shared", "--layout block --capacity-factor 0.6 --shared-experts 1", 0, true},
+    {"block, gelu, experts choose", "--layout block --act gelu --router expert-choice", 0, false},
+    {"block, two slices, chain", "--layout block --batch 2 --grad-accum 2 --router coe", 0, false},
+
+    {"noisy", "--router noisy", 0, false},
+    {"noisy, no balance losses", "--router noisy --aux-coef 0", 0, false},
+    {"noisy, three of six", "--router noisy --experts 6 --top-k 3", 0, false},
+    {"noisy, drops", "--router noisy --capacity-factor 0.6 --drop weight", 0, true},
+    {"noisy, two slices, shared", "--router noisy --batch 4 --grad-accum 2 --shared-experts 1", 0, false},
+    {"noisy, every second layer", "--router noisy --moe-every 2", 0, false},
+
+    {"sigmoid, renormalised", "--router sigmoid --renorm 1", 0, false},
+    {"sigmoid, plain", "--router sigmoid --renorm 0", 0, false},
+    {"sigmoid, scaled", "--router sigmoid --router-scale 2.5", 0, false},
+    {"sigmoid, scaled, plain", "--router sigmoid --router-scale 2.5 --renorm 0", 0, false},
+    {"sigmoid, no balance loss", "--router sigmoid --aux-coef 0", 0, false},
+    {"sigmoid, two of four groups",
+     "--router sigmoid --experts 8 --top-k 3 --router-groups 4 --router-kept-groups 2 --router-scale 2.5", 0, false},
+    {"sigmoid, groups of one, plain",
+     "--router sigmoid --router-groups 4 --router-kept-groups 3 --renorm 0", 0, false},
+    {"sigmoid, one expert of four", "--router sigmoid --top-k 1", 0, false},
+    {"sigmoid, every expert", "--router sigmoid --top-k 4", 0, false},
+    {"sigmoid, drops, shared", "--router sigmoid --capacity-factor 0.6 --shared-experts 1", 0, true},
+    {"sigmoid, two slices", "--router sigmoid --batch 4 --grad-accum 2", 0, false},
+
+    {"hash", "--router hash", 0, false},
+    {"hash, one expert", "--router hash --top-k 1", 0, false},
+    {"hash, drops, shared", "--router hash --capacity-factor 0.6 --shared-experts 1", 0, true},
+    {"position", "--router position", 0, false},
+    {"position, one expert, two slices", "--router position --top-k 1 --batch 4 --grad-accum 2", 0, false},
+    {"random", "--router random", 0, false},
+    {"random, one expert", "--router random --top-k 1", 0, false},
+    {"random, drops by weight", "--router random --capacity-factor 0.6 --drop weight", 0, true},
+    {"random-step", "--router random-step", 0, false},
+    {"random-step, two slices", "--router random-step --batch 4 --grad-accum 2", 0, false},
+
+    {"expert-choice", "--router expert-choice", 0, false},
+    {"expert-choice, a share of one", "--router expert-choice --top-k 1", 0, false},
+    {"expert-choice, every expert", "--router expert-choice --top-k 4", 0, false},
+    {"expert-choice, no z-loss, shared", "--router expert-choice --z-coef 0 --shared-experts 1", 0, false},
+    {"expert-choice, padded, two slices", "--router expert-choice --layout padded --batch 4 --grad-accum 2", 0, false},
+    {"threshold", "--router threshold", 0, false},
+    {"threshold, warming up", "--router threshold --threshold-warmup 9", 0, false},
+    {"threshold, no z-loss, shared", "--router threshold --z-coef 0 --shared-experts 1", 0, false},
+    {"threshold, drops", "--router threshold --capacity-factor 0.6", 0, true},
+    {"threshold, two slices, block", "--router threshold --batch 2 --grad-accum 2 --layout block", 0, false},
+
+    {"soft", "--router soft", 0, false},
+    {"soft, one slot", "--router soft --slots 1", 0, false},
+    {"soft, three slots, gelu, shared", "--router soft --slots 3 --act gelu --shared-experts 1", 0, false},
+    {"soft, two slices, tied", "--router soft --slots 2 --batch 4 --grad-accum 2 --tie 1", 0, false},
+    {"soft, every second layer", "--router soft --slots 2 --moe-every 2", 0, false},
+    {"soft-batch", "--router soft-batch", 0, false},
+    {"soft-batch, three slots, shared", "--router soft-batch --slots 3 --shared-experts 1", 0, false},
+    {"soft-batch, two slices", "--router soft-batch --batch 4 --grad-accum 2", 0, false},
+    {"soft-token", "--router soft-token", 0, false},
+    {"soft-token, plain, no z-loss", "--router soft-token --renorm 0 --z-coef 0", 0, false},
+
+    {"coe", "--router coe", 0, false},
+    {"coe, inner, no outer", "--router coe --chain-inner 1 --chain-outer 0", 0, false},
+    {"coe, no inner", "--router coe --chain-inner 0 --chain-outer 1", 0, false},
+    {"coe, norms, inner", "--router coe --chain-norm 1", 0, false},
+    {"coe, norms, no inner", "--router coe --chain-norm 1 --chain-inner 0 --chain-outer 1", 0, false},
+    {"coe of three", "--router coe --chain-steps 3", 0, false},
+    {"coe of three, inner, no outer", "--router coe --chain-steps 3 --chain-outer 0", 0, false},
+    {"coe of three, no inner", "--router coe --chain-steps 3 --chain-inner 0", 0, false},
+    {"coe of three, norms, inner", "--router coe --chain-steps 3 --chain-norm 1", 0, false},
+    {"coe of three, norms, no inner", "--router coe --chain-steps 3 --chain-norm 1 --chain-inner 0 --chain-outer 1", 0,
+     false},
+    {"coe, shared", "--router coe --shared-experts 1", 0, false},
+    {"coe, shared, norms, two slices",
+     "--router coe --shared-experts 1 --chain-norm 1 --batch 2 --grad-accum 2 --renorm 0", 0, false},
+    {"coe, every second layer", "--router coe --moe-every 2 --layers 3", 0, false},
+    {"coe, every second layer, shared, no outer",
+     "--router coe --moe-every 2 --layers 4 --shared-experts 1 --chain-outer 0", 0, false},
+    {"coe, drops", "--router coe --capacity-factor 0.6", 0, true},
+    {"one step, no outer", "--chain-inner 1 --chain-outer 0", 0, false},
+    {"one step, inner and outer", "--chain-inner 1", 0, false},
+    {"one step, norms, inner", "--chain-norm 1", 0, false},
+    {"one step, norms, no inner", "--chain-norm 1 --chain-inner 0 --chain-outer 1", 0, false},
+    {"chain of top1, shared", "--router top1 --chain-steps 2 --shared-experts 1", 0, false},
+    {"chain of noisy", "--router noisy --chain-steps 2", 0, false},
+    {"chain of sigmoid, norms", "--router sigmoid --chain-steps 2 --chain-norm 1", 0, false},
+    {"chain of hash", "--router hash --chain-steps 2 --chain-outer 0", 0, false},
+    {"chain of position", "--router position --chain-steps 2 --chain-inner 0", 0, false},
+    {"chain of random, norms", "--router random --chain-steps 2 --chain-norm 1", 0, false},
+    {"chain of random-step", "--router random-step --chain-steps 2", 0, false},
+    {"chain of expert-choice", "--router expert-choice --chain-steps 2", 0, false},
+    {"chain of threshold", "--router threshold --chain-steps 2 --chain-outer 0", 0, false},
+    {"chain of soft-token", "--router soft-token --chain-steps 2 --chain-norm 1", 0, false},
+    {"chain of forced", "--router forced --chain-steps 3 --chain-outer 0", 0, false},
+
+    {"forced, balanced", "--router forced --force balanced", 0, false},
+    {"forced, balanced, plain, shared", "--router forced --renorm 0 --shared-experts 1", 0, false},
+    {"forced, zipf", "--router forced --force zipf:1.2", 0, false},
+    {"forced, zipf, drops", "--router forced --force zipf:1.2 --capacity-factor 0.6 --drop weight", 0, true},
+    {"forced, zipf, two slices", "--router forced --force zipf:0.5 --renorm 0 --batch 4 --grad-accum 2", 0, false},
+    {"forced, one", "--router forced --force one", 0, false},
+    {"forced, one of one", "--router forced --force one --top-k 1", 0, false},
+    {"forced, one, drops, padded", "--router forced --force one --capacity-factor 0.8 --layout padded", 0, true},
+
+    {"masked", "--objective mlm", 0, false},
+    {"masked, head in pieces, tied", "--objective mlm --tie 1", 4, false},
+    {"masked, two slices, drops by slot", "--objective mlm --batch 4 --grad-accum 2 --capacity-factor 0.6 --drop slot",
+     0, true},
+    {"masked, dense", "--objective mlm --router dense", 0, false},
+    {"masked, expert-choice", "--objective mlm --router expert-choice --allow-leak 0", 0, false},
+    {"masked, soft", "--objective mlm --router soft --allow-leak 0", 0, false},
+    {"masked, soft-batch, two slices", "--objective mlm --router soft-batch --batch 4 --grad-accum 2", 0, false},
+    {"masked, coe", "--objective mlm --router coe --chain-norm 1", 0, false},
 };
 
-/* ---- a model with random weights and text */
-
-typedef struct {
-    Config config;
-    Arena arena;
-    Transformer model;
-    int slices, slice_tokens;
-    int *tokens, *targets; /* (slices * N) */
-} Subject;
-
-static void subject_open(Subject *s, const char *options, int head_rows) {
-    *s = (Subject){0};
-    config_defaults(&s->config);
-    set_options(&s->config, BASE);
-    set_options(&s->config, options);
-    config_finish(&s->config);
-    s->slices = s->config.train.grad_accum;
-    int batch = s->config.train.batch / s->slices;
-    s->slice_tokens = batch * s->config.model.seq;
-    size_t bytes = (size_t)s->slices * s->slice_tokens * sizeof(int);
-    transformer_reserve(&s->model, &s->config, batch, s->slices, USE_TRAIN, NULL, &s->arena);
-    arena_reserve(&s->arena, (void **)&s->tokens, bytes, MEMORY_ACTIVATIONS);
-    arena_reserve(&s->arena, (void **)&s->targets, bytes, MEMORY_ACTIVATIONS);
-    arena_commit(&s->arena);
-    transformer_connect(&s->model);
-    s->model.head_rows = head_rows ? head_rows : s->model.head_rows;
-}
-
-static void subject_close(Subject *s) {
-    transformer_free(&s->model);
-    arena_free(&s->arena);
-}
-
-/* Random text, and weights large enough that routing and attention are far from uniform. */
-static void subject_draw(Subject *s, uint64_t seed) {
-    uint64_t key = random_key(seed, RANDOM_TEST, 0);
-    for (int i = 0; i < s->slices * s->slice_tokens; i++) {
-        s->tokens[i] = (int)random_below(key, 2 * (uint64_t)i, (uint64_t)s->config.model.vocab);
-        s->targets[i] = (int)random_below(key, 2 * (uint64_t)i + 1, (uint64_t)s->config.model.vocab);
+static void draw_suited(Subject *s, bool drops) {
+    if (!subject_draw_suited(s, drops)) {
+        fail_msg("no weights of many make plans that stay as they are");
     }
-    for (int i = 0; i < s->model.tensors.count; i++) {
-        const Tensor *t = &s->model.tensors.items[i];
-        double mean = t->ndim == 1 ? 1 : 0, deviation = t->ndim == 1 ? 0.2 : 0.4;
-        key = random_key(seed, RANDOM_TEST, (uint64_t)i + 1);
-        for (size_t j = 0; j < t->count; j++) {
-            s->model.master[t->offset + j] = (acc_t)(mean + deviation * random_normal(key, j));
-        }
-    }
-}
-
-static void slice_forward(Subject *s, int slice, bool gradient) {
-    size_t at = (size_t)slice * s->slice_tokens;
-    transformer_forward(&s->model, s->tokens + at, slice, NULL);
-    transformer_loss(&s->model, s->targets + at, slice, gradient, NULL);
-}
-
-/* What is minimised. */
-static double objective_value(Subject *s) {
-    const Transformer *m = &s->model;
-    const TrainConfig *t = &s->config.train;
-    int places = s->slices * m->moe_count;
-    double loss = 0;
-    for (int slice = 0; slice < s->slices; slice++) {
-        slice_forward(s, slice, false);
-        loss += m->slice_loss[slice] / s->slices;
-    }
-    for (int i = 0; i < places; i++) {
-        const acc_t *load = m->load + (size_t)i * LOAD_VALUES;
-        loss += (t->aux_coef * load[LOAD_BALANCE] + t->z_coef * load[LOAD_Z]) / places;
-    }
-    return loss;
-}
-
-/* The gradient of the objective in model.grads; without the main loss, of the balance losses alone. */
-static void objective_gradient(Subject *s, bool main_loss) {
-    Transformer *m = &s->model;
-    memset(m->grads, 0, m->tensors.total * sizeof *m->grads);
-    for (int slice = 0; slice < s->slices; slice++) {
-        slice_forward(s, slice, main_loss);
-        if (!main_loss) {
-            memset(m->dn, 0, (size_t)m->N * s->config.model.dim * sizeof *m->dn);
-        }
-        transformer_backward(m, s->tokens + (size_t)slice * s->slice_tokens, NULL);
-    }
-}
-
-/* Whether no change of a weight by about 1e-5 changes a choice: a token's K-th and next expert are apart, so are the
- * chosen ones among themselves, and, where the heavier keeps its place, so are all weights. */
-static bool choices_are_apart(const RouterPass *pass, const Plan *plan) {
-    int E = plan->E, K = plan->K;
-    for (int n = 0; n < plan->N; n++) {
-        const acc_t *p = pass->probs + (size_t)n * E;
-        const int *chosen = plan->expert + (size_t)n * K;
-        for (int j = 0; j < K; j++) {
-            for (int e = 0; e < E; e++) {
-                bool earlier = false;
-                for (int i = 0; i <= j; i++) {
-                    earlier |= chosen[i] == e;
-                }
-                if (!earlier && p[chosen[j]] - p[e] <= 1e-3) {
-                    return false;
-                }
-            }
-        }
-    }
-    for (int i = 0; plan->drop == DROP_WEIGHT && i < plan->N * K; i++) {
-        for (int j = 0; j < i; j++) {
-            if (plan->expert[i] == plan->expert[j] && fabs((double)(plan->weight[i] - plan->weight[j])) <= 1e-3) {
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
-/* Whether no choice of any slice and layer is close, and entries are dropped where they should be. */
-static bool subject_suits(Subject *s, bool drops) {
-    double dropped = 0;
-    for (int slice = 0; slice < s->slices; slice++) {
-        slice_forward(s, slice, false);
-        for (int i = 0; i < s->model.moe_count; i++) {
-            const MoeLayer *moe = &s->model.layers[s->model.moe_layers[i]].moe;
-            if (!choices_are_apart(&moe->pass, &moe->plan)) {
-                return false;
-            }
-            dropped += s->model.load[((size_t)slice * s->model.moe_count + i) * LOAD_VALUES + LOAD_DROPPED];
-        }
-    }
-    return (dropped > 0) == drops;
-}
-
-static void subject_draw_suited(Subject *s, bool drops) {
-    for (uint64_t seed = 1; seed < 500; seed++) {
-        subject_draw(s, seed);
-        if (subject_suits(s, drops)) {
-            return;
-        }
-    }
-    fail_msg("no seed gives routing without close choices");
-}
-
-static double tensor_norm(const Subject *s, const Tensor *t) {
-    double sum = 0;
-    for (size_t i = 0; i < t->count; i++) {
-        double g = (double)s->model.grads[t->offset + i];
-        sum += g * g;
-    }
-    return sqrt(sum);
 }
 
 /* ---- tests */
 
-/* Relative error of a tensor's gradient, in norm, over all elements or `sample` random ones where there are more. */
-static double tensor_error(Subject *s, int index, size_t sample, double *norm) {
-    const double step = 1e-5;
-    const Tensor *t = &s->model.tensors.items[index];
-    size_t elements = sample < t->count ? sample : t->count;
-    uint64_t key = random_key(9, RANDOM_TEST, (uint64_t)index);
-    double wrong = 0, differences = 0, gradients = 0;
-    for (size_t i = 0; i < elements; i++) {
-        size_t at = t->offset + (elements < t->count ? random_below(key, i, t->count) : i);
-        acc_t *w = &s->model.master[at], before = *w;
-        *w = before + step;
-        double above = objective_value(s);
-        *w = before - step;
-        double below = objective_value(s);
-        *w = before;
-        double difference = (above - below) / (2 * step), gradient = (double)s->model.grads[at];
-        wrong += (difference - gradient) * (difference - gradient);
-        differences += difference * difference;
-        gradients += gradient * gradient;
-    }
-    *norm = sqrt(gradients);
-    return sqrt(wrong / fmax(differences, gradients));
-}
-
 static void test_gradient(void **state) {
     const Variant *variant = *state;
     const char *fast = getenv("MOELAB_FAST_TESTS");
-    size_t sample = fast && *fast ? 40 : 150;
+    size_t sample = fast && *fast ? 6 : 40;
     Subject s;
-    omp_set_num_threads(1); /* starting threads would be all the work */
     subject_open(&s, variant->options, variant->head_rows);
-    subject_draw_suited(&s, variant->drops);
+    draw_suited(&s, variant->drops);
+    size_t bytes = s.model.tensors.total * sizeof(acc_t);
+    acc_t *drawn = malloc(bytes);
+    assert_non_null(drawn);
+    transformer_store(&s.model, drawn);
     objective_gradient(&s, true);
     int wrong = 0;
     for (int i = 0; i < s.model.tensors.count; i++) {
-        double norm, error = tensor_error(&s, i, sample, &norm);
+        const Tensor *tensor = &s.model.tensors.items[i];
+        if (tensor->kind == TENSOR_STATE) {
+            continue;
+        }
+        double norm, error = tensor_error(&s, tensor, sample, &norm);
         if (!(error <= 1e-6) || !(norm > 1e-6)) {
-            print_error("%s: relative error %.3g, norm %.3g\n", s.model.tensors.items[i].name, error, norm);
+            print_error("%s: relative error %.3g, norm %.3g\n", tensor->name, error, norm);
             wrong++;
         }
     }
     assert_int_equal(wrong, 0);
+    assert_int_equal(strays(&s), 0);
+    assert_false(s.choices_changed);
+    assert_memory_equal(drawn, s.model.master, bytes); /* states too: only an update moves them */
+    free(drawn);
     subject_close(&s);
 }
 
-/* No tensor is left out by the cross-entropy alone; a router in particular learns from it. */
-static void test_main_loss_reaches_every_tensor(void **state) {
-    static const char *const options[] = {"--renorm 1", "--renorm 0", "--router top1", "--router dense",
-                                          "--shared-experts 1 --tie 1"};
-    for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
+/* A gradient that is wrong by a thousandth in one element of a router does not pass. */
+static void test_wrong_gradient_is_found(void **state) {
+    for (int r = 0; router_at(r); r++) {
         Subject s;
-        char text[128];
-        snprintf(text, sizeof text, "--aux-coef 0 --z-coef 0 %s", options[i]);
-        subject_open(&s, text, 0);
-        subject_draw(&s, 1);
+        char options[64];
+        snprintf(options, sizeof options, "--router %s", router_at(r)->name);
+        subject_open(&s, options, 0);
+        draw_suited(&s, false);
         objective_gradient(&s, true);
         for (int t = 0; t < s.model.tensors.count; t++) {
             const Tensor *tensor = &s.model.tensors.items[t];
-            if (!(tensor_norm(&s, tensor) > 1e-6)) {
-                fail_msg("%s: the gradient of %s has norm %g", options[i], tensor->name, tensor_norm(&s, tensor));
+            if (tensor->kind != TENSOR_ROUTER) {
+                continue;
+            }
+            acc_t *grad = s.model.grads + tensor->offset, *largest = grad;
+            for (size_t i = 0; i < tensor->count; i++) {
+                largest = fabs((double)grad[i]) > fabs((double)*largest) ? grad + i : largest;
+            }
+            acc_t right = *largest;
+            double norm;
+            assert_true(tensor_error(&s, tensor, 1, &norm) <= 1e-6);
+            *largest = right * (acc_t)1.001;
+            assert_true(tensor_error(&s, tensor, 1, &norm) > 1e-6);
+            *largest = right;
+        }
+        subject_close(&s);
+    }
+}
+
+/* No tensor is left out by the cross-entropy alone, whatever the router; one that learns does so from the first step
+ * on, also where it starts at zero. */
+static void test_main_loss_reaches_every_tensor(void **state) {
+    static const char *const extra[] = {"", "--renorm 0", "--shared-experts 1 --tie 1"};
+    for (int i = 0; router_at(i / 3); i++) {
+        const Router *router = router_at(i / 3);
+        bool plain = i % 3 == 1;
+        if (plain && strcmp(router->name, "topk") != 0 && strcmp(router->name, "sigmoid") != 0) {
+            continue; /* the others are plain or cannot be */
+        }
+        Subject s;
+        char options[128];
+        snprintf(options, sizeof options, "--aux-coef 0 --z-coef 0 --router %s %s", router->name, extra[i % 3]);
+        subject_open(&s, options, 0);
+        for (int drawn = 1; drawn >= 0; drawn--) {
+            subject_draw(&s, 1);
+            if (!drawn) {
+                transformer_init(&s.model, s.model.master, 1, NULL);
+            }
+            objective_gradient(&s, true);
+            int routers = 0;
+            for (int t = 0; t < s.model.tensors.count; t++) {
+                const Tensor *tensor = &s.model.tensors.items[t];
+                double norm = tensor_norm(&s, tensor), least = drawn ? 1e-6 : 1e-10;
+                routers += tensor->kind == TENSOR_ROUTER;
+                if (tensor->kind != TENSOR_STATE && !(norm > least)) {
+                    fail_msg("%s, %s weights: the gradient of %s has norm %g", options, drawn ? "drawn" : "initial",
+                             tensor->name, norm);
+                }
+            }
+            assert_int_equal(routers > 0, router->learned);
+            for (int m = 0; m < s.model.moe_count; m++) { /* what training's alarm goes by */
+                assert_int_equal(s.model.load[m * LOAD_VALUES + LOAD_MAIN_GRADIENT] > 0, router->learned);
             }
         }
         subject_close(&s);
     }
 }
 
-/* The balance loss alone, and the z-loss alone, move every router, and with neither nothing has a gradient. */
-static void test_balance_losses_alone(void **state) {
-    static const char *const losses[] = {"--aux-coef 0.3 --z-coef 0", "--aux-coef 0 --z-coef 0.2",
-                                         "--aux-coef 0 --z-coef 0"};
-    static const char *const routers[] = {"--router topk --renorm 1", "--router topk --renorm 0", "--router top1"};
-    for (int i = 0; i < 9; i++) {
-        char options[128];
-        snprintf(options, sizeof options, "%s %s", losses[i / 3], routers[i % 3]);
-        Subject s;
-        subject_open(&s, options, 0);
-        subject_draw(&s, 2);
-        objective_gradient(&s, false);
-        for (int t = 0; t < s.model.tensors.count; t++) {
-            const Tensor *tensor = &s.model.tensors.items[t];
-            double norm = tensor_norm(&s, tensor);
-            bool reached = i / 3 < 2 && tensor->kind == TENSOR_ROUTER;
-            bool after_last_router = tensor->kind == TENSOR_EXPERT
-                                         ? tensor->layer == s.config.model.layers - 1
-                                         : !strcmp(tensor->name, "head.w") || !strcmp(tensor->name, "final_norm.w");
-            if ((reached && !(norm > 1e-6)) || ((i / 3 == 2 || after_last_router) && norm != 0)) {
-                fail_msg("%s: the gradient of %s has norm %g", options, tensor->name, norm);
-            }
+/* Norms of the gradients that one of the balance losses, or none, gives on its own. */
+static void check_balance_loss(const Router *router, const char *loss, bool any) {
+    Subject s;
+    char options[128];
+    snprintf(options, sizeof options, "--router %s %s", router->name, loss);
+    subject_open(&s, options, 0);
+    subject_draw(&s, 2);
+    objective_gradient(&s, false);
+    for (int t = 0; t < s.model.tensors.count; t++) {
+        const Tensor *tensor = &s.model.tensors.items[t];
+        double norm = tensor_norm(&s, tensor);
+        bool reached = any && tensor->kind == TENSOR_ROUTER;
+        bool after_last_router = tensor->kind == TENSOR_EXPERT /* a chain's experts feed the next step's router */
+                                     ? tensor->layer == s.config.model.layers - 1 && s.config.model.chain_steps == 1
+                                     : !strcmp(tensor->name, "head.w") || !strcmp(tensor->name, "final_norm.w");
+        if (tensor->kind != TENSOR_STATE &&
+            ((reached && !(norm > 1e-6)) || ((!any || after_last_router) && norm != 0))) {
+            fail_msg("%s: the gradient of %s has norm %g", options, tensor->name, norm);
         }
-        subject_close(&s);
     }
+    for (int m = 0; m < s.model.moe_count; m++) {
+        const acc_t *load = s.model.load + m * LOAD_VALUES;
+        assert_int_equal(load[LOAD_BALANCE_GRADIENT] > 0, any);
+        bool later_router = any && m < s.model.moe_count - 1; /* whose balance reaches this one's weights */
+        assert_int_equal(load[LOAD_MAIN_GRADIENT] > 0, later_router);
+    }
+    subject_close(&s);
+}
+
+/* The balance loss alone, and the z-loss alone, move every router that has it, and with neither nothing has a
+ * gradient. */
+static void test_balance_losses_alone(void **state) {
+    int balanced = 0, limited = 0;
+    for (int i = 0; router_at(i); i++) {
+        const Router *router = router_at(i);
+        check_balance_loss(router, "--aux-coef 0 --z-coef 0", false);
+        if (router->has_balance_loss) {
+            check_balance_loss(router, "--aux-coef 0.3 --z-coef 0", true);
+            balanced++;
+        }
+        if (router->has_z_loss) {
+            check_balance_loss(router, "--aux-coef 0 --z-coef 0.2", true);
+            limited++;
+        }
+    }
+    check_balance_loss(router_find("topk"), "--aux-coef 0.3 --z-coef 0 --renorm 0", true);
+    check_balance_loss(router_find("topk"), "--aux-coef 0 --z-coef 0.2 --renorm 0", true);
+    assert_true(balanced >= 6 && limited >= 7);
 }
 
 int main(void) {
     enum { VARIANTS = sizeof variants / sizeof *variants };
-    struct CMUnitTest tests[VARIANTS + 2] = {
+    struct CMUnitTest tests[VARIANTS + 3] = {
         cmocka_unit_test(test_main_loss_reaches_every_tensor),
         cmocka_unit_test(test_balance_losses_alone),
+        cmocka_unit_test(test_wrong_gradient_is_found),
     };
     for (size_t i = 0; i < VARIANTS; i++) {
         const Variant *v = &variants[i];
-        tests[i + 2] = (struct CMUnitTest){v->name, test_gradient, NULL, NULL, (void *)(uintptr_t)v};
+        tests[i + 3] = (struct CMUnitTest){v->name, test_gradient, NULL, NULL, (void *)(uintptr_t)v};
     }
-    return _cmocka_run_group_tests("model: gradients", tests, VARIANTS + 2, NULL, NULL);
+    omp_set_num_threads(1); /* starting threads would be all the work */
+    return _cmocka_run_group_tests("model: gradients", tests, VARIANTS + 3, NULL, NULL);
 }

@@ -230,25 +230,27 @@ static void test_rope_is_relative(void **state) {
 
 /* ---- attention */
 
-static void attention_reference(double *out, double *lse, const real_t *qkv, int B, int T, int NH, int NKV, int HS) {
+static void attention_reference(double *out, double *lse, const real_t *qkv, AttentionShape shape) {
+    int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
     int W = (NH + 2 * NKV) * HS;
     double *s = malloc((size_t)T * sizeof *s);
     for (int i = 0; i < B * T * NH; i++) {
         int b = i / (T * NH), t = i / NH % T, head = i % NH, group = head / (NH / NKV);
+        int last = shape.causal ? t : T - 1;
         const real_t *rows = qkv + (size_t)b * T * W;
         double largest = -INFINITY, sum = 0;
-        for (int j = 0; j <= t; j++) {
+        for (int j = 0; j <= last; j++) {
             s[j] = dot_double(rows + t * W + head * HS, 1, rows + j * W + (NH + group) * HS, 1, HS) / sqrt(HS);
             largest = fmax(largest, s[j]);
         }
-        for (int j = 0; j <= t; j++) {
+        for (int j = 0; j <= last; j++) {
             s[j] = exp(s[j] - largest);
             sum += s[j];
         }
         lse[((size_t)b * NH + head) * T + t] = largest + log(sum);
         for (int k = 0; k < HS; k++) {
             out[(size_t)i * HS + k] = 0;
-            for (int j = 0; j <= t; j++) {
+            for (int j = 0; j <= last; j++) {
                 out[(size_t)i * HS + k] += s[j] / sum * (double)rows[j * W + (NH + NKV + group) * HS + k];
             }
         }
@@ -256,25 +258,26 @@ static void attention_reference(double *out, double *lse, const real_t *qkv, int
     free(s);
 }
 
-static void check_attention(int B, int T, int NH, int NKV, int HS) {
+static void check_attention(AttentionShape shape) {
+    int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
     Case c = {.seed = (uint64_t)(T * 100 + NH * 10 + HS)};
     size_t W = (size_t)(NH + 2 * NKV) * HS, count = (size_t)B * T * NH * HS, cache = (size_t)B * T * NKV * HS;
     real_t *qkv = case_normal(&c, (size_t)B * T * W), *out = case_poison(&c, count),
            *lse = case_poison(&c, (size_t)B * NH * T);
     double *out_ref = case_doubles(&c, count), *lse_ref = case_doubles(&c, (size_t)B * NH * T);
-    attention_reference(out_ref, lse_ref, qkv, B, T, NH, NKV, HS);
-    attention_forward(out, lse, qkv, B, T, NH, NKV, HS, NULL);
+    attention_reference(out_ref, lse_ref, qkv, shape);
+    attention_forward(out, lse, qkv, shape, NULL);
     assert_close(out, out_ref, count);
     assert_close(lse, lse_ref, (size_t)B * NH * T);
 
     real_t *keys = case_poison(&c, cache),
            *values = case_poison(&c, cache); /* what lies after the position is not read */
     real_t *row = case_reals(&c, (size_t)B * W), *decoded = case_poison(&c, (size_t)B * NH * HS);
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < T && shape.causal; t++) {
         for (int b = 0; b < B; b++) {
             memcpy(row + b * W, qkv + ((size_t)b * T + t) * W, W * sizeof *row);
         }
-        attention_decode(decoded, keys, values, row, t, B, T, NH, NKV, HS, NULL);
+        attention_decode(decoded, keys, values, row, t, shape, NULL);
         for (int b = 0; b < B; b++) {
             assert_bits(decoded + (size_t)b * NH * HS, out + ((size_t)b * T + t) * NH * HS, (size_t)NH * HS);
         }
@@ -285,8 +288,9 @@ static void check_attention(int B, int T, int NH, int NKV, int HS) {
 static void test_attention_and_decode(void **state) {
     static const int times[] = {1, 2, 17, 64, 65, 130}, heads[][2] = {{4, 4}, {4, 2}, {3, 1}},
                      sizes[] = {2, 16, 32, 34};
-    for (int i = 0; i < 6 * 3 * 4; i++) {
-        check_attention(2, times[i / 12], heads[i / 4 % 3][0], heads[i / 4 % 3][1], sizes[i % 4]);
+    for (int i = 0; i < 2 * 72; i++) { /* 72 = 6 * 3 * 4, causal and bidirectional */
+        const int *head = heads[i / 4 % 3];
+        check_attention((AttentionShape){2, times[i / 12 % 6], head[0], head[1], sizes[i % 4], .causal = i < 72});
     }
 }
 
@@ -294,23 +298,48 @@ static void test_attention_and_decode(void **state) {
 static void test_attention_is_causal(void **state) {
     enum { T = 130, NH = 4, NKV = 2, HS = 16, W = (NH + 2 * NKV) * HS, O = NH * HS };
     static const int cuts[] = {1, 2, 63, 64, 65, 66, 127, 129};
+    const AttentionShape shape = {1, T, NH, NKV, HS, .causal = 1};
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
         Case c = {.seed = 8 + i};
         size_t before = (size_t)cuts[i], after = T - before;
         real_t *qkv = case_normal(&c, T * W), *out = case_poison(&c, T * O), *lse = case_poison(&c, NH * T);
         real_t *dout = case_normal(&c, T * O), *dqkv = case_poison(&c, T * W), *other = case_poison(&c, T * O);
-        attention_forward(out, lse, qkv, 1, T, NH, NKV, HS, NULL);
+        attention_forward(out, lse, qkv, shape, NULL);
         memset(dout + before * O, 0, after * O * sizeof *dout);
-        attention_backward(dqkv, dout, out, lse, qkv, 1, T, NH, NKV, HS, NULL);
+        attention_backward(dqkv, dout, out, lse, qkv, shape, NULL);
         for (size_t j = before * W; j < T * W; j++) {
             assert_true(dqkv[j] == 0);
         }
         fill_normal(qkv + before * W, after * W, 0, 100, c.seed, 9);
-        attention_forward(other, lse, qkv, 1, T, NH, NKV, HS, NULL);
+        attention_forward(other, lse, qkv, shape, NULL);
         assert_bits(other, out, before * O);
         assert_true(memcmp(other + before * O, out + before * O, O * sizeof *out) != 0);
         case_free(&c);
     }
+}
+
+/* Bidirectional: the first output hears of the last token and sends gradient to it; the last output, which sees all
+ * tokens either way, has the bits of causal attention. */
+static void test_attention_both_ways(void **state) {
+    enum { T = 130, NH = 4, NKV = 2, HS = 16, W = (NH + 2 * NKV) * HS, O = NH * HS, LAST = T - 1 };
+    const AttentionShape causal = {1, T, NH, NKV, HS, .causal = 1}, both = {1, T, NH, NKV, HS, .causal = 0};
+    Case c = {.seed = 7};
+    real_t *qkv = case_normal(&c, T * W), *out = case_poison(&c, T * O), *lse = case_poison(&c, NH * T);
+    real_t *dout = case_reals(&c, T * O), *dqkv = case_poison(&c, T * W), *other = case_poison(&c, T * O);
+    attention_forward(other, lse, qkv, causal, NULL);
+    attention_forward(out, lse, qkv, both, NULL);
+    assert_bits(out + LAST * O, other + LAST * O, O);
+    fill_normal(dout, O, 0, 1, c.seed, 9); /* into the first output alone */
+    attention_backward(dqkv, dout, out, lse, qkv, both, NULL);
+    for (int i = 0; i < T * W; i++) {
+        assert_true((dqkv[i] == 0) == (i >= W && i % W < O)); /* all but the other queries */
+    }
+    fill_normal(qkv + LAST * W, W, 0, 1, c.seed, 10);
+    attention_forward(other, lse, qkv, both, NULL);
+    for (int i = 0; i < T * NH; i++) { /* every head of every token sees it */
+        assert_true(memcmp(other + i * HS, out + i * HS, HS * sizeof *out) != 0);
+    }
+    case_free(&c);
 }
 
 /* ---- loss and optimizer */
@@ -355,11 +384,40 @@ static void test_cross_entropy(void **state) {
         assert_true(fabs(total) <= TOLERANCE);
     }
     real_t values[3] = {1, 2, 6};
-    mean_forward(mean, values, 3, NULL);
+    mean_forward(mean, values, 3, 3, NULL);
     assert_true(*mean == 3);
+    mean_forward(mean, values, 3, 2, NULL); /* one of the three is not predicted */
+    assert_true(*mean == 4.5f);
     real_t one[2] = {-7, 7}; /* a vocabulary of one: nothing to learn */
     cross_entropy_forward_backward(again, one, (int[]){0, 0}, 2, 1, 1, NULL);
     assert_true(again[0] == 0 && again[1] == 0 && one[0] == 0 && one[1] == 0);
+    case_free(&c);
+}
+
+/* Rows without a target, NaN among them, leave nothing behind and change nothing for the others. */
+static void test_cross_entropy_of_few_rows(void **state) {
+    enum { N = 5, V = 37 };
+    Case c = {.seed = 12};
+    int all[N] = {3, 1, 4, 1, 5}, few[N] = {-1, 1, -1, -1, 5};
+    real_t *logits = case_normal(&c, N * V), *losses = case_poison(&c, N), *gradient = case_copy(&c, logits, N * V);
+    real_t *few_losses = case_poison(&c, N), *again = case_poison(&c, N), mean;
+    cross_entropy_forward_backward(losses, gradient, all, N, V, 0.5, NULL);
+    logits[0] = INFINITY;
+    fill_value(logits + 2 * V, V, NAN);
+    logits[3 * V + 8] = (real_t)NAN;
+    cross_entropy_forward(few_losses, logits, few, N, V, NULL);
+    cross_entropy_forward_backward(again, logits, few, N, V, 0.5, NULL);
+    assert_bits(few_losses, again, N);
+    for (int n = 0; n < N; n++) {
+        if (few[n] < 0) {
+            fill_value(gradient + n * V, V, 0);
+            losses[n] = 0;
+        }
+    }
+    assert_bits(few_losses, losses, N);
+    assert_bits(logits, gradient, N * V);
+    mean_forward(&mean, few_losses, N, 2, NULL);
+    assert_near(mean, ((double)losses[1] + (double)losses[4]) / 2);
     case_free(&c);
 }
 
@@ -480,7 +538,9 @@ int main(void) {
         cmocka_unit_test(test_rope_is_relative),
         cmocka_unit_test(test_attention_and_decode),
         cmocka_unit_test(test_attention_is_causal),
+        cmocka_unit_test(test_attention_both_ways),
         cmocka_unit_test(test_cross_entropy),
+        cmocka_unit_test(test_cross_entropy_of_few_rows),
         cmocka_unit_test(test_adamw),
         cmocka_unit_test(test_adamw_decay_alone),
         cmocka_unit_test(test_adamw_skips_what_is_not_finite),

@@ -1,9 +1,8 @@
 // build: both
-/* Routing against closed forms and counting: top-k, balance losses, the plan under every drop policy, dispatch and
- * combine, the experts.
+/* Routing against its definition, slowly and in double: top-k, its two halves, the experts.
  *
- * The edges are visited: ties, NaN, K = E, an expert without rows, a full expert, every token on one expert.
- * test_ops_exact.c has the dense operations.
+ * The edges are visited: ties, NaN, K = E, entries that are not there, an expert without rows. test_plan.c has the plan
+ * and what follows it, test_balance_loss.c the losses and statistics, test_ops_exact.c the dense operations.
  */
 #include "operations.h"
 
@@ -96,6 +95,53 @@ static void test_topk_of_nan(void **state) {
     }
 }
 
+/* The two halves around another's choice give the bits of the whole, and take any choice: here each expert's own. */
+static void test_halves_of_topk(void **state) {
+    enum { N = 50 };
+    for (int i = 0; i < 6; i++) {
+        int E = (int[]){1, 7, 40}[i / 2], K = E < 4 ? E : 4, renorm = i % 2;
+        size_t scores = (size_t)N * E, entries = (size_t)N * K;
+        Case c = {.seed = (uint64_t)i};
+        real_t *logits = case_normal(&c, scores), *probs = case_poison(&c, scores), *lse = case_poison(&c, N);
+        real_t *weight = case_poison(&c, entries), *half_probs = case_poison(&c, scores);
+        real_t *half_lse = case_poison(&c, N), *half_weight = case_poison(&c, entries);
+        int *expert = case_ints(&c, entries);
+        topk_forward(probs, lse, expert, weight, logits, N, E, K, renorm, NULL);
+        softmax_forward(half_probs, half_lse, logits, N, E, NULL);
+        choice_weight(half_weight, expert, probs, N, E, K, renorm, NULL);
+        assert_bits(probs, half_probs, scores);
+        assert_bits(lse, half_lse, N);
+        assert_bits(weight, half_weight, entries);
+
+        int *picked = case_ints(&c, scores);
+        real_t *picked_weight = case_poison(&c, scores), *dlogits = case_poison(&c, scores);
+        real_t *g = case_normal(&c, scores);
+        for (int j = 0; j < N * E; j++) {
+            picked[j] = random_below(5, (uint64_t)j, 3) > 0 ? -1 : j % E; /* a token may have none */
+            g[j] = picked[j] < 0 ? 0 : g[j];
+        }
+        choice_weight(picked_weight, picked, probs, N, E, E, renorm, NULL);
+        topk_backward(dlogits, g, probs, picked, picked_weight, N, E, E, renorm, NULL);
+        for (int n = 0; n < N; n++) {
+            double total = 0, mean = 0;
+            for (int e = 0; e < E; e++) {
+                total += picked[n * E + e] < 0 ? 0 : (double)probs[n * E + e];
+            }
+            for (int e = 0; e < E; e++) {
+                int j = n * E + e;
+                assert_near(picked_weight[j], picked[j] < 0 ? 0 : (double)probs[j] / (renorm ? total : 1));
+                mean += (double)picked_weight[j] * (double)g[j];
+            }
+            for (int e = 0; e < E; e++) {
+                int j = n * E + e;
+                double share = renorm ? (double)picked_weight[j] : (double)probs[j];
+                assert_near(dlogits[j], share * ((double)g[j] - mean));
+            }
+        }
+        case_free(&c);
+    }
+}
+
 /* The weight of a renormalised top-1 is the constant 1: its router learns nothing from the main loss. Plain top-1 does.
  */
 static void test_renormalised_top1_has_no_gradient(void **state) {
@@ -115,242 +161,7 @@ static void test_renormalised_top1_has_no_gradient(void **state) {
     }
 }
 
-static void fill_choices(int *expert, const int *choice, int N, int K, int *demand, int E) {
-    memset(demand, 0, (size_t)E * sizeof *demand);
-    for (int i = 0; i < N * K; i++) {
-        expert[i] = choice ? choice[i] : i % E;
-        demand[expert[i]]++;
-    }
-}
-
-static void test_balance_closed_forms(void **state) {
-    enum { N = 16, E = 8, K = 2 };
-    Case c = {.seed = 14};
-    real_t *probs = case_reals(&c, N * E), *lse = case_reals(&c, N), load[LOAD_VALUES], mean_prob[E],
-           *dlogits = case_reals(&c, N * E);
-    int expert[N * K], demand[E], count[E] = {4, 4, 4, 4, 4, 4, 0, 0}; /* 8 of 32 entries dropped */
-    fill_choices(expert, NULL, N, K, demand, E);
-    fill_value(probs, N * E, 1.0 / E);
-    fill_value(lse, N, 3);
-    balance_forward(load, mean_prob, probs, lse, demand, count, N, E, K, NULL);
-    assert_near(load[LOAD_BALANCE], 1);
-    assert_near(load[LOAD_Z], 9);
-    assert_near(load[LOAD_ENTROPY], log(E));
-    assert_near(load[LOAD_MEAN_ENTROPY], log(E));
-    assert_near(load[LOAD_DROPPED], 0.25);
-    assert_near(mean_prob[3], 1.0 / E);
-
-    balance_backward(dlogits, probs, lse, demand, N, E, K, 1, 0, NULL); /* balanced and uniform: nothing to gain */
-    for (int i = 0; i < N * E; i++) {
-        assert_true(fabs((double)dlogits[i]) <= 1e-9);
-    }
-    memset(demand, 0,
-           sizeof demand); /* uniform probabilities, one favourite: B is 1 and its gradient pushes the favourite down */
-    demand[5] = N * K;
-    balance_forward(load, mean_prob, probs, lse, demand, demand, N, E, K, NULL);
-    balance_backward(dlogits, probs, lse, demand, N, E, K, 1, 0, NULL);
-    assert_near(load[LOAD_BALANCE], 1);
-    assert_near(load[LOAD_DROPPED], 0);
-    assert_near(dlogits[5], (double)E / N / E * (1 - 1.0 / E));
-    assert_near(dlogits[4], -(double)E / N / E / E);
-
-    memset(probs, 0, N * E * sizeof *probs); /* every token sure of the same expert, K = 1 */
-    memset(demand, 0, sizeof demand);
-    demand[2] = N;
-    for (int n = 0; n < N; n++) {
-        probs[n * E + 2] = 1;
-    }
-    balance_forward(load, mean_prob, probs, lse, demand, demand, N, E, 1, NULL);
-    assert_near(load[LOAD_BALANCE], E);
-    assert_true(load[LOAD_ENTROPY] == 0 && load[LOAD_MEAN_ENTROPY] == 0);
-
-    for (int n = 0; n < N; n++) { /* each token sure of its own: entropy 0, mean entropy ln E */
-        fill_value(probs + n * E, E, 0);
-        probs[n * E + n % E] = 1;
-    }
-    fill_choices(expert, NULL, N, 1, demand, E);
-    balance_forward(load, mean_prob, probs, lse, demand, demand, N, E, 1, NULL);
-    assert_near(load[LOAD_BALANCE], 1);
-    assert_true(load[LOAD_ENTROPY] == 0);
-    assert_near(load[LOAD_MEAN_ENTROPY], log(E));
-    case_free(&c);
-}
-
-/* ---- plan */
-
-/* Whether entry a takes a place before entry b. */
-static bool goes_first(const Plan *p, int a, int b) {
-    if (p->drop == DROP_SLOT && a % p->K != b % p->K) {
-        return a % p->K < b % p->K;
-    }
-    if (p->drop == DROP_WEIGHT && p->weight[a] != p->weight[b]) {
-        return p->weight[a] > p->weight[b];
-    }
-    return a < b;
-}
-
-/* Every array of the plan against its definition in plan.h, by counting. */
-static void check_plan(const Plan *p) {
-    int entries = p->N * p->K, used = 0, padded = p->E > 0 ? p->rows / p->E : 0;
-    assert_int_equal(p->offset[0], 0);
-    for (int e = 0; e < p->E; e++) {
-        int demand = 0, rank = 0;
-        for (int i = 0; i < entries; i++) {
-            if (p->expert[i] != e) {
-                continue;
-            }
-            demand++;
-            int earlier = 0;
-            for (int other = 0; other < entries; other++) {
-                earlier += p->expert[other] == e && goes_first(p, other, i);
-            }
-            if (p->capacity > 0 && earlier >= p->capacity) {
-                assert_int_equal(p->row[i], -1);
-                continue;
-            }
-            int r = p->offset[e] + rank++; /* rows of an expert in token order, whoever was dropped */
-            assert_int_equal(p->row[i], r);
-            assert_int_equal(p->entry[r], i);
-            assert_true(p->row_weight[r] == p->weight[i]);
-        }
-        assert_int_equal(p->demand[e], demand);
-        assert_int_equal(p->count[e], rank);
-        assert_int_equal(p->offset[e + 1] - p->offset[e], p->layout == LAYOUT_PADDED ? padded : rank);
-        for (int r = p->offset[e] + rank; r < p->offset[e + 1]; r++) {
-            assert_int_equal(p->entry[r], -1);
-            assert_true(p->row_weight[r] == 0);
-        }
-        used += demand;
-    }
-    assert_int_equal(used, entries);
-    assert_true(p->offset[p->E] <= p->rows);
-    for (int r = p->offset[p->E]; r < p->rows; r++) {
-        assert_int_equal(p->entry[r], -1);
-        assert_true(p->row_weight[r] == 0);
-    }
-}
-
-static void test_plan_invariants(void **state) {
-    static const int sizes[][3] = {{1, 1, 1}, {1, 5, 2}, {7, 3, 2}, {40, 8, 2}, {33, 4, 4}, {64, 2, 1}, {20, 17, 3}};
-    int dropped = 0;
-    for (int i = 0; i < 7 * 3 * 2 * 3 * 4; i++) {
-        const int *size = sizes[i / 72];
-        int N = size[0], E = size[1], K = size[2], skew = i / 24 % 3, tight = i % 4;
-        if (skew == SKEW_EMPTY && K == E) {
-            continue;
-        }
-        int capacity = (int[]){0, 1, (N * K + E - 1) / E, N}[tight];
-        Case c = {.seed = (uint64_t)i};
-        add_plan(&c, N, E, K, capacity, i / 12 % 2 ? LAYOUT_PADDED : LAYOUT_COMPACT, (DropPolicy)(i / 4 % 3));
-        choose_experts(&c.plan, (Skew)skew, c.seed);
-        for (int j = 0; j < N * K; j++) { /* few different weights: many ties */
-            c.plan.weight[j] = (real_t)(1 + random_below(c.seed, (uint64_t)j, 4)) / 4;
-        }
-        assert_int_equal(c.plan.rows, c.plan.layout == LAYOUT_PADDED ? E * (capacity ? capacity : N) : N * K);
-        plan_build(&c.plan, NULL);
-        check_plan(&c.plan);
-        real_t *drow = case_normal(&c, (size_t)c.plan.rows), *dweight = case_poison(&c, (size_t)N * K);
-        plan_weight_backward(dweight, drow, &c.plan, NULL);
-        for (int j = 0; j < N * K; j++) {
-            dropped += c.plan.row[j] < 0;
-            assert_true(dweight[j] == (c.plan.row[j] < 0 ? 0 : drow[c.plan.row[j]]));
-        }
-        case_free(&c);
-    }
-    assert_true(dropped > 1000); /* the policies had something to decide */
-}
-
-/* Three tokens, two choices each, one place per expert: who stays under each policy, by hand. */
-static void test_drop_policies(void **state) {
-    static const int expert[6] = {0, 1, 1, 0, 1, 2};
-    static const real_t weight[6] = {0.5, 0.4, 0.4, 0.6, 0.3, 0.2};
-    static const int stays[3][6] = {
-        [DROP_TOKEN] = {1, 1, 0, 0, 0, 1},  /* token 0 takes both experts */
-        [DROP_SLOT] = {1, 0, 1, 0, 0, 1},   /* the first choice of token 1 goes before the second of token 0 */
-        [DROP_WEIGHT] = {0, 1, 0, 1, 0, 1}, /* 0.6 before 0.5; the tie at 0.4 goes to the earlier entry */
-    };
-    for (int drop = DROP_TOKEN; drop <= DROP_WEIGHT; drop++) {
-        Case c = {.seed = 1};
-        add_plan(&c, 3, 3, 2, 1, LAYOUT_COMPACT, (DropPolicy)drop);
-        memcpy(c.plan.expert, expert, sizeof expert);
-        memcpy(c.plan.weight, weight, sizeof weight);
-        plan_build(&c.plan, NULL);
-        for (int i = 0; i < 6; i++) {
-            assert_int_equal(c.plan.row[i] >= 0, stays[drop][i]);
-        }
-        case_free(&c);
-    }
-}
-
-/* NaN weights of a diverged run must not break capacity or the maps. */
-static void test_plan_with_nan_weights(void **state) {
-    Case c = {.seed = 1};
-    add_plan(&c, 9, 3, 2, 4, LAYOUT_PADDED, DROP_WEIGHT);
-    choose_experts(&c.plan, SKEW_ONE, 1);
-    for (int i = 0; i < 18; i++) {
-        c.plan.weight[i] = i % 3 == 0 ? (real_t)NAN : i % 3 == 1 ? -(real_t)NAN : (real_t)0.5;
-    }
-    plan_build(&c.plan, NULL);
-    int kept = 0;
-    for (int i = 0; i < 18; i++) {
-        int r = c.plan.row[i], e = c.plan.expert[i];
-        assert_in_range(r + 1, 0, c.plan.rows);
-        if (r >= 0) {
-            kept++;
-            assert_int_equal(c.plan.entry[r], i);
-            assert_in_range(r, c.plan.offset[e], c.plan.offset[e] + c.plan.count[e] - 1);
-        }
-    }
-    assert_int_equal(c.plan.count[2], 4);
-    assert_int_equal(kept, c.plan.count[0] + c.plan.count[1] + c.plan.count[2]);
-    case_free(&c);
-}
-
-/* ---- dispatch, combine, experts */
-
-/* With experts that do nothing, combine after dispatch is the weighted identity; small integers and powers of two make
- * it exact. */
-static void test_dispatch_then_combine(void **state) {
-    enum { N = 23, C = 19, E = 5, K = 3 };
-    for (int i = 0; i < 2 * 3 * 3; i++) {
-        Case c = {.seed = (uint64_t)i};
-        add_plan(&c, N, E, K, (int[]){0, 4, N}[i % 3], i / 9 ? LAYOUT_PADDED : LAYOUT_COMPACT, (DropPolicy)(i / 3 % 3));
-        Plan *plan = &c.plan;
-        choose_experts(plan, (Skew)(i % 3), c.seed);
-        real_t *x = case_reals(&c, N * C), *start = case_reals(&c, N * C),
-               *rows = case_poison(&c, (size_t)plan->rows * C);
-        real_t *y = case_poison(&c, N * C), *dx = case_poison(&c, N * C);
-        for (int j = 0; j < N * C; j++) {
-            x[j] = (real_t)random_below(1, (uint64_t)j, 129) - 64;
-            start[j] = (real_t)random_below(2, (uint64_t)j, 129) - 64;
-        }
-        for (int j = 0; j < N * K; j++) {
-            plan->weight[j] = (real_t)ldexp(1, -(int)random_below(3, (uint64_t)j, 4));
-        }
-        real_t *y_sum = case_copy(&c, start, N * C), *dx_sum = case_copy(&c, start, N * C);
-        plan_build(plan, NULL);
-        dispatch_forward(rows, x, plan, C, NULL);
-        for (int r = 0; r < plan->offset[E]; r++) {
-            for (int j = 0; j < C; j++) {
-                assert_true(rows[r * C + j] == (plan->entry[r] < 0 ? 0 : x[plan->entry[r] / K * C + j]));
-            }
-        }
-        combine_forward(y, rows, plan, C, 0, NULL);
-        combine_forward(y_sum, rows, plan, C, 1, NULL);
-        dispatch_backward(dx, rows, plan, C, 0, NULL);
-        dispatch_backward(dx_sum, rows, plan, C, 1, NULL);
-        for (int j = 0; j < N * C; j++) {
-            real_t weight = 0, places = 0;
-            for (int entry = j / C * K; entry < (j / C + 1) * K; entry++) {
-                weight += plan->row[entry] < 0 ? 0 : plan->weight[entry];
-                places += plan->row[entry] >= 0;
-            }
-            assert_true(y[j] == weight * x[j] && y_sum[j] == start[j] + weight * x[j]);
-            assert_true(dx[j] == places * x[j] && dx_sum[j] == start[j] + places * x[j]);
-        }
-        case_free(&c);
-    }
-}
+/* ---- experts */
 
 static double expert_hidden(const double *a, int h, int H, bool gelu) {
     if (gelu) {
@@ -432,47 +243,15 @@ static void test_idle_expert_keeps_its_gradient(void **state) {
     }
 }
 
-/* Where the padded layout has room for all, both layouts compute the same bits, all gradients included. */
-static void test_compact_equals_padded(void **state) {
-    const Operation *op = operation_named("moe_layer");
-    for (int i = 0; i < 3 * 2 * 2; i++) {
-        int extents[EXTENTS] = {65, 24, 20, 6, 2, i % 2, i / 2 % 2, 0, LAYOUT_COMPACT, DROP_TOKEN, i / 4};
-        Case compact, padded;
-        case_make(&compact, op, extents, (uint64_t)i);
-        extents[MOE_LAYOUT] = LAYOUT_PADDED;
-        extents[MOE_CAPACITY] = i % 2 ? 65 : 0; /* 0 is room for every token too */
-        case_make(&padded, op, extents, (uint64_t)i);
-        case_forward(op, &compact);
-        case_backward(op, &compact);
-        case_forward(op, &padded);
-        case_backward(op, &padded);
-        for (int j = 0; j < compact.array_count; j++) {
-            const Array *a = &compact.arrays[j], *b = &padded.arrays[j];
-            if (a->role == ROLE_INPUT) {
-                assert_bits(a->gradient, b->gradient, a->count);
-            } else if (a->role != ROLE_SCRATCH) {
-                assert_bits(a->value, b->value, a->count);
-            }
-        }
-        case_free(&compact);
-        case_free(&padded);
-    }
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_topk),
         cmocka_unit_test(test_topk_ties_go_to_the_lower_expert),
         cmocka_unit_test(test_topk_of_nan),
+        cmocka_unit_test(test_halves_of_topk),
         cmocka_unit_test(test_renormalised_top1_has_no_gradient),
-        cmocka_unit_test(test_balance_closed_forms),
-        cmocka_unit_test(test_plan_invariants),
-        cmocka_unit_test(test_drop_policies),
-        cmocka_unit_test(test_plan_with_nan_weights),
-        cmocka_unit_test(test_dispatch_then_combine),
         cmocka_unit_test(test_experts),
         cmocka_unit_test(test_idle_expert_keeps_its_gradient),
-        cmocka_unit_test(test_compact_equals_padded),
     };
     omp_set_num_threads(1); /* thousands of small calls; test_determinism.c shows that threads change no bit */
     return cmocka_run_group_tests_name("routing: exactness and edges", tests, NULL, NULL);

@@ -69,7 +69,7 @@ static inline void trainer_open(Trainer *t, const char *options) {
     arena_reserve(&t->arena, (void **)&t->floor, N * sizeof(double), MEMORY_ACTIVATIONS);
     arena_commit(&t->arena);
     transformer_connect(&t->model);
-    tensors_init(&t->model.tensors, t->model.master, (uint64_t)c->train.seed);
+    transformer_init(&t->model, t->model.master, (uint64_t)c->train.seed, NULL);
 }
 
 static inline void trainer_close(Trainer *t) {
@@ -99,7 +99,9 @@ static inline void poison(acc_t *values, size_t at, double value) {
 
 static inline void finish_step(Trainer *t) {
     optimizer_step(&t->optimizer, &t->model, &t->config.train, (int)t->step, NULL);
+    transformer_update_routers(&t->model, t->optimizer.state, NULL);
     t->step++;
+    transformer_set_step(&t->model, t->step);
 }
 
 static inline double train_step(Trainer *t) {

@@ -1,0 +1,144 @@
+/* forced: tokens go where they are told, for benchmarks and for replaying a run; only the weights are learned.
+ *
+ *     p = softmax(W x)       S as --force says       w_j = p_j / sum_S p (--renorm 1) or p_j (0)
+ *
+ *     balanced   every expert gets the same number of entries: the best case of any kernel or network
+ *     zipf:S     K distinct experts, expert e with probability ~ (e+1)^-S: skew of a known size
+ *     one        expert 0 gets every token: the worst case
+ *     FILE       each training step repeats what --dump-routing recorded; evaluation chooses the K most probable.
+ *                Replaying a topk run with its own options gives that run's bits
+ *
+ * The first three look at nothing but a token's place in the batch. Kernels: fixed_choice.h, topk.h. Trace: trace.h.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels/check.h"
+#include "../kernels/fixed_choice.h"
+#include "../kernels/gate.h"
+#include "../kernels/topk.h"
+#include "router.h"
+#include "trace.h"
+
+enum { GATE };
+
+typedef enum { FORCE_BALANCED, FORCE_ZIPF, FORCE_ONE, FORCE_TRACE } Force;
+
+typedef struct {
+    Force force;
+    double zipf;
+    Trace trace;
+    int *recorded; /* (N,K), host */
+} Own;
+
+static Force force_of(const char *text, double *zipf) {
+    if (!strcmp(text, "balanced")) {
+        return FORCE_BALANCED;
+    }
+    if (!strcmp(text, "one")) {
+        return FORCE_ONE;
+    }
+    if (strncmp(text, "zipf:", 5) != 0) {
+        return FORCE_TRACE;
+    }
+    char *end;
+    *zipf = strtod(text + 5, &end);
+    CHECK(end > text + 5 && !*end && *zipf >= 0 && *zipf <= 100,
+          "--force %s: what follows zipf: is the exponent, a number from 0 to 100, as in zipf:1.2", text);
+    return FORCE_ZIPF;
+}
+
+static void check(const Config *config) {
+    const ModelConfig *model = &config->model;
+    double zipf;
+    CHECK(force_of(model->force, &zipf) != FORCE_TRACE || strcmp(model->force, config->train.dump_routing) != 0,
+          "--dump-routing %s would write over the trace that --force replays: name another file",
+          config->train.dump_routing);
+    CHECK(
+        model->top_k > 1 || model->renorm != 1,
+        "--router forced --top-k 1 with --renorm 1: the weight is always 1, so nothing would be learned; take --renorm "
+        "0 or --top-k 2");
+}
+
+static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
+    tensors_add(list, TENSOR_ROUTER, layer, 0.02, model->experts, model->dim, 0, "%s.w", prefix);
+}
+
+static void reserve(RouterPass *p, Arena *arena) {
+    const ModelConfig *model = &p->config->model;
+    Own *own = p->own = calloc(1, sizeof(Own));
+    CHECK(own, "out of memory for a router");
+    own->force = force_of(model->force, &own->zipf);
+}
+
+/* The trace is opened with the first forward that needs it: generation and evaluation alone never do. */
+static void replay(RouterPass *p, int *expert, Stream *stream) {
+    Own *own = p->own;
+    const RouterContext *c = p->context;
+    if (!own->trace.file) {
+        TraceShape shape = {.N = p->N, .K = p->K, .E = p->E, .routers = c->routers, .slices = c->slices};
+        trace_open(&own->trace, p->config->model.force, shape);
+        own->recorded = calloc((size_t)p->N * p->K, sizeof(int));
+        CHECK(own->recorded, "out of memory for a record of %d tokens", p->N);
+    }
+    trace_read(&own->trace, own->recorded, c->step, c->slice, p->site);
+    device_from_host(expert, own->recorded, (size_t)p->N * p->K * sizeof(int), stream);
+}
+
+static void forward(RouterPass *p, Plan *plan, Stream *stream) {
+    Own *own = p->own;
+    gate_forward(p->logits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
+    if (own->force == FORCE_TRACE && !p->context->training) {
+        topk_forward(p->probs, p->lse, plan->expert, plan->weight, p->logits, p->N, p->E, p->K, p->renorm, stream);
+        return;
+    }
+    softmax_forward(p->probs, p->lse, p->logits, p->N, p->E, stream);
+    if (own->force == FORCE_BALANCED) {
+        balanced_choice(plan->expert, p->N, p->E, p->K, stream);
+    } else if (own->force == FORCE_ZIPF) {
+        zipf_choice(plan->expert, own->zipf, router_key(p), p->N, p->E, p->K, stream);
+    } else if (own->force == FORCE_ONE) {
+        one_choice(plan->expert, p->N, p->E, p->K, stream);
+    } else {
+        replay(p, plan->expert, stream);
+    }
+    choice_weight(plan->weight, plan->expert, p->probs, p->N, p->E, p->K, p->renorm, stream);
+}
+
+static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
+    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, p->K, stream);
+}
+
+static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
+    topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, p->K, p->renorm, stream);
+    gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
+    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale,
+                     stream);
+    gate_backward(dx, p->param[GATE].dw, p->dlogits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
+}
+
+static void release(RouterPass *p) {
+    Own *own = p->own;
+    trace_close(&own->trace);
+    free(own->recorded);
+}
+
+const Router router_forced = {
+    .name = "forced",
+    .summary = "where `--force` says (balanced, zipf:S, one, a recorded trace), weights learned: for benchmarks",
+    .paper = "",
+    .plan = PLAN_TOKENS_CHOOSE,
+    .learned = true,
+    .renorm_default = 1,
+    .aux_default = 0.01,
+    .z_default = 0.001,
+    .has_balance_loss = true,
+    .has_z_loss = true,
+    .check = check,
+    .tensors = tensors,
+    .reserve = reserve,
+    .forward = forward,
+    .balance = balance,
+    .backward = backward,
+    .release = release,
+};

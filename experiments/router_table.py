@@ -2,6 +2,7 @@
 """From the logs of router_table.sh to a table.
 
     router_table.py line LOG.jsonl KEY=VALUE ...   one JSON line about a finished run, for router_table.sh
+    router_table.py done OUT.jsonl                 objective, timing, arm, rate, seed of the runs that have a line
     router_table.py rate OUT.jsonl lm|mlm ARM      the learning rate at which the arm did best so far
     router_table.py table OUT.jsonl                the tables, in Markdown
 
@@ -130,6 +131,10 @@ def table(path):
 def main():
     if len(sys.argv) >= 3 and sys.argv[1] == "line":
         line(sys.argv[2], sys.argv[3:])
+    elif len(sys.argv) == 3 and sys.argv[1] == "done":
+        for text in open(sys.argv[2], encoding="utf-8"):
+            r = json.loads(text)
+            print(r["objective"], r["timing"], r["arm"], f"{r['rate']:g}", r["seed"])
     elif len(sys.argv) == 5 and sys.argv[1] == "rate":
         runs = [json.loads(text) for text in open(sys.argv[2], encoding="utf-8")]
         ours = [r for r in runs if r["objective"] == sys.argv[3] and r["arm"] == sys.argv[4] and not r["timing"]]

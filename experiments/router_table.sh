@@ -14,6 +14,8 @@
 #   -a         only these arms, separated by commas
 #   -T         timing: each arm alone, one after the other, 40 steps; "ms" of such lines is what a step costs
 #
+# A run that OUT.jsonl has a line of is not repeated, so the same command goes on where it was interrupted.
+#
 # Arms share seed, data order and the initial values of all tensors of the same name. K x H = 512 is the active width
 # unless the name says otherwise; what the arms differ in stands in the table below.
 set -euo pipefail
@@ -86,6 +88,8 @@ esac
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+touch "$out"
+python3 "$here/router_table.py" done "$out" >"$folder/done"
 common="--data builtin --batch 8 --seq 128 --layers 4 --dim 128 --experts 8 --top-k 2 --expert-dim 256 --min-lr 0.02"
 common="$common --objective $objective --eval-every 0"
 if [ "$timing" = 1 ]; then
@@ -104,7 +108,8 @@ list() {
         [ "$best" = 0 ] || rates=$(python3 "$here/router_table.py" rate "$out" "$objective" "$name")
         for rate in $rates; do
             for seed in $seeds; do
-                echo "$name $work $rate $seed $options"
+                grep -qxF "$objective $timing $name $(printf %g "$rate") $seed" "$folder/done" ||
+                    echo "$name $work $rate $seed $options"
             done
         done
     done <<<"$arms"

@@ -205,7 +205,11 @@ static void open_trace(Run *run) {
     if (path[0]) {
         const Plan *plan = &model->moes[0]->plan;
         TraceShape shape = {plan->N, plan->K, plan->E, model->moe_count, model->slices, run->at.step};
-        trace_create(&run->trace, path, shape);
+        if (run->config.train.resume[0]) {
+            trace_continue(&run->trace, path, shape, run->at.step);
+        } else {
+            trace_create(&run->trace, path, shape);
+        }
     }
 }
 

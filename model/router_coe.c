@@ -5,7 +5,7 @@
  * Wang et al. 2025 (arXiv 2506.18945). Causal, as its router.
  */
 #include "../kernels/check.h"
-#include "router.h"
+#include "softmax_gate.h"
 
 extern const Router router_topk;
 
@@ -15,20 +15,8 @@ static void check(const Config *config) {
     router_topk.check(config);
 }
 
-static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
-    router_topk.tensors(list, model, layer, prefix);
-}
-
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
     router_topk.forward(p, plan, stream);
-}
-
-static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    router_topk.balance(p, plan, stream);
-}
-
-static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
-    router_topk.backward(p, dx, dweight, plan, stream);
 }
 
 const Router router_coe = {
@@ -44,8 +32,8 @@ const Router router_coe = {
     .has_balance_loss = true,
     .has_z_loss = true,
     .check = check,
-    .tensors = tensors,
+    .tensors = softmax_gate_tensors,
     .forward = forward,
-    .balance = balance,
-    .backward = backward,
+    .balance = softmax_gate_balance,
+    .backward = softmax_gate_backward,
 };

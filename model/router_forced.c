@@ -10,17 +10,16 @@
  *
  * The first three look at nothing but a token's place in the batch. Kernels: fixed_choice.h, topk.h. Trace: trace.h.
  */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "../kernels/check.h"
 #include "../kernels/fixed_choice.h"
-#include "../kernels/gate.h"
 #include "../kernels/topk.h"
-#include "router.h"
+#include "softmax_gate.h"
 #include "trace.h"
-
-enum { GATE };
 
 typedef enum { FORCE_BALANCED, FORCE_ZIPF, FORCE_ONE, FORCE_TRACE } Force;
 
@@ -54,14 +53,13 @@ static void check(const Config *config) {
     CHECK(force_of(model->force, &zipf) != FORCE_TRACE || strcmp(model->force, config->train.dump_routing) != 0,
           "--dump-routing %s would write over the trace that --force replays: name another file",
           config->train.dump_routing);
+    CHECK(force_of(model->force, &zipf) != FORCE_TRACE || access(model->force, R_OK) == 0,
+          "--force %s: there is no such file to read (%s): it is balanced, zipf:S, one, or what --dump-routing wrote",
+          model->force, strerror(errno));
     CHECK(
         model->top_k > 1 || model->renorm != 1,
         "--router forced --top-k 1 with --renorm 1: the weight is always 1, so nothing would be learned; take --renorm "
         "0 or --top-k 2");
-}
-
-static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
-    tensors_add(list, TENSOR_ROUTER, layer, 0.02, model->experts, model->dim, 0, "%s.w", prefix);
 }
 
 static void reserve(RouterPass *p, Arena *arena) {
@@ -87,12 +85,11 @@ static void replay(RouterPass *p, int *expert, Stream *stream) {
 
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
     Own *own = p->own;
-    gate_forward(p->logits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
+    softmax_gate_scores(p, stream);
     if (own->force == FORCE_TRACE && !p->context->training) {
         topk_forward(p->probs, p->lse, plan->expert, plan->weight, p->logits, p->N, p->E, p->K, p->renorm, stream);
         return;
     }
-    softmax_forward(p->probs, p->lse, p->logits, p->N, p->E, stream);
     if (own->force == FORCE_BALANCED) {
         balanced_choice(plan->expert, p->N, p->E, p->K, stream);
     } else if (own->force == FORCE_ZIPF) {
@@ -103,18 +100,6 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
         replay(p, plan->expert, stream);
     }
     choice_weight(plan->weight, plan->expert, p->probs, p->N, p->E, p->K, p->renorm, stream);
-}
-
-static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, p->K, stream);
-}
-
-static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
-    topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, p->K, p->renorm, stream);
-    gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
-    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale,
-                     stream);
-    gate_backward(dx, p->param[GATE].dw, p->dlogits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
 }
 
 static void release(RouterPass *p) {
@@ -135,10 +120,10 @@ const Router router_forced = {
     .has_balance_loss = true,
     .has_z_loss = true,
     .check = check,
-    .tensors = tensors,
+    .tensors = softmax_gate_tensors,
     .reserve = reserve,
     .forward = forward,
-    .balance = balance,
-    .backward = backward,
+    .balance = softmax_gate_balance,
+    .backward = softmax_gate_backward,
     .release = release,
 };

@@ -6,7 +6,7 @@
  * Soft MoE (router_soft.c) with groups of one token and one slot per expert, and topk with K = E. Causal.
  */
 #include "../kernels/check.h"
-#include "router.h"
+#include "softmax_gate.h"
 
 extern const Router router_topk;
 
@@ -16,20 +16,8 @@ static void check(const Config *config) {
     CHECK(config->model.experts > 1, "--router soft-token with --experts 1 has a weight that is always 1: add experts");
 }
 
-static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
-    router_topk.tensors(list, model, layer, prefix);
-}
-
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
     router_topk.forward(p, plan, stream);
-}
-
-static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    router_topk.balance(p, plan, stream);
-}
-
-static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
-    router_topk.backward(p, dx, dweight, plan, stream);
 }
 
 const Router router_soft_token = {
@@ -42,8 +30,8 @@ const Router router_soft_token = {
     .z_default = 0.001,
     .has_z_loss = true,
     .check = check,
-    .tensors = tensors,
+    .tensors = softmax_gate_tensors,
     .forward = forward,
-    .balance = balance,
-    .backward = backward,
+    .balance = softmax_gate_balance,
+    .backward = softmax_gate_backward,
 };

@@ -13,11 +13,10 @@
 
 #include "../kernels/check.h"
 #include "../kernels/expert_choice.h"
-#include "../kernels/gate.h"
 #include "../kernels/topk.h"
-#include "router.h"
+#include "softmax_gate.h"
 
-enum { GATE, TAU };
+enum { TAU = SOFTMAX_GATE + 1 };
 
 typedef struct {
     acc_t *cut; /* (slices,E) thresholds that would have been exact */
@@ -31,7 +30,7 @@ static void check(const Config *config) {
 }
 
 static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
-    tensors_add(list, TENSOR_ROUTER, layer, 0.02, model->experts, model->dim, 0, "%s.w", prefix);
+    softmax_gate_tensors(list, model, layer, prefix);
     tensors_add(list, TENSOR_STATE, layer, 0, model->experts, 0, 0, "%s.tau", prefix);
 }
 
@@ -50,8 +49,7 @@ static void reserve(RouterPass *p, Arena *arena) {
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
     Own *own = p->own;
     const RouterContext *context = p->context;
-    gate_forward(p->logits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
-    softmax_forward(p->probs, p->lse, p->logits, p->N, p->E, stream);
+    softmax_gate_scores(p, stream);
     if (context->training) {
         int share = (int)(((int64_t)p->N * p->K + p->E - 1) / p->E);
         acc_t *cut = own->cut + (size_t)context->slice * p->E;
@@ -61,18 +59,6 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
         threshold_forward(plan->expert, p->param[TAU].w, p->probs, p->N, p->E, stream);
     }
     choice_weight(plan->weight, plan->expert, p->probs, p->N, p->E, plan->K, 0, stream);
-}
-
-static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, p->K, stream);
-}
-
-static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
-    topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, plan->K, 0, stream);
-    gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
-    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale,
-                     stream);
-    gate_backward(dx, p->param[GATE].dw, p->dlogits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
 }
 
 static void update(RouterPass *p, const int *counts, size_t stride, const AdamState *adam, Stream *stream) {
@@ -94,7 +80,7 @@ const Router router_threshold = {
     .init = init,
     .reserve = reserve,
     .forward = forward,
-    .balance = balance,
-    .backward = backward,
+    .balance = softmax_gate_balance,
+    .backward = softmax_gate_backward,
     .update = update,
 };

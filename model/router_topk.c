@@ -4,14 +4,13 @@
  *     w_j = p_j / sum_S p (--renorm 1)       w_j = p_j (--renorm 0)
  *
  * Renormalised: Mixtral (arXiv 2401.04088), Qwen3-MoE; it equals a softmax over the K chosen logits alone. Not
- * renormalised: OLMoE (arXiv 2409.02060). The gradients stand in kernels/topk.h. Causal without a capacity.
+ * renormalised: OLMoE (arXiv 2409.02060). The gradients stand in kernels/topk.h, the
+ * calls that make them in softmax_gate.c. Causal without a capacity.
  */
 #include "../kernels/check.h"
 #include "../kernels/gate.h"
 #include "../kernels/topk.h"
-#include "router.h"
-
-enum { GATE };
+#include "softmax_gate.h"
 
 static void check(const Config *config) {
     CHECK(config->model.top_k > 1 || config->model.renorm != 1,
@@ -20,25 +19,9 @@ static void check(const Config *config) {
           config->model.router);
 }
 
-static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
-    tensors_add(list, TENSOR_ROUTER, layer, 0.02, model->experts, model->dim, 0, "%s.w", prefix);
-}
-
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
-    gate_forward(p->logits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
+    gate_forward(p->logits, p->x, p->param[SOFTMAX_GATE].w, p->N, p->C, p->E, stream);
     topk_forward(p->probs, p->lse, plan->expert, plan->weight, p->logits, p->N, p->E, p->K, p->renorm, stream);
-}
-
-static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, p->K, stream);
-}
-
-static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
-    topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, p->K, p->renorm, stream);
-    gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
-    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale,
-                     stream);
-    gate_backward(dx, p->param[GATE].dw, p->dlogits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
 }
 
 const Router router_topk = {
@@ -53,8 +36,8 @@ const Router router_topk = {
     .has_balance_loss = true,
     .has_z_loss = true,
     .check = check,
-    .tensors = tensors,
+    .tensors = softmax_gate_tensors,
     .forward = forward,
-    .balance = balance,
-    .backward = backward,
+    .balance = softmax_gate_balance,
+    .backward = softmax_gate_backward,
 };

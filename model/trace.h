@@ -31,6 +31,10 @@ typedef struct {
 /* Creates FILE (replacing one) and writes the header. Ends the program with one line when it cannot. */
 void trace_create(Trace *trace, const char *path, TraceShape shape);
 
+/* Goes on with the trace of a run that is resumed after `step` steps: what FILE holds of later ones is cut off. Without
+ * FILE, a trace begins there. Ends the program with one line when FILE is of another shape or ends before `step`. */
+void trace_continue(Trace *trace, const char *path, TraceShape shape, int64_t step);
+
 /* Appends one router's choices, expert (N,K) on the host. A failed write (full disk) warns on stderr once and the run
  * goes on without. */
 void trace_append(Trace *trace, const int *expert);
@@ -39,8 +43,8 @@ void trace_append(Trace *trace, const int *expert);
  * step is the file's own). */
 void trace_open(Trace *trace, const char *path, TraceShape expected);
 
-/* expert (N,K) of a router in a slice of a step; ends the program with one line when the trace does not go so far or
- * holds an expert that does not exist. */
+/* expert (N,K) of a router in a slice of a step; ends the program with one line when the trace does not hold the step,
+ * or is damaged: names an expert that does not exist, or one twice for a token. */
 void trace_read(Trace *trace, int *expert, int64_t step, int slice, int router);
 
 /* Nothing to do for a trace that is not open. */

@@ -5,7 +5,7 @@
 #     run_tests "$@"
 #
 # Every test runs in a subshell and a directory of its own; it passes when no check in it failed. TRAIN names another
-# program than ./train. Sourced by test_cli_refusals.sh and test_cli_runs.sh.
+# program than ./train. Sourced by test_cli_refusals.sh, test_cli_routers.sh and test_cli_runs.sh.
 set -u
 
 # A full disk is a small tmpfs in a mount namespace of our own, which ends with this script.
@@ -163,24 +163,36 @@ text = open(run + "/log.jsonl", encoding="utf-8").read()
 assert text.endswith("\n"), "the last line is not whole"
 header, *lines = map(read, text.splitlines())
 header_keys = """ts program git_sha git_dirty config device precision versions params_total params_active
-    flops_per_token domains moe_layers leaky""".split()
-step_keys = """step tokens loss aux z lr grad_norm router_grad_norm router_main_norm ms tok_s mfu drop load_cv load_kl
-    max_vio entropy mean_entropy dead leaky skipped counts layer_entropy""".split()
-val_keys = "step tokens val_loss val_bpb val_floor val_domains domain_expert mi".split()
-events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "end"}
+    flops_per_token domains moe_layers leaky sees_batch""".split()
+step_keys = """step tokens loss aux z lr grad_norm router_grad_norm router_main_norm router_balance_norm ms tok_s mfu
+    drop token_drop padding load_cv load_kl max_vio entropy mean_entropy margin dead near_dead leaky skipped counts
+    layer_entropy layer_main_norm layer_balance_norm layer_margin""".split()
+val_keys = "step tokens val_loss val_bpb val_floor val_domains domain_expert mi churn".split()
+events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "router_gradient", "end"}
 assert list(header) == header_keys, f"header {list(header)}"
 config, layers = header["config"], len(header["moe_layers"])
+router, E, tokens = config["router"], config["experts"], config["batch"] * config["seq"]
+def entries_are_right(count):  # of one router in one step
+    if router == "threshold":  # as many as pass
+        return all(0 <= n <= tokens for n in count)
+    if router.startswith("soft") and config["slots"] > 0:
+        return count == [config["slots"] * (config["seq"] if router == "soft-batch" else config["batch"])] * E
+    if router == "expert-choice":
+        slice_tokens = tokens // config["grad_accum"]
+        return count == [-(-slice_tokens * config["top_k"] // E) * config["grad_accum"]] * E
+    return len(count) == E and sum(count) == tokens * config["top_k"]
 steps, vals = [], []
 for line in lines:
     if list(line) == step_keys:
         steps.append(line["step"])
-        assert line["tokens"] == line["step"] * config["batch"] * config["seq"]
-        assert [sum(c) for c in line["counts"]] == [config["batch"] * config["seq"] * config["top_k"]] * layers
-        assert len(line["layer_entropy"]) == layers
+        assert line["tokens"] == line["step"] * tokens
+        assert line["leaky"] == header["leaky"]
+        assert len(line["counts"]) == layers and all(map(entries_are_right, line["counts"])), f"line {line}"
+        assert all(len(line[key]) == layers for key in step_keys if key.startswith("layer_"))
     elif list(line) == val_keys:
         vals.append(line["step"])
         assert list(line["val_domains"]) == header["domains"]
-        assert len(line["mi"]) == len(line["domain_expert"]) == layers
+        assert len(line["mi"]) == len(line["churn"]) == len(line["domain_expert"]) == layers
     else:
         assert line["event"] in events, f"line {line}"
 assert steps == list(range(every, max(steps, default=0) + 1, every)), f"logged steps {steps}"
@@ -190,6 +202,26 @@ data = [read(part) for part in re.findall(r'<script[^>]*type="application/json"[
 last = next((i for i, line in enumerate(lines) if line.get("event") == "end"), None)
 assert last is None or [header] + lines in data, "the report does not hold the log's lines"
 PYTHON
+}
+
+# Losses and norms of every line are numbers, and there are some.
+is_finite() {
+    check "$1/log.jsonl has no losses" grep -q '^{"step".*"loss"' "$1/log.jsonl"
+    grep '^{"step"' "$1/log.jsonl" | sed 's/,"val_domains".*//' >losses # a domain may be without tokens
+    check "a loss of $1 is not a number" lacks '"[a-z_]*(loss|aux|z|norm)":null' losses
+}
+
+# resumes DIR WHOLE OPTION...: DIR, stopped before, ends like WHOLE when resumed. What the evaluation before chose is
+# not part of a checkpoint, so the first churn is missing.
+resumes() {
+    resume "$1" "${@:3}"
+    succeeds
+    same_state "$1" "$2"
+    same_figures "$1" "$2" '"aux"'
+    for run in "$1" "$2"; do
+        sed -n '/"val_loss"/s/,"churn".*//p' "$run/log.jsonl" >"evaluations_$run"
+    done
+    check "evaluations of $1 and $2 differ" cmp "evaluations_$1" "evaluations_$2"
 }
 
 # wait_for FILE: until it is there, at most 20 s.

@@ -3,7 +3,7 @@
  *     parse(&config, "--lr 1 --top-k 2");
  *     assert_command_refused("--top-k 9", "--top-k 9 is above --experts 8");
  *
- * Used by test_config.c and test_config_refusals.c.
+ * Used by test_config.c, test_config_derived.c and test_config_refusals.c.
  */
 #ifndef TESTS_COMMAND_LINE_H
 #define TESTS_COMMAND_LINE_H

@@ -68,6 +68,30 @@ test_refuses_bad_options() {
     refuses '--batch 2 is not divisible by --grad-accum 3' --grad-accum 3
     refuses '--drop .*--capacity-factor' --drop slot
     refuses '--vocab 100 is too small' --vocab 100
+    refuses '--router soft looks at later tokens.*--objective mlm, or add --allow-leak' --router soft
+    refuses '--sample with --objective mlm' --objective mlm --sample 3
+    refuses '--chain-steps 0 is out of range' --chain-steps 0
+    refuses '--force is for --router forced, not topk: drop it' --force one
+    refuses '--force zipf:steep: .*as in zipf:1.2' --router forced --force zipf:steep
+    refuses '--slots is for soft routers' --slots 2
+    refuses '--aux-coef 0.1 with --router random: .*drop --aux-coef' --router random --aux-coef 0.1
+}
+
+# A trace is opened when training begins: nothing is trained, nothing is saved.
+test_routing_traces_that_cannot_be_used() {
+    run --dump-routing missing/trace
+    refused 'cannot write --dump-routing missing/trace .*choose another file'
+    run --dump-routing /dev/full --out full
+    refused 'cannot write --dump-routing /dev/full .*free some space'
+    bytes 2000 141 >letters.txt
+    run --router forced --force letters.txt --out letters
+    refused 'letters.txt is no routing trace: name a file that --dump-routing wrote'
+    run --router forced --force missing.txt --out missing
+    refused 'cannot read the routing trace missing.txt .*or use balanced, zipf:S or one'
+    refuses '--dump-routing trace would write over the trace' --router forced --force trace --dump-routing trace
+    for name in run full letters missing; do
+        [ ! -e $name/checkpoint ] || fail "$name has a checkpoint"
+    done
 }
 
 # What a user typed may hold a line's end; the message is one line all the same.

@@ -40,7 +40,8 @@ test_prints_no_nan() {
 test_help() {
     run --help
     succeeds
-    for option in data router top-k resume out sample profile; do
+    for option in data router top-k resume out sample profile objective mask-share slots force chain-steps bias-rate \
+        threshold-warmup dump-routing; do
         check "--help without --$option" grep -qE -- "^  --$option " out
     done
 }

@@ -1,5 +1,6 @@
-/* The option table: every option from the command line to JSON and back, what --help promises, what follows from the
- * options given, and --resume. What is refused is in test_config_refusals.c.
+/* The option table: every option from the command line to JSON and back, what --help promises, how configurations
+ * differ, and --resume. What follows from the options is in test_config_derived.c, what is refused in
+ * test_config_refusals.c.
  *
  * What an option may be is learned from --help and from the JSON of the defaults, so an option that is added to the
  * table is tested without a change here.
@@ -74,6 +75,7 @@ static void another_value(const HelpLine *line, const cJSON *initial, char *text
     char names[64];
     snprintf(names, sizeof names, "%s", line->values);
     for (char *name = strtok(names, "|"); name && strchr(line->values, '|'); name = strtok(NULL, "|")) {
+        /* N, X and FILE stand for values, names are small letters and digits */
         if (!isupper((unsigned char)*name) && strcmp(name, line->initial) != 0) {
             snprintf(text, size, "%s", name);
             return;
@@ -83,6 +85,8 @@ static void another_value(const HelpLine *line, const cJSON *initial, char *text
         snprintf(text, size, "%s", run_directory);
     } else if (!line->values[0]) {
         snprintf(text, size, "1");
+    } else if (!strcmp(line->values, "auto|N") || !strcmp(line->values, "auto|X")) {
+        snprintf(text, size, line->values[5] == 'N' ? "3" : "0.7");
     } else if (cJSON_IsString(initial)) {
         snprintf(text, size, "a \"b\" \\ \xc3\xa9");
     } else if (!strcmp(line->values, "X")) {
@@ -198,7 +202,9 @@ static void test_stable_names(void **state) {
         "shared_experts router renorm act moe_every chain_steps capacity_factor layout aux_coef z_coef batch "
         "grad_accum steps lr warmup schedule weight_decay beta1 beta2 clip seed eval_every eval_batches log_every "
         "save_every resume freeze ep out sample export_hf profile trace_syncs tie drop norm_eps rope_base min_lr "
-        "max_skips prompt temperature sample_top_k top_p eval_drop";
+        "max_skips prompt temperature sample_top_k top_p eval_drop objective mask_share slots router_groups "
+        "router_kept_groups router_scale force chain_inner chain_outer chain_norm bias_rate threshold_rate "
+        "threshold_warmup dump_routing";
     char copy[1024];
     Config config;
     config_defaults(&config);
@@ -238,12 +244,32 @@ static void test_options_reach_their_fields(void **state) {
     assert_int_equal(config.model.drop, DROP_WEIGHT);
     assert_int_equal(config.model.renorm, -1);
     assert_int_equal(config.train.freeze, FREEZE_EXPERTS);
+    parse(&config,
+          "--objective mlm --mask-share 0.3 --slots 3 --router-groups 4 --router-kept-groups 2 --router-scale 2.5"
+          " --force zipf:1.2 --chain-steps 3 --chain-inner 0 --chain-outer 1 --chain-norm 1 --dump-routing t.bin");
+    assert_int_equal(config.model.objective, OBJECTIVE_MLM);
+    assert_true(config.train.mask_share == 0.3 && config.model.router_scale == 2.5);
+    assert_int_equal(config.model.slots, 3);
+    assert_int_equal(config.model.router_groups, 4);
+    assert_int_equal(config.model.router_kept_groups, 2);
+    assert_string_equal(config.model.force, "zipf:1.2");
+    assert_int_equal(config.model.chain_steps, 3);
+    assert_int_equal(config.model.chain_inner, 0);
+    assert_int_equal(config.model.chain_outer, 1);
+    assert_int_equal(config.model.chain_norm, 1);
+    assert_string_equal(config.train.dump_routing, "t.bin");
+    parse(&config, "--aux-coef 0.5 --z-coef auto --bias-rate 0.2 --threshold-rate 0.3 --threshold-warmup 7");
+    assert_true(config.train.aux_coef == 0.5 && config.train.z_coef == OPTION_AUTO && config.train.bias_rate == 0.2);
+    assert_true(config.train.threshold_rate == 0.3);
+    assert_int_equal(config.train.threshold_warmup, 7);
 }
 
 static void test_defaults(void **state) {
     Config config;
     parse(&config, "");
-    assert_true(config.given == 0);
+    for (int i = 0; i < CONFIG_MOST_OPTIONS; i++) {
+        assert_false(config.given[i]);
+    }
     assert_string_equal(config.train.data, "builtin");
     assert_string_equal(config.train.out, "runs/default");
     assert_string_equal(config.model.router, "topk");
@@ -254,71 +280,33 @@ static void test_defaults(void **state) {
     assert_int_equal(config.model.expert_dim, 256);
     assert_int_equal(config.train.batch, 16);
     assert_true(config.model.norm_eps == 1e-6 && config.train.lr == 3e-3 && config.train.beta2 == 0.95);
-    assert_true(config.train.aux_coef == 0.01 && config.train.z_coef == 0.001);
+    assert_true(config.train.aux_coef == OPTION_AUTO && config.train.z_coef == OPTION_AUTO);
+    assert_int_equal(config.model.objective, OBJECTIVE_LM);
+    assert_int_equal(config.model.chain_steps, OPTION_AUTO);
+    assert_string_equal(config.model.force, "balanced");
+    assert_string_equal(config.train.dump_routing, "");
+    assert_true(config.train.mask_share == 0.15 && config.train.bias_rate == 0.001);
+    assert_int_equal(config.train.threshold_warmup, 50);
 }
 
-/* --- what follows from the rest --- */
-
-static void test_finish_derives(void **state) {
-    Config config;
-    parse(&config, "");
-    config_finish(&config);
-    assert_int_equal(config.model.kv_heads, 4);
-    assert_int_equal(config.model.vocab, 256);
-    assert_int_equal(config.model.renorm, 1);
-    parse(&config, "--top-k 1");
-    config_finish(&config);
-    assert_int_equal(config.model.renorm, 0);
-    parse(&config, "--router top1");
-    config_finish(&config);
-    assert_int_equal(config.model.top_k, 1);
-    assert_int_equal(config.model.renorm, 0);
-    parse(&config, "--router dense --top-k 3 --shared-experts 1 --expert-dim 10");
-    config_finish(&config);
-    assert_int_equal(config_dense_width(&config.model), 40);
-}
-
-static void test_finish_is_idempotent(void **state) {
-    const char *commands[] = {"", "--router top1", "--router dense", "--top-k 1",
-                              "--capacity-factor 1.25 --drop slot --allow-leak"};
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
-        Config config;
-        parse(&config, commands[i]);
-        config_finish(&config);
-        char *once = config_to_json(&config);
-        config_finish(&config);
-        char *twice = config_to_json(&config);
-        assert_string_equal(once, twice);
-        free(once);
-        free(twice);
-    }
-}
-
-static void test_capacity(void **state) {
-    Config config;
-    config_defaults(&config);
-    assert_int_equal(config_capacity(&config.model, 100), 0);
-    config.model.capacity_factor = 1.25;
-    assert_int_equal(config_capacity(&config.model, 128), 40);
-    assert_int_equal(config_capacity(&config.model, 1), 1);
-    assert_int_equal(config_capacity(&config.model, 100), 32); /* 31.25 */
-    config.model.experts = 10;
-    config.model.capacity_factor = 1.1;
-    assert_int_equal(config_capacity(&config.model, 100), 22); /* 22.000000000000004 in binary */
-    config.model.capacity_factor = 100;
-    assert_int_equal(config_capacity(&config.model, 100), 100);
-}
+/* --- two configurations --- */
 
 static void test_difference(void **state) {
     Config a, b;
     char names[256];
     parse(&a, "");
-    parse(&b, "--log-every 1 --out x --sample 5 --profile --eval-every 7 --save-every 3 --resume=");
+    parse(&b, "--log-every 1 --out x --sample 5 --profile --eval-every 7 --save-every 3 --resume= --dump-routing x");
     config_difference(&a, &b, names, sizeof names);
     assert_string_equal(names, "");
     parse(&b, "--dim 64 --lr 0.1 --data x --aux-coef 0 --seed 1 --log-every 1");
     config_difference(&a, &b, names, sizeof names);
     assert_string_equal(names, "--data, --dim, --aux-coef, --lr, --seed");
+    parse(&b,
+          "--objective mlm --mask-share 0.2 --force one --slots 1 --bias-rate 0 --threshold-warmup 1 --chain-norm 1");
+    config_difference(&a, &b, names, sizeof names);
+    assert_string_equal(names,
+                        "--mask-share, --objective, --slots, --force, --chain-norm, --bias-rate, "
+                        "--threshold-warmup");
     config_difference(&a, &b, names, 12);
     assert_int_equal(strlen(names), 11);
 }
@@ -342,6 +330,12 @@ static void test_resume_takes_the_runs_configuration(void **state) {
     assert_true(config.train.lr == 0.1);
     assert_string_equal(config.train.out, run_directory);
     assert_string_equal(config.train.resume, run_directory);
+    assert_true(config.train.aux_coef == 0.01);
+    snprintf(command, sizeof command, "--resume %s --chain-steps auto --chain-outer 1 --aux-coef 0.5", run_directory);
+    parse(&config, command);
+    config_finish(&config);
+    assert_int_equal(config.model.chain_steps, 1);
+    assert_true(config.train.aux_coef == 0.5); /* no part of the model */
     snprintf(command, sizeof command, "--resume %s --out other", run_directory);
     parse(&config, command);
     assert_string_equal(config.train.out, "other");
@@ -359,6 +353,10 @@ static void test_resume_refusals(void **state) {
     assert_command_refused(command, "--router top1 differs from the topk of");
     snprintf(command, sizeof command, "--resume %s --kv-heads 2", run_directory);
     assert_command_refused(command, "--kv-heads 2 differs from the 4 of");
+    snprintf(command, sizeof command, "--resume %s --objective mlm", run_directory);
+    assert_command_refused(command, "--objective mlm differs from the lm of");
+    snprintf(command, sizeof command, "--resume %s --chain-steps 2", run_directory);
+    assert_command_refused(command, "--chain-steps 2 differs from the 1 of");
     assert_command_refused("--resume /nowhere/run", "cannot read /nowhere/run/config.json");
     snprintf(path, sizeof path, "%s/config.json", run_directory);
     snprintf(command, sizeof command, "--resume %s", run_directory);
@@ -391,9 +389,6 @@ int main(void) {
         cmocka_unit_test(test_stable_names),
         cmocka_unit_test(test_options_reach_their_fields),
         cmocka_unit_test(test_defaults),
-        cmocka_unit_test(test_finish_derives),
-        cmocka_unit_test(test_finish_is_idempotent),
-        cmocka_unit_test(test_capacity),
         cmocka_unit_test(test_difference),
         cmocka_unit_test(test_resume_takes_the_runs_configuration),
         cmocka_unit_test(test_resume_refusals),

@@ -112,7 +112,7 @@ static void test_header(void **state) {
     cJSON *line = cJSON_Parse(text);
     const char *keys[] = {"ts",         "program",  "git_sha",      "git_dirty",     "config",          "device",
                           "precision",  "versions", "params_total", "params_active", "flops_per_token", "domains",
-                          "moe_layers", "leaky"};
+                          "moe_layers", "leaky",    "sees_batch"};
     const cJSON *item = line->child;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++, item = item->next) {
         assert_non_null(item);
@@ -134,6 +134,7 @@ static void test_header(void **state) {
     assert_true(number_of(line, "params_active") == 1234);
     assert_true(number_of(line, "flops_per_token") == 1.5e9);
     assert_true(cJSON_IsTrue(cJSON_GetObjectItem(line, "leaky")));
+    assert_true(cJSON_IsFalse(cJSON_GetObjectItem(line, "sees_batch")));
     assert_int_equal(cJSON_GetArraySize(cJSON_GetObjectItem(line, "domains")), 2);
     assert_string_equal(cJSON_GetArrayItem(cJSON_GetObjectItem(line, "domains"), 1)->valuestring, "\"quoted\"");
     assert_int_equal(cJSON_GetArrayItem(cJSON_GetObjectItem(line, "moe_layers"), 1)->valueint, 3);
@@ -144,6 +145,20 @@ static void test_header(void **state) {
     assert_string_equal(string_of(saved, "prompt"), "two\nlines\t\"and a tab\"");
     cJSON_Delete(saved);
     cJSON_Delete(line);
+}
+
+/* What the router sees stands in the header, the one beside the other. */
+static void test_header_of_a_router_that_sees_the_batch(void **state) {
+    Config config = fresh_config();
+    LogHeader other = header;
+    char text[TEXT_SIZE];
+    Log log;
+    other.leaky = false;
+    other.sees_batch = true;
+    log_open(&log, &config, &other, 0);
+    log_close(&log);
+    read_file(&config, "log.jsonl", text);
+    assert_non_null(strstr(text, ",\"leaky\":false,\"sees_batch\":true}\n"));
 }
 
 static void test_line_appends(void **state) {
@@ -201,6 +216,13 @@ static void test_resume_cuts_later_lines(void **state) {
     assert_string_equal(text, "{\"event\":\"memory\",\"bytes\":1}\n{\"event\":\"resume\",\"step\":0}\n");
     resume_log(lines, 30, text);
     assert_int_equal(strlen(text), strlen(lines) + strlen("{\"event\":\"resume\",\"step\":30}\n"));
+    resume_log(
+        "{\"event\":\"router_gradient\",\"step\":1,\"main\":[1],\"balance\":[0]}\n"
+        "{\"event\":\"alarm\",\"step\":3,\"layer\":0,\"router\":0,\"reason\":\"collapse\"}\n",
+        2, text);
+    assert_string_equal(text,
+                        "{\"event\":\"router_gradient\",\"step\":1,\"main\":[1],\"balance\":[0]}\n"
+                        "{\"event\":\"resume\",\"step\":2}\n");
 }
 
 static void test_resume_drops_lines_that_are_not_whole(void **state) {
@@ -432,6 +454,7 @@ static int tear_down(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_header),
+        cmocka_unit_test(test_header_of_a_router_that_sees_the_batch),
         cmocka_unit_test(test_line_appends),
         cmocka_unit_test(test_resume_cuts_later_lines),
         cmocka_unit_test(test_resume_drops_lines_that_are_not_whole),

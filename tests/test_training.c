@@ -1,5 +1,5 @@
 /* Training as a whole: steps that are the same bits for any number of threads, over a resume and in any layout, and
- * almost the same in slices; and what a token may see.
+ * almost the same in slices. What a token may see is in test_causality.c.
  *
  * What one step may change, what is reported of it and that the loss falls is in test_steps.c; operations are tested in
  * test_ops_*.c, gradients in test_model_grad.c. Read next: trainer.h, train.c.
@@ -197,111 +197,14 @@ static void test_slices_equal_one_batch(void **state) {
     }
 }
 
-/* ---- what a token may see */
-
-/* changed[n]: whether row n of the final hidden state or of the logits differs between the two texts. */
-static void compare_texts(Trainer *t, bool *changed, const int *one, const int *other) {
-    Transformer *m = &t->model;
-    size_t C = (size_t)t->config.model.dim, V = (size_t)t->config.model.vocab, N = (size_t)m->N;
-    real_t *hidden = malloc(N * C * sizeof(real_t)), *logits = malloc(N * V * sizeof(real_t));
-    assert_true(hidden && logits && m->head_rows == m->N);
-    for (int pass = 0; pass < 2; pass++) {
-        transformer_forward(m, pass ? other : one, 0, NULL);
-        transformer_loss(m, t->targets, 0, false, NULL);
-        if (pass == 0) {
-            memcpy(hidden, m->hidden, N * C * sizeof(real_t));
-            memcpy(logits, m->logits, N * V * sizeof(real_t));
-        }
-    }
-    for (size_t n = 0; n < N; n++) {
-        changed[n] = memcmp(hidden + n * C, m->hidden + n * C, C * sizeof(real_t)) != 0 ||
-                     memcmp(logits + n * V, m->logits + n * V, V * sizeof(real_t)) != 0;
-    }
-    free(hidden);
-    free(logits);
-}
-
-/* Changes all tokens of sequence b after position t. The first row before that which changed, -1 when there is none;
- * *touched: whether a row after it changed. */
-static int first_leak(Trainer *trainer, int b, int t, uint64_t seed, bool *touched) {
-    int N = trainer->model.N, T = trainer->model.T, V = trainer->config.model.vocab;
-    int *other = malloc((size_t)N * sizeof(int));
-    bool *changed = malloc((size_t)N * sizeof(bool));
-    assert_true(other && changed);
-    memcpy(other, trainer->tokens, (size_t)N * sizeof(int));
-    for (int i = b * T + t + 1; i < (b + 1) * T; i++) {
-        int shift = 1 + (int)random_below(random_key(seed, RANDOM_TEST, 0), (uint64_t)i, (uint64_t)V - 1);
-        other[i] = (other[i] + shift) % V;
-    }
-    compare_texts(trainer, changed, trainer->tokens, other);
-    int leak = -1;
-    *touched = false;
-    for (int n = N - 1; n >= 0; n--) {
-        bool later = n > b * T + t && n < (b + 1) * T;
-        *touched |= later && changed[n];
-        leak = changed[n] && !later ? n : leak;
-    }
-    free(other);
-    free(changed);
-    return leak;
-}
-
-static void test_no_router_sees_later_tokens(void **state) {
-    for (int r = 0; router_at(r); r++) {
-        if (!router_at(r)->causal) {
-            continue;
-        }
-        char options[128];
-        snprintf(options, sizeof options, "--router %s --batch 3 --seq 21 --lr 1e-2", router_at(r)->name);
-        Trainer t;
-        trainer_open(&t, options);
-        for (int i = 0; i < 10; i++) { /* away from the initial weights, whose attention is nearly uniform */
-            train_step(&t);
-        }
-        for (int i = 0; i < 3 * 20; i++) {
-            bool touched;
-            int leak = first_leak(&t, i % 3, i / 3, (uint64_t)i, &touched);
-            if (leak >= 0 || !touched) {
-                fail_msg("%s: tokens after %d of sequence %d change row %d", router_at(r)->name, i / 3, i % 3, leak);
-            }
-        }
-        trainer_close(&t);
-    }
-}
-
-/* With a capacity, who keeps a place decides whether later tokens are seen: never when earlier tokens come first, but
- * by slot a later token's first choice takes the place of an earlier one's second, and by weight a heavier later one
- * pushes an earlier one out. */
-static void test_drop_policies_and_later_tokens(void **state) {
-    static const struct {
-        const char *drop;
-        bool leaks;
-    } policies[] = {{"token", false}, {"slot", true}, {"weight", true}};
-    for (int p = 0; p < 3; p++) {
-        char options[128];
-        snprintf(options, sizeof options, "--batch 1 --capacity-factor 0.7 --allow-leak 1 --drop %s", policies[p].drop);
-        Trainer t;
-        trainer_open(&t, options);
-        read_slice(&t, SPLIT_TRAIN, 0, 0);
-        int leaks = 0;
-        for (int i = 0; i < 4 * (t.model.T - 1); i++) {
-            bool touched;
-            leaks += first_leak(&t, 0, i / 4, (uint64_t)i, &touched) >= 0;
-            assert_true(touched);
-        }
-        assert_true(t.model.load[LOAD_DROPPED] > 0);
-        assert_int_equal(leaks > 0, policies[p].leaks);
-        trainer_close(&t);
-    }
-}
-
 int main(void) {
     omp_set_num_threads(
         1); /* threads have their own test; for models this small, starting threads would be all the work */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits_for_any_threads),   cmocka_unit_test(test_resume_is_uninterrupted),
-        cmocka_unit_test(test_padded_equals_compact),       cmocka_unit_test(test_slices_equal_one_batch),
-        cmocka_unit_test(test_no_router_sees_later_tokens), cmocka_unit_test(test_drop_policies_and_later_tokens),
+        cmocka_unit_test(test_same_bits_for_any_threads),
+        cmocka_unit_test(test_resume_is_uninterrupted),
+        cmocka_unit_test(test_padded_equals_compact),
+        cmocka_unit_test(test_slices_equal_one_batch),
     };
     return cmocka_run_group_tests_name("training", tests, NULL, NULL);
 }

@@ -33,8 +33,8 @@ typedef struct {
  * those of the evaluation before, on the same text; they become this one's. */
 Evaluation evaluation_start(const Transformer *model, int domains, Choices *choices);
 
-/* Adds the forward that model has just done with transformer_loss: its targets (N), -1 where none counts, domain of each
- * (N) and -ln of its true probability, floor (N), NAN where unknown. All on the host. */
+/* Adds the forward that model has just done with transformer_loss: its targets (N), -1 where none counts, the domain of
+ * each (N) and -ln of its true probability, floor (N), NAN where unknown. All on the host. */
 void evaluation_add(Evaluation *evaluation, const Transformer *model, const int *targets, const unsigned char *domain,
                     const double *floor, Stream *stream);
 

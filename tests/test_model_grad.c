@@ -78,8 +78,7 @@ static const Variant variants[] = {
     {"sigmoid, no balance loss", "--router sigmoid --aux-coef 0", 0, false},
     {"sigmoid, two of four groups",
      "--router sigmoid --experts 8 --top-k 3 --router-groups 4 --router-kept-groups 2 --router-scale 2.5", 0, false},
-    {"sigmoid, groups of one, plain",
-     "--router sigmoid --router-groups 4 --router-kept-groups 3 --renorm 0", 0, false},
+    {"sigmoid, groups of one, plain", "--router sigmoid --router-groups 4 --router-kept-groups 3 --renorm 0", 0, false},
     {"sigmoid, one expert of four", "--router sigmoid --top-k 1", 0, false},
     {"sigmoid, every expert", "--router sigmoid --top-k 4", 0, false},
     {"sigmoid, drops, shared", "--router sigmoid --capacity-factor 0.6 --shared-experts 1", 0, true},
@@ -183,7 +182,7 @@ static void draw_suited(Subject *s, bool drops) {
 static void test_gradient(void **state) {
     const Variant *variant = *state;
     const char *fast = getenv("MOELAB_FAST_TESTS");
-    size_t sample = fast && *fast ? 6 : 40;
+    size_t sample = fast && *fast ? 15 : 40;
     Subject s;
     subject_open(&s, variant->options, variant->head_rows);
     draw_suited(&s, variant->drops);

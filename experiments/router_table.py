@@ -2,8 +2,8 @@
 """From the logs of router_table.sh to a table.
 
     router_table.py line LOG.jsonl KEY=VALUE ...   one JSON line about a finished run, for router_table.sh
-    router_table.py done OUT.jsonl                 objective, timing, arm, rate, seed of the runs that have a line
-    router_table.py rate OUT.jsonl lm|mlm ARM      the learning rate at which the arm did best so far
+    router_table.py done OUT.jsonl                 objective, size, timing, arm, rate, seed of runs that have a line
+    router_table.py rate OUT.jsonl lm|mlm wide|narrow ARM     the learning rate at which the arm did best so far
     router_table.py table OUT.jsonl                the tables, in Markdown
 
 Differences are taken against topk, seed by seed (same data order, same initial values of all tensors of the same name),
@@ -56,6 +56,13 @@ def line(path, pairs):
     print(json.dumps(record))
 
 
+def load(path):
+    runs = [json.loads(text) for text in open(path, encoding="utf-8")]
+    for run in runs:
+        run.setdefault("size", "wide")
+    return runs
+
+
 def interval(values):
     """Mean and half width of its 95 % interval; None for the width of a single value."""
     if len(values) < 2:
@@ -85,13 +92,13 @@ def best_rate(runs):
 
 
 def table(path):
-    runs = [json.loads(text) for text in open(path, encoding="utf-8")]
-    for objective in ("lm", "mlm"):
+    runs = load(path)
+    for kind in (("lm", "wide"), ("lm", "narrow"), ("mlm", "wide"), ("mlm", "narrow")):
         arms, ms = collections.OrderedDict(), {}
         for run in runs:
-            if run["objective"] == objective and run["timing"]:
+            if (run["objective"], run["size"]) == kind and run["timing"]:
                 ms[run["arm"]] = run["ms"]
-            elif run["objective"] == objective:
+            elif (run["objective"], run["size"]) == kind:
                 arms.setdefault(run["arm"], []).append(run)
         if not arms:
             continue
@@ -99,7 +106,7 @@ def table(path):
         base = {run["seed"]: run["val_loss"] for run in best.get(BASELINE, [])}
         domains = list(next(iter(best.values()))[0]["domains"])
         floor = next(iter(best.values()))[0]["val_floor"]
-        print(f"\n### {objective}: validation loss in nats" + (f", floor {floor:.3f}" if floor else "") + "\n")
+        print(f"\n### {kind[0]}, {kind[1]}: validation loss in nats" + (f", floor {floor:.3f}" if floor else "") + "\n")
         print("| arm | rate | loss | against topk | " + " | ".join(domains) +
               " | CV | MaxVio | MI | dead | M active | MFLOP/token | ms/step | |")
         print("|" + "---|" * (12 + len(domains)))
@@ -132,12 +139,11 @@ def main():
     if len(sys.argv) >= 3 and sys.argv[1] == "line":
         line(sys.argv[2], sys.argv[3:])
     elif len(sys.argv) == 3 and sys.argv[1] == "done":
-        for text in open(sys.argv[2], encoding="utf-8"):
-            r = json.loads(text)
-            print(r["objective"], r["timing"], r["arm"], f"{r['rate']:g}", r["seed"])
-    elif len(sys.argv) == 5 and sys.argv[1] == "rate":
-        runs = [json.loads(text) for text in open(sys.argv[2], encoding="utf-8")]
-        ours = [r for r in runs if r["objective"] == sys.argv[3] and r["arm"] == sys.argv[4] and not r["timing"]]
+        for r in load(sys.argv[2]):
+            print(r["objective"], r["size"], r["timing"], r["arm"], f"{r['rate']:g}", r["seed"])
+    elif len(sys.argv) == 6 and sys.argv[1] == "rate":
+        runs = load(sys.argv[2])
+        ours = [r for r in runs if [r["objective"], r["size"], r["arm"]] == sys.argv[3:] and not r["timing"]]
         print(f"{best_rate(ours)[0]['rate']:g}" if ours else "")
     elif len(sys.argv) == 3 and sys.argv[1] == "table":
         table(sys.argv[2])

@@ -2,11 +2,12 @@
 # Trains every router on the builtin corpus, several seeds and learning rates side by side, and writes one JSON line per
 # run. `experiments/router_table.py table OUT.jsonl` makes the table.
 #
-#   experiments/router_table.sh [-o lm|mlm] [-j JOBS] [-t THREADS] [-s SEEDS] [-l RATES] [-n STEPS] [-e BATCHES]
+#   experiments/router_table.sh [-o lm|mlm] [-w] [-j JOBS] [-t THREADS] [-s SEEDS] [-l RATES] [-n STEPS] [-e BATCHES]
 #                               [-a ARMS] [-b] [-T] TRAIN OUT.jsonl [COMMIT]
 #
 #   TRAIN      the program (./train)        OUT.jsonl  lines are appended        COMMIT  default: of this checkout
 #   -o         objective: next token (lm) or masked tokens (mlm); each has its own arms
+#   -w         a narrow model: width 32, experts of width 16, which has too few parameters for this corpus
 #   -j -t      runs side by side, threads of each (default: 1 run of all cores)
 #   -s -l -n   "1 2 3"   "2e-3 4e-3 8e-3"   900
 #   -e         batches of 8 x 128 tokens of the evaluation at the end (1024)
@@ -16,16 +17,17 @@
 #
 # A run that OUT.jsonl has a line of is not repeated, so the same command goes on where it was interrupted.
 #
-# Arms share seed, data order and the initial values of all tensors of the same name. K x H = 512 is the active width
-# unless the name says otherwise; what the arms differ in stands in the table below.
+# Arms share seed, data order and the initial values of all tensors of the same name. K x H = 512 (narrow: 32) is the
+# active width unless the name says otherwise; what the arms differ in stands in the table below.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 batches=1024 only='' timing=0 best=0
+objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 batches=1024 only='' timing=0 best=0 size=wide
 usage() { sed -n '5,6p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
-while getopts 'o:j:t:s:l:n:e:a:bT' option; do
+while getopts 'o:wj:t:s:l:n:e:a:bT' option; do
     case $option in
         o) objective=$OPTARG ;;
+        w) size=narrow ;;
         j) jobs=$OPTARG ;;
         t) threads=$OPTARG ;;
         s) seeds=$OPTARG ;;
@@ -48,8 +50,8 @@ commit=${3:-$(git -C "$here" rev-parse --short=12 HEAD)$(git -C "$here" diff --q
 lm_arms='
 dense               1    --router dense
 dense-half          0.5  --router dense --top-k 1
-top1                0.5  --router top1
-top1-wide           1    --router top1 --expert-dim 512
+top1                0.5  --router top1 --top-k 1
+top1-wide           1    --router top1 --top-k 1 --expert-dim 512
 topk                1    --router topk
 topk-plain          1    --router topk --renorm 0
 topk-cf1            1    --router topk --capacity-factor 1
@@ -61,8 +63,8 @@ random              1    --router random
 random-step         1    --router random-step
 threshold           1    --router threshold
 soft-batch          1    --router soft-batch
-soft-token          4    --router soft-token
-soft-token-narrow   1    --router soft-token --expert-dim 64
+soft-token          4    --router soft-token --top-k 8
+soft-token-narrow   1    --router soft-token --top-k 8 --expert-dim 64
 coe                 2    --router coe
 coe-k1              1    --router coe --top-k 1
 coe-norm-k1         1    --router coe --top-k 1 --chain-norm 1
@@ -85,13 +87,19 @@ case $objective in
     mlm) arms=$mlm_arms ;;
     *) usage ;;
 esac
+dim=128 heads=4 width=256
+if [ "$size" = narrow ]; then
+    dim=32 heads=2 width=16
+    arms=${arms//--expert-dim 512/--expert-dim 32}
+    arms=${arms//--expert-dim 64/--expert-dim 4}
+fi
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 touch "$out"
 python3 "$here/router_table.py" done "$out" >"$folder/done"
-common="--data builtin --batch 8 --seq 128 --layers 4 --dim 128 --experts 8 --top-k 2 --expert-dim 256 --min-lr 0.02"
-common="$common --objective $objective --eval-every 0"
+common="--data builtin --batch 8 --seq 128 --layers 4 --dim $dim --heads $heads --experts 8 --top-k 2 --expert-dim $width"
+common="$common --min-lr 0.02 --objective $objective --eval-every 0"
 if [ "$timing" = 1 ]; then
     jobs=1 seeds=1 rates=4e-3 steps=40
     common="$common --log-every 1 --eval-batches 1"
@@ -105,10 +113,10 @@ list() {
     while read -r name work options; do
         [ -n "$name" ] || continue
         if [ -n "$only" ] && [[ ",$only," != *",$name,"* ]]; then continue; fi
-        [ "$best" = 0 ] || rates=$(python3 "$here/router_table.py" rate "$out" "$objective" "$name")
+        [ "$best" = 0 ] || rates=$(python3 "$here/router_table.py" rate "$out" "$objective" "$size" "$name")
         for rate in $rates; do
             for seed in $seeds; do
-                grep -qxF "$objective $timing $name $(printf %g "$rate") $seed" "$folder/done" ||
+                grep -qxF "$objective $size $timing $name $(printf %g "$rate") $seed" "$folder/done" ||
                     echo "$name $work $rate $seed $options"
             done
         done
@@ -131,12 +139,12 @@ run() {
         return 0
     fi
     python3 "$here/router_table.py" line "$directory/log.jsonl" arm="$name" work="$work" rate="$rate" seed="$seed" \
-        objective="$objective" timing="$timing" threads="${OMP_NUM_THREADS:-all}" side_by_side="$jobs" \
+        objective="$objective" size="$size" timing="$timing" threads="${OMP_NUM_THREADS:-all}" side_by_side="$jobs" \
         commit="$commit" command="./train ${line[*]}" >>"$out"
     rm -rf "$directory"
 }
 export -f run
-export train out here folder common steps objective timing jobs commit
+export train out here folder common steps objective size timing jobs commit
 [ -z "$threads" ] || export OMP_NUM_THREADS=$threads
 [ "$jobs" = 1 ] || export OMP_WAIT_POLICY=passive
 # shellcheck disable=SC2016  # $@ is the inner shell's

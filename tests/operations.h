@@ -1,6 +1,7 @@
 /* The operations as one table: name, shapes, how to make inputs, forward, backward. gradcheck.h runs it.
  *
- * To add an operation: make, forward, backward in operations_dense.h or operations_moe.h and one row here.
+ * To add an operation: make, forward, backward in the operations_*.h of its kind (dense; gates: noisy, sigmoid; soft
+ * mixtures; moe: the rest of a MoE layer) and one row here.
  */
 #ifndef TESTS_OPERATIONS_H
 #define TESTS_OPERATIONS_H

@@ -79,9 +79,10 @@ void balance_backward(acc_t *dlogits, acc_t *load, const acc_t *probs, const acc
                 mean += demand[e] * share * p[e];
             }
             for (int e = 0; e < E; e++) {
-                acc_t added = p[e] * (aux * (demand[e] * share - mean) + z * lse[n]);
-                dl[e] += added;
-                sum += (double)added * added;
+                acc_t slope = aux * (demand[e] * share - mean);
+                dl[e] += p[e] * (slope + z * lse[n]);
+                double balance = (double)p[e] * slope;
+                sum += balance * balance;
             }
         }
         square[chunk] = sum;

@@ -25,7 +25,7 @@ enum {
     LOAD_TOKENS_DROPPED,   /* share of the tokens without any row */
     LOAD_PADDING,          /* share of the computed rows without an entry */
     LOAD_MAIN_GRADIENT,    /* norm of the main loss's gradient at the logits, before the losses here are added */
-    LOAD_BALANCE_GRADIENT, /* norm of the balance losses' gradient at the logits, coefficients included */
+    LOAD_BALANCE_GRADIENT, /* norm of the balance loss's gradient at the logits, its coefficient included */
     LOAD_VALUES
 };
 
@@ -33,7 +33,8 @@ enum {
 void balance_forward(acc_t *load, acc_t *mean_prob, const acc_t *probs, const acc_t *lse, const int *demand, int N,
                      int E, int K, Stream *stream);
 
-/* dlogits (N,E) += aux_scale dB/dl + z_scale dZ/dl;  load[LOAD_BALANCE_GRADIENT] = the norm of what is added */
+/* dlogits (N,E) += aux_scale dB/dl + z_scale dZ/dl;  load[LOAD_BALANCE_GRADIENT] = the norm of the first term: 0 where
+ * the balance loss cannot move the router */
 void balance_backward(acc_t *dlogits, acc_t *load, const acc_t *probs, const acc_t *lse, const int *demand, int N,
                       int E, int K, double aux_scale, double z_scale, Stream *stream);
 

@@ -1,4 +1,4 @@
-/* The three conditions, and saying them once. Called by train.c with the figures of every logged step. */
+/* The conditions, and saying them once. Called by train.c with the figures of every logged step. */
 #include "alarm.h"
 
 #include <math.h>
@@ -12,17 +12,17 @@ static bool is_silent(const StepFigures *f, const Transformer *model, int i) {
     return moe->router->learned && moe->pass.config->train.freeze != FREEZE_ROUTER && f->layer_main_norm[i] == 0;
 }
 
+static bool is_unbalanced(const StepFigures *f, const Transformer *model, int i) {
+    const MoeLayer *moe = model->moes[i];
+    bool weighs =
+        moe->router->has_balance_loss && moe->pass.aux_scale > 0 && moe->pass.config->train.freeze != FREEZE_ROUTER;
+    return weighs && f->layer_balance_norm[i] == 0 && load_summary(f->counts + (size_t)i * f->E, f->E).cv > 0;
+}
+
 static bool is_collapsed(const StepFigures *f, const Transformer *model, int i) {
     int K = model->config->top_k;
-    double total = 0, entropy = 0;
-    for (int e = 0; e < f->E; e++) {
-        total += f->counts[i * f->E + e];
-    }
-    for (int e = 0; e < f->E; e++) {
-        double q = f->counts[i * f->E + e] / total;
-        entropy -= q > 0 ? q * log(q) : 0;
-    }
-    return total > 0 && f->E > 1.5 * K && exp(entropy) <= 1.1 * K;
+    double spread = f->E * exp(-load_summary(f->counts + (size_t)i * f->E, f->E).kl); /* exp of the entropy */
+    return f->E > 1.5 * K && spread <= 1.1 * K;
 }
 
 static int dead_experts(const StepFigures *f, const Transformer *model, int i) {
@@ -44,9 +44,10 @@ int alarms_check(Alarms *alarms, const StepFigures *f, const Transformer *model,
     }
     for (int i = 0; i < f->moe_count; i++) {
         int dead = dead_experts(f, model, i);
-        bool holds[ALARM_KINDS] = {is_silent(f, model, i), is_collapsed(f, model, i), dead > 0};
+        bool holds[ALARM_KINDS] = {is_silent(f, model, i), is_unbalanced(f, model, i), is_collapsed(f, model, i),
+                                   dead > 0};
         for (int kind = 0; kind < ALARM_KINDS; kind++) {
-            int *held = &alarms->held[i * ALARM_KINDS + kind], patience = kind == ALARM_SILENT ? 1 : ALARM_PATIENCE;
+            int *held = &alarms->held[i * ALARM_KINDS + kind], patience = kind < ALARM_COLLAPSED ? 1 : ALARM_PATIENCE;
             *held = holds[kind] ? *held + 1 : 0;
             standing += *held >= patience;
             if (*held != patience) {
@@ -55,6 +56,8 @@ int alarms_check(Alarms *alarms, const StepFigures *f, const Transformer *model,
             char reason[96];
             if (kind == ALARM_SILENT) {
                 snprintf(reason, sizeof reason, "no gradient from the main loss: the router learns nothing");
+            } else if (kind == ALARM_UNBALANCED) {
+                snprintf(reason, sizeof reason, "no gradient from the balance loss: it balances nothing");
             } else if (kind == ALARM_COLLAPSED) {
                 snprintf(reason, sizeof reason, "collapse: nearly all tokens go to the same experts");
             } else {

@@ -57,10 +57,7 @@ def line(path, pairs):
 
 
 def load(path):
-    runs = [json.loads(text) for text in open(path, encoding="utf-8")]
-    for run in runs:
-        run.setdefault("size", "wide")
-    return runs
+    return [json.loads(text) for text in open(path, encoding="utf-8")]
 
 
 def interval(values):

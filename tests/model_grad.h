@@ -292,10 +292,11 @@ static inline double central_difference(Subject *s, acc_t *w) {
     return (8 * near - far) / (12 * d);
 }
 
-/* Relative error of a tensor's gradient, in norm: over all elements of a router, of other tensors over `sample` random
- * ones where there are more. s->choices_changed tells whether a difference crossed a change of plan. */
+/* Relative error of a tensor's gradient, in norm, over all elements or `sample` random ones where there are more:
+ * against their own norm, or what would be their share of the tensor's. *norm: of the whole. s->choices_changed tells
+ * whether a difference crossed a change of plan. */
 static inline double tensor_error(Subject *s, const Tensor *t, size_t sample, double *norm) {
-    size_t elements = sample < t->count && t->kind != TENSOR_ROUTER ? sample : t->count;
+    size_t elements = sample < t->count ? sample : t->count;
     uint64_t key = random_key(9, RANDOM_TEST, t->offset);
     double wrong = 0, differences = 0, gradients = 0;
     for (size_t i = 0; i < elements; i++) {
@@ -305,8 +306,9 @@ static inline double tensor_error(Subject *s, const Tensor *t, size_t sample, do
         differences += difference * difference;
         gradients += gradient * gradient;
     }
-    *norm = sqrt(gradients);
-    return sqrt(wrong / fmax(differences, gradients));
+    *norm = tensor_norm(s, t);
+    double share = *norm * *norm * (double)elements / (double)t->count;
+    return sqrt(wrong / fmax(share, fmax(differences, gradients)));
 }
 
 #endif

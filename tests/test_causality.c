@@ -1,4 +1,3 @@
-// build: both
 /* Every router sees what it declares in router.h and no more: later tokens (sees_future), other texts of the batch
  * (sees_batch).
  *

@@ -87,7 +87,7 @@ test_routing_traces_that_cannot_be_used() {
     run --router forced --force letters.txt --out letters
     refused 'letters.txt is no routing trace: name a file that --dump-routing wrote'
     run --router forced --force missing.txt --out missing
-    refused 'cannot read the routing trace missing.txt .*or use balanced, zipf:S or one'
+    refused '--force missing.txt: there is no such file to read .*: it is balanced, zipf:S, one, or what'
     refuses '--dump-routing trace would write over the trace' --router forced --force trace --dump-routing trace
     for name in run full letters missing; do
         [ ! -e $name/checkpoint ] || fail "$name has a checkpoint"

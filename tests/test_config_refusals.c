@@ -267,7 +267,7 @@ static void test_accepts_what_is_close_to_a_refusal(void **state) {
                               "--router soft-token --top-k 8",
                               "--router threshold --threshold-warmup 1 --capacity-factor 2",
                               "--router forced --force zipf:0 --dump-routing t",
-                              "--router forced --force t --dump-routing u",
+                              "--router forced --force /dev/null --dump-routing u",
                               "--router coe --chain-steps 16 --chain-inner 0 --chain-outer 1",
                               "--router expert-choice --objective mlm --chain-steps 2",
                               "--chain-norm 1 --chain-inner 1 --chain-outer 0"};

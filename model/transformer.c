@@ -119,7 +119,7 @@ void transformer_router_name(const Transformer *model, int i, char *name, size_t
         first--;
     }
     if (model->config->chain_steps > 1) {
-        snprintf(name, size, "layer %d, chain step %d", layer, i - first + 1);
+        snprintf(name, size, "layer %d, step %d", layer, i - first + 1);
     } else {
         snprintf(name, size, "layer %d", layer);
     }

@@ -103,7 +103,7 @@ void transformer_init(const Transformer *model, acc_t *host, uint64_t seed, cons
 void transformer_load(Transformer *model, const acc_t *host);
 void transformer_store(const Transformer *model, acc_t *host);
 
-/* "layer 2", or "layer 2, chain step 1" where a layer routes more than once: the i-th router. */
+/* "layer 2", or "layer 2, step 1" where a layer routes more than once: the i-th router. */
 void transformer_router_name(const Transformer *model, int i, char *name, size_t size);
 
 /* Parameters a token meets (expert tensors count K/E, or what a chain can reach at most), and training FLOPs per token:

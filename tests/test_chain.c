@@ -350,7 +350,7 @@ static void test_steps_are_logged_as_routers(void **state) {
         char name[64], expected[64];
         assert_int_equal(t.model.moe_layers[i], 1 + i / STEPS * 2);
         transformer_router_name(&t.model, i, name, sizeof name);
-        snprintf(expected, sizeof expected, "layer %d, chain step %d", t.model.moe_layers[i], i % STEPS + 1);
+        snprintf(expected, sizeof expected, "layer %d, step %d", t.model.moe_layers[i], i % STEPS + 1);
         assert_string_equal(name, expected);
         assert_true(f.layer_main_norm[i] > 0);
         const cJSON *row = cJSON_GetArrayItem(rows, i);

@@ -88,6 +88,29 @@ def best_rate(runs):
     return min(whole, key=lambda r: statistics.fmean(run["val_loss"] for run in r))
 
 
+def print_arms(title, arms, base, domains, ms):
+    print(f"\n### {title}\n")
+    print("| arm | rate | loss | against topk | " + " | ".join(domains) +
+          " | CV | MaxVio | MI | dead | M active | MFLOP/token | ms/step | |")
+    print("|" + "---|" * (12 + len(domains)))
+    for arm, r in arms:
+        losses = [run["val_loss"] for run in r]
+        paired = [run["val_loss"] - base[run["seed"]] for run in r if run["seed"] in base]
+        against = signed(paired) if arm != BASELINE and paired else "–"
+        cells = [arm, f"{r[0]['rate']:g}", plus_minus(losses), against]
+        for name in domains:
+            value = statistics.fmean(run["domains"][name] for run in r)
+            domain_floor = r[0]["floors"][name]
+            cells.append(f"x{value / domain_floor:.2f}" if domain_floor else f"{value:.3f}")
+        for key, digits in (("load_cv", 2), ("max_vio", 2), ("mi", 2), ("dead", 1)):
+            values = [run[key] for run in r if run[key] is not None]
+            cells.append(f"{statistics.fmean(values):.{digits}f}" if values else "–")
+        cells += [f"{r[0]['params_active'] / 1e6:.2f}", f"{r[0]['flops_per_token'] / 1e6:.2f}",
+                  f"{ms[arm]:.0f}" if arm in ms else "–",
+                  "LEAKY" if r[0]["leaky"] else "batch" if r[0]["sees_batch"] else ""]
+        print("| " + " | ".join(cells) + " |")
+
+
 def table(path):
     runs = load(path)
     for kind in (("lm", "wide"), ("lm", "narrow"), ("mlm", "wide"), ("mlm", "narrow")):
@@ -103,26 +126,14 @@ def table(path):
         base = {run["seed"]: run["val_loss"] for run in best.get(BASELINE, [])}
         domains = list(next(iter(best.values()))[0]["domains"])
         floor = next(iter(best.values()))[0]["val_floor"]
-        print(f"\n### {kind[0]}, {kind[1]}: validation loss in nats" + (f", floor {floor:.3f}" if floor else "") + "\n")
-        print("| arm | rate | loss | against topk | " + " | ".join(domains) +
-              " | CV | MaxVio | MI | dead | M active | MFLOP/token | ms/step | |")
-        print("|" + "---|" * (12 + len(domains)))
-        for arm, r in sorted(best.items(), key=lambda item: statistics.fmean(run["val_loss"] for run in item[1])):
-            losses = [run["val_loss"] for run in r]
-            paired = [run["val_loss"] - base[run["seed"]] for run in r if run["seed"] in base]
-            against = signed(paired) if arm != BASELINE and paired else "–"
-            cells = [arm, f"{r[0]['rate']:g}", plus_minus(losses), against]
-            for name in domains:
-                value = statistics.fmean(run["domains"][name] for run in r)
-                domain_floor = r[0]["floors"][name]
-                cells.append(f"x{value / domain_floor:.2f}" if domain_floor else f"{value:.3f}")
-            for key, digits in (("load_cv", 2), ("max_vio", 2), ("mi", 2), ("dead", 1)):
-                values = [run[key] for run in r if run[key] is not None]
-                cells.append(f"{statistics.fmean(values):.{digits}f}" if values else "–")
-            cells += [f"{r[0]['params_active'] / 1e6:.2f}", f"{r[0]['flops_per_token'] / 1e6:.2f}",
-                      f"{ms[arm]:.0f}" if arm in ms else "–",
-                      "LEAKY" if r[0]["leaky"] else "batch" if r[0]["sees_batch"] else ""]
-            print("| " + " | ".join(cells) + " |")
+        title = f"{kind[0]}, {kind[1]}: validation loss in nats" + (f", floor {floor:.3f}" if floor else "")
+        ranked = sorted(best.items(), key=lambda item: statistics.fmean(run["val_loss"] for run in item[1]))
+        honest = [item for item in ranked if not item[1][0]["leaky"]]
+        leaky = [item for item in ranked if item[1][0]["leaky"]]
+        print_arms(title, honest, base, domains, ms)
+        if leaky:
+            print_arms(f"{kind[0]}, {kind[1]}: runs that read later tokens, no language-model loss", leaky, base,
+                       domains, ms)
         rates = sorted({run["rate"] for r in arms.values() for run in r})
         if len(rates) > 1:
             print("\nMean loss at every learning rate:\n\n| arm | " + " | ".join(f"{x:g}" for x in rates) + " |")

@@ -1,51 +1,9 @@
-/* Batches: which tokens each sequence holds, in order and shuffled, which of them masks hide, and which data is refused
- * with which line.
- *
- * Files are written under a temporary folder, which is the current folder while the tests run. Read next:
- * data/corpus.c. */
-#define _GNU_SOURCE /* nftw */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
-
-#include <fcntl.h>
-#include <ftw.h>
-#include <math.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include "../data/builtin.h"
-#include "../data/corpus.h"
-#include "../kernels/random.h"
-#include "forked.h"
-#include "threads.h"
+/* Batches: which tokens each sequence holds, in order and shuffled, and which data is refused with which line. Masks are
+ * in test_masks.c. Read next: corpus_fixture.h, data/corpus.c.
+ */
+#include "corpus_fixture.h"
 
 /* ---- the builtin corpus ---- */
-
-enum { MOST = 8 * 3000 };
-
-typedef struct {
-    int tokens[MOST], targets[MOST];
-    unsigned char domain[MOST];
-    double floor[MOST];
-} Arrays;
-
-static Corpus *open_builtin(int seq, int batch) {
-    return corpus_open(&(CorpusOptions){
-        .train = "builtin", .val = "", .seq = seq, .batch = batch, .vocab = 256, .shuffle = true, .seed = 1337});
-}
-
-static void read_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Arrays *arrays, int at) {
-    Batch batch = {arrays->tokens + at, arrays->targets + at, arrays->domain + at, arrays->floor + at};
-    corpus_batch(corpus, split, step, first, count, &batch);
-}
 
 static void test_batch_does_not_depend_on_shares(void **state) {
     static Arrays whole, parts;
@@ -132,74 +90,7 @@ static void test_corpus_describes_the_builtin_text(void **state) {
     corpus_close(corpus);
 }
 
-/* ---- files ---- */
-
-static void write_file(const char *name, const void *bytes, size_t count) {
-    FILE *file = fopen(name, "wb");
-    assert_non_null(file);
-    assert_int_equal(fwrite(bytes, 1, count, file), count);
-    assert_int_equal(fclose(file), 0);
-}
-
-static void put_u32(unsigned char *p, uint32_t value) {
-    for (int i = 0; i < 4; i++) {
-        p[i] = (unsigned char)(value >> 8 * i);
-    }
-}
-
-/* A shard of tokens first, first + 1, ... */
-static void write_shard(const char *name, int first, int count) {
-    size_t bytes = 1024 + 2 * (size_t)count;
-    unsigned char *buffer = calloc(1, bytes);
-    assert_non_null(buffer);
-    put_u32(buffer, 20240520);
-    put_u32(buffer + 4, 1);
-    put_u32(buffer + 8, (uint32_t)count);
-    for (int i = 0; i < count; i++) {
-        buffer[1024 + 2 * i] = (unsigned char)((first + i) & 255);
-        buffer[1024 + 2 * i + 1] = (unsigned char)((first + i) >> 8);
-    }
-    write_file(name, buffer, bytes);
-    free(buffer);
-}
-
-/* Text whose byte at i is text_byte(i): neighbourhoods of more than a few bytes differ. */
-static int text_byte(uint64_t i) {
-    return (int)((i * 7 + i / 251 * 13) % 251);
-}
-
-static void write_text(const char *name, int count) {
-    unsigned char *buffer = malloc((size_t)count + 1);
-    assert_non_null(buffer);
-    for (int i = 0; i < count; i++) {
-        buffer[i] = (unsigned char)text_byte((uint64_t)i);
-    }
-    write_file(name, buffer, (size_t)count);
-    free(buffer);
-}
-
-static int remove_entry(const char *path, const struct stat *status, int kind, struct FTW *walk) {
-    return remove(path);
-}
-
-static char folder[64];
-
-/* Each test starts in an empty folder. */
-static int enter_folder(void **state) {
-    strcpy(folder, "/tmp/moelab-loader-XXXXXX");
-    return mkdtemp(folder) && chdir(folder) == 0 ? 0 : -1;
-}
-
-static int leave_folder(void **state) {
-    return chdir("/") == 0 ? nftw(folder, remove_entry, 8, FTW_DEPTH | FTW_PHYS) : -1;
-}
-
 /* ---- text and shards ---- */
-
-static CorpusOptions options_of(const char *train, int seq, int batch, bool shuffle) {
-    return (CorpusOptions){
-        .train = train, .val = "", .seq = seq, .batch = batch, .vocab = 256, .shuffle = shuffle, .seed = 42};
-}
 
 /* The batch row of sequence `first` of the step must be the T+1 bytes of text from `start`. */
 static void assert_window(const Corpus *corpus, Split split, int64_t step, int first, int T, uint64_t start) {
@@ -378,141 +269,6 @@ static void test_one_shard_holds_its_last_tenth_out(void **state) {
     corpus_close(corpus);
 }
 
-/* ---- masked prediction ---- */
-
-static CorpusOptions with_masks(CorpusOptions options, double share) {
-    options.mask_share = share;
-    options.mask_token = options.vocab;
-    return options;
-}
-
-/* So many tokens of each sequence are hidden and are the targets; all else is what next-token prediction reads. */
-static void check_masks(CorpusOptions options, double share, int hidden_tokens) {
-    static Arrays plain, masked;
-    int T = options.seq, B = options.batch, mask = options.vocab;
-    CorpusOptions hiding_options = with_masks(options, share);
-    Corpus *corpus = corpus_open(&options), *hiding = corpus_open(&hiding_options);
-    assert_int_equal(corpus_masked_tokens(corpus), T);
-    assert_int_equal(corpus_masked_tokens(hiding), hidden_tokens);
-    assert_false(corpus_has_floor(hiding));
-    for (int i = 0; i < 2 * 3 * B; i++) {
-        Split split = i % 2 ? SPLIT_TRAIN : SPLIT_VAL;
-        read_batch(corpus, split, i / 2 / B, i / 2 % B, 1, &plain, 0);
-        read_batch(hiding, split, i / 2 / B, i / 2 % B, 1, &masked, 0);
-        int count = 0;
-        for (int t = 0; t < T; t++) {
-            bool hidden = masked.tokens[t] == mask;
-            assert_int_equal(masked.tokens[t], hidden ? mask : plain.tokens[t]);
-            assert_int_equal(masked.targets[t], hidden ? plain.tokens[t] : -1);
-            assert_int_equal(masked.domain[t], plain.domain[t > 0 ? t - 1 : 0]); /* no document is one token */
-            assert_true(isnan(masked.floor[t]));
-            count += hidden;
-        }
-        assert_int_equal(count, hidden_tokens);
-    }
-    corpus_close(corpus);
-    corpus_close(hiding);
-}
-
-static void test_masks_hide_what_is_predicted(void **state) {
-    static const double shares[] = {1e-9, 0.15, 0.16, 0.165, 0.5, 0.98, 0.99, 1};
-    static const int hidden[] = {1, 6, 6, 7, 20, 39, 40, 40};
-    write_text("a.txt", 1000);
-    for (int i = 0; i < 8; i++) {
-        check_masks(options_of("builtin", 40, 3, true), shares[i], hidden[i]);
-        check_masks(options_of("a.txt", 40, 3, false), shares[i], hidden[i]);
-        check_masks(options_of("a.txt", 40, 3, true), shares[i], hidden[i]);
-    }
-    check_masks(options_of("builtin", 1, 3, true), 0.15, 1);
-    check_masks(options_of("a.txt", 1, 3, true), 1, 1);
-    check_masks(options_of("builtin", 3000, 2, false), 0.15, 450);
-}
-
-/* Whoever asks, in any order and at once, for any of the arrays, gets the same masks. */
-static void test_masks_do_not_depend_on_shares(void **state) {
-    enum { T = 40, B = 8, FIRST = 5000, STEPS = 4 };
-    static const char *names[] = {"builtin", "a.txt"};
-    int tokens[B * T], targets[B * T], part_tokens[STEPS * B * T], part_targets[STEPS * B * T];
-    write_text("a.txt", 4000);
-    omp_set_num_threads(4);
-    for (int kind = 0; kind < 4; kind++) {
-        CorpusOptions options = with_masks(options_of(names[kind / 2], T, B, kind % 2), 0.15);
-        Corpus *corpus = corpus_open(&options), *again = corpus_open(&options);
-#pragma omp parallel for schedule(dynamic, 1)
-        for (int i = STEPS * B - 1; i >= 0; i--) {
-            int64_t step = FIRST + i / B;
-            corpus_batch(again, SPLIT_TRAIN, step, i % B, 1, &(Batch){.targets = part_targets + i * T});
-            corpus_batch(again, SPLIT_TRAIN, step, i % B, 1, &(Batch){.tokens = part_tokens + i * T});
-        }
-        for (int step = 0; step < STEPS; step++) {
-            corpus_batch(corpus, SPLIT_TRAIN, FIRST + step, 0, B, &(Batch){.tokens = tokens, .targets = targets});
-            assert_memory_equal(tokens, part_tokens + step * B * T, sizeof tokens);
-            assert_memory_equal(targets, part_targets + step * B * T, sizeof targets);
-        }
-        corpus_close(corpus);
-        corpus_close(again);
-    }
-}
-
-/* The hidden places of the first 64 tokens of a sequence, as bits. */
-static uint64_t hidden_places(const Corpus *corpus, Split split, int64_t step, int T) {
-    int targets[64];
-    uint64_t places = 0;
-    corpus_batch(corpus, split, step, 0, 1, &(Batch){.targets = targets});
-    for (int t = 0; t < T; t++) {
-        places |= (uint64_t)(targets[t] >= 0) << t;
-    }
-    return places;
-}
-
-static void test_masks_come_from_seed_split_and_step(void **state) {
-    enum { T = 64 };
-    write_text("a.txt", 10 * (T + 1)); /* one validation window, nine of training */
-    CorpusOptions options = with_masks(options_of("a.txt", T, 1, false), 0.15);
-    Corpus *corpus = corpus_open(&options), *again = corpus_open(&options);
-    options.seed++;
-    Corpus *other = corpus_open(&options);
-    for (int64_t step = 0; step < 20; step++) {
-        uint64_t train = hidden_places(corpus, SPLIT_TRAIN, step, T), val = hidden_places(corpus, SPLIT_VAL, step, T);
-        assert_true(train != val);
-        assert_true(train != hidden_places(corpus, SPLIT_TRAIN, step + 1, T));
-        assert_true(train != hidden_places(corpus, SPLIT_TRAIN, step + 9, T)); /* the same text, another time */
-        assert_true(train == hidden_places(again, SPLIT_TRAIN, step, T));
-        assert_true(val == hidden_places(again, SPLIT_VAL, step, T));
-        assert_true(train != hidden_places(other, SPLIT_TRAIN, step, T));
-        assert_true(val != hidden_places(other, SPLIT_VAL, step, T));
-    }
-    corpus_close(corpus);
-    corpus_close(again);
-    corpus_close(other);
-}
-
-/* Two of eight places: each of the 28 pairs as often as any other, by chi-squared with 27 degrees of freedom; and the
- * next sequence's choice is its own. */
-static void test_masks_prefer_no_place(void **state) {
-    enum { T = 8, PAIRS = 28, DRAWS = PAIRS * 100 };
-    int count[1 << T] = {0};
-    CorpusOptions options = with_masks(options_of("builtin", T, 1, true), 0.25);
-    Corpus *corpus = corpus_open(&options);
-    double chi = 0;
-    int follow = 0; /* how often a place is hidden and then the place before it in the next sequence: 7/16 a draw */
-    for (int64_t step = 0; step < DRAWS; step++) {
-        uint64_t places = hidden_places(corpus, SPLIT_TRAIN, step, T);
-        follow += __builtin_popcountll(places >> 1 & hidden_places(corpus, SPLIT_TRAIN, step + 1, T));
-        count[places]++;
-    }
-    for (int places = 0; places < 1 << T; places++) {
-        if (__builtin_popcount((unsigned)places) == 2) {
-            chi += (count[places] - 100) * (count[places] - 100) / 100.0;
-        } else {
-            assert_int_equal(count[places], 0);
-        }
-    }
-    assert_true(chi > 9 && chi < 56); /* 0.1% on either side */
-    assert_in_range(follow, DRAWS * 7 / 16 - 100, DRAWS * 7 / 16 + 100);
-    corpus_close(corpus);
-}
-
 /* ---- lines that end the program ---- */
 
 static void open_and_read(void *options) {
@@ -580,8 +336,6 @@ static void test_contradictory_options_end_the_program_with_one_line(void **stat
     assert_dies(options, "few.txt has 5 tokens for validation", "give more data with --val");
 }
 
-#define IN_FOLDER(test) cmocka_unit_test_setup_teardown(test, enter_folder, leave_folder)
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_batch_does_not_depend_on_shares),
@@ -594,13 +348,8 @@ int main(void) {
         IN_FOLDER(test_shuffled_order_depends_on_seed_and_epoch_alone),
         IN_FOLDER(test_validation_can_be_given),
         IN_FOLDER(test_one_shard_holds_its_last_tenth_out),
-        IN_FOLDER(test_masks_hide_what_is_predicted),
-        IN_FOLDER(test_masks_come_from_seed_split_and_step),
-        cmocka_unit_test(test_masks_prefer_no_place),
         IN_FOLDER(test_bad_data_ends_the_program_with_one_line),
         IN_FOLDER(test_contradictory_options_end_the_program_with_one_line),
-        /* last: its threads stay, and the leak check of a child that is forked after it misses them */
-        IN_FOLDER(test_masks_do_not_depend_on_shares),
     };
     return cmocka_run_group_tests_name("corpus", tests, NULL, NULL);
 }

@@ -1,5 +1,5 @@
-/* Batches: which tokens each sequence holds, in order and shuffled, and which data is refused with which line. Masks are
- * in test_masks.c. Read next: corpus_fixture.h, data/corpus.c.
+/* Batches: which tokens each sequence holds, in order and shuffled, and which data is refused with which line. Masks
+ * are in test_masks.c. Read next: corpus_fixture.h, data/corpus.c.
  */
 #include "corpus_fixture.h"
 

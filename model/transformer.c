@@ -428,7 +428,7 @@ void transformer_update_routers(Transformer *model, const AdamState *adam, Strea
     int E = model->config->experts;
     for (int i = 0; i < model->moe_count; i++) {
         MoeLayer *moe = model->moes[i];
-        if (moe->router->update) {
+        if (moe->router->update && moe->pass.config->train.freeze != FREEZE_ROUTER) {
             moe->router->update(&moe->pass, model->demand + (size_t)i * E, (size_t)model->moe_count * E, adam, stream);
         }
     }

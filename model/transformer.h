@@ -128,7 +128,8 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
 /* After transformer_loss with gradient: adds to model->grads. */
 void transformer_backward(Transformer *model, const int *tokens, Stream *stream);
 
-/* After the optimizer's step, whose state is `adam`: routers that learn without a gradient move what they keep. */
+/* After the optimizer's step, whose state is `adam`: routers that learn without a gradient move what they
+ * keep, unless --freeze router holds them. */
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream);
 
 /* One token per sequence at `position`, after those before it; leaves logits (B,V) in model->logits. USE_GENERATE only.

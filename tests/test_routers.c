@@ -387,6 +387,33 @@ static void test_skipped_step_leaves_states(void **state) {
     }
 }
 
+/* --freeze router holds all of a router at its initial values, what it moves without a gradient too. */
+static void test_frozen_router_keeps_its_state(void **state) {
+    static const char *const routers[] = {"--router sigmoid --bias-rate 0.1",
+                                          "--router threshold --threshold-warmup 1"};
+    for (int r = 0; r < 2; r++) {
+        for (int frozen = 0; frozen <= 1; frozen++) {
+            char options[128];
+            snprintf(options, sizeof options, "%s --freeze %s", routers[r], frozen ? "router" : "none");
+            Trainer t;
+            trainer_open(&t, options);
+            acc_t *before = copy_flat(&t, t.model.master);
+            while (t.step < 3) {
+                train_step(&t);
+            }
+            for (int i = 0; i < t.model.tensors.count; i++) {
+                const Tensor *tensor = &t.model.tensors.items[i];
+                bool router = tensor->kind == TENSOR_ROUTER || tensor->kind == TENSOR_STATE;
+                bool same =
+                    !memcmp(before + tensor->offset, t.model.master + tensor->offset, tensor->count * sizeof(acc_t));
+                assert_int_equal(same, frozen && router);
+            }
+            free(before);
+            trainer_close(&t);
+        }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_renormalised_is_softmax_over_the_chosen),
@@ -398,6 +425,7 @@ int main(void) {
         cmocka_unit_test(test_threshold_reaches_its_load),
         cmocka_unit_test(test_resumed_runs),
         cmocka_unit_test(test_skipped_step_leaves_states),
+        cmocka_unit_test(test_frozen_router_keeps_its_state),
     };
     omp_set_num_threads(1);
     return cmocka_run_group_tests_name("routers", tests, NULL, NULL);

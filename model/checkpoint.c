@@ -11,7 +11,7 @@
  * So a reader that takes the first whole one of C, T, O finds the old state or the new one after any of these steps.
  * A whole T found by the next save is put in place before anything else: it may be the only checkpoint there is.
  *
- * Called by train.c. Read next: safetensors.c.
+ * Called by resume.c and import.c. Read next: safetensors.c.
  */
 #include "checkpoint.h"
 
@@ -29,6 +29,7 @@
 #include <unistd.h>
 
 #include "../kernels/check.h"
+#include "../kernels/checksum.h"
 #include "safetensors.h"
 
 enum { FILES = 3, MODEL_FILE = 0, OPTIMIZER_FILE, STATE_FILE, PATH_SIZE = 1024, ERROR_SIZE = 1536 };
@@ -467,9 +468,9 @@ static void state_read(const char *directory, CheckpointState *state) {
     cJSON_Delete(json);
 }
 
-void checkpoint_load(const char *run, CheckpointState *state) {
-    Places places = places_of(run);
-    const char *const candidates[] = {places.current, places.tmp, places.old}; /* newest first */
+/* The newest whole checkpoint of RUN, one of *places. Ends the program when there is none; option is what asked. */
+static const char *checkpoint_find(const char *run, const Places *places, const char *option) {
+    const char *const candidates[] = {places->current, places->tmp, places->old}; /* newest first */
     const char *directory = NULL;
     char problem[ERROR_SIZE] = "", other[ERROR_SIZE];
     for (int i = 0; i < 3 && !directory; i++) {
@@ -477,16 +478,27 @@ void checkpoint_load(const char *run, CheckpointState *state) {
             directory = candidates[i];
         }
     }
-    CHECK(directory || !problem[0], "%s: restore it from a copy, or train again without --resume", problem);
-    CHECK(directory, "no checkpoint in %s: check the name, or train without --resume", run);
-    if (directory != places.current) {
+    CHECK(directory || !problem[0], "%s: restore it from a copy, or train again without %s", problem, option);
+    CHECK(directory, "no checkpoint in %s: check the name, or train without %s", run, option);
+    if (directory != places->current) {
         fprintf(stderr, "moelab: %s; going on from %s, which an interrupted save left whole\n",
                 problem[0] ? problem : "a save was interrupted", directory);
     }
+    return directory;
+}
+
+void checkpoint_load(const char *run, CheckpointState *state) {
+    Places places = places_of(run);
+    const char *directory = checkpoint_find(run, &places, "--resume");
     acc_t *const buffers[] = {state->weights, state->m, state->v};
     tensors_read(directory, MODEL_FILE, state->tensors, buffers, PREFIXES, 1);
     tensors_read(directory, OPTIMIZER_FILE, state->tensors, buffers + 1, PREFIXES + 1, 2);
     state_read(directory, state);
+}
+
+void checkpoint_load_weights(const char *run, const TensorList *tensors, acc_t *weights) {
+    Places places = places_of(run);
+    tensors_read(checkpoint_find(run, &places, "--init-from"), MODEL_FILE, tensors, &weights, PREFIXES, 1);
 }
 
 bool checkpoint_exists(const char *run) {

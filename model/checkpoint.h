@@ -42,6 +42,9 @@ bool checkpoint_save(const char *run, const CheckpointState *state, const char *
  * another model. */
 void checkpoint_load(const char *run, CheckpointState *state);
 
+/* The same for the weights alone (tensors->total values), to start another run from them. */
+void checkpoint_load_weights(const char *run, const TensorList *tensors, acc_t *weights);
+
 /* Whether RUN holds a complete checkpoint: every file there with its size; checkpoint_load checks the contents. */
 bool checkpoint_exists(const char *run);
 

@@ -23,6 +23,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "../kernels/checksum.h"
+
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian and so is this code");
 
 enum {
@@ -48,44 +50,6 @@ __attribute__((format(printf, 3, 4))) static bool fail(char *error, size_t error
         }
     }
     return false;
-}
-
-static uint32_t crc_shift_byte(uint32_t crc) {
-    for (int bit = 0; bit < 8; bit++) {
-        crc = (crc >> 1) ^ (0x82f63b78u & -(crc & 1)); /* Castagnoli's polynomial, bits reversed */
-    }
-    return crc;
-}
-
-/* Slicing by eight (Kounavis and Berry 2005): table[k][b] is the effect of byte b followed by k zero bytes, so that
- * eight bytes are eight independent look-ups. The tables are made anew for each call, which costs about as much as
- * checksumming 8 KB with them and spares a global; short data goes bit by bit. */
-uint32_t crc32c(uint32_t crc, const void *data, size_t bytes) {
-    const unsigned char *p = data;
-    crc = ~crc;
-    if (bytes >= 1024) {
-        uint32_t table[8][256];
-        for (uint32_t b = 0; b < 256; b++) {
-            table[0][b] = crc_shift_byte(b);
-        }
-        for (int k = 1; k < 8; k++) {
-            for (int b = 0; b < 256; b++) {
-                table[k][b] = (table[k - 1][b] >> 8) ^ table[0][table[k - 1][b] & 255];
-            }
-        }
-        for (; bytes >= 8; bytes -= 8, p += 8) {
-            uint64_t word;
-            memcpy(&word, p, 8);
-            word ^= crc;
-            crc = table[7][word & 255] ^ table[6][word >> 8 & 255] ^ table[5][word >> 16 & 255] ^
-                  table[4][word >> 24 & 255] ^ table[3][word >> 32 & 255] ^ table[2][word >> 40 & 255] ^
-                  table[1][word >> 48 & 255] ^ table[0][word >> 56];
-        }
-    }
-    for (; bytes > 0; bytes--, p++) {
-        crc = crc_shift_byte(crc ^ *p);
-    }
-    return ~crc;
 }
 
 /* Bytes of a tensor of this shape; false when the shape is not one, or the product does not fit. */
@@ -367,7 +331,34 @@ static cJSON *header_parse(const char *header, size_t length) {
     return json;
 }
 
-static bool file_map(SafetensorsFile *file, const char *path, char *error, size_t error_size) {
+bool safetensors_parse(SafetensorsFile *file, const char *name, const void *bytes, size_t size, char *error,
+                       size_t error_size) {
+    *file = (SafetensorsFile){0};
+    if (size < LENGTH_BYTES) {
+        return fail(error, error_size, "%s: %zu bytes are too few for a safetensors file", name, size);
+    }
+    uint64_t length;
+    memcpy(&length, bytes, LENGTH_BYTES);
+    size_t after_length = size - LENGTH_BYTES;
+    if (length > HEADER_LIMIT || length > after_length) {
+        return fail(error, error_size, "%s: a header of %llu bytes does not fit: not a safetensors file, or truncated",
+                    name, (unsigned long long)length);
+    }
+    const char *header = (const char *)bytes + LENGTH_BYTES;
+    cJSON *json = header_parse(header, (size_t)length);
+    if (!json) {
+        return fail(error, error_size, "%s: the header is not a JSON object", name);
+    }
+    bool ok = items_read(file, json, header + length, after_length - (size_t)length, name, error, error_size);
+    cJSON_Delete(json);
+    if (!ok) {
+        safetensors_close(file);
+    }
+    return ok;
+}
+
+/* Maps the file at path; of an empty one, which cannot be mapped, *map is NULL. */
+static bool map_file(void **map, size_t *size, const char *path, char *error, size_t error_size) {
     int fd = open(path, O_RDONLY);
     if (fd < 0) {
         return fail(error, error_size, "cannot open %s: %s", path, strerror(errno));
@@ -377,47 +368,29 @@ static bool file_map(SafetensorsFile *file, const char *path, char *error, size_
         close(fd);
         return fail(error, error_size, "%s is not a file", path);
     }
-    if (status.st_size < LENGTH_BYTES) {
-        close(fd);
-        return fail(error, error_size, "%s: %lld bytes are too few for a safetensors file", path,
-                    (long long)status.st_size);
-    }
-    void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    *size = (size_t)status.st_size;
+    *map = *size ? mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
     int reason = errno;
     close(fd);
-    if (map == MAP_FAILED) {
-        return fail(error, error_size, "cannot map %s: %s", path, strerror(reason));
-    }
-    file->map = map;
-    file->map_bytes = (size_t)status.st_size;
-    return true;
+    return *map != MAP_FAILED || fail(error, error_size, "cannot map %s: %s", path, strerror(reason));
 }
 
 bool safetensors_open(SafetensorsFile *file, const char *path, char *error, size_t error_size) {
     *file = (SafetensorsFile){0};
-    if (!file_map(file, path, error, error_size)) {
+    void *map;
+    size_t size;
+    if (!map_file(&map, &size, path, error, error_size)) {
         return false;
     }
-    uint64_t length;
-    memcpy(&length, file->map, LENGTH_BYTES);
-    size_t after_length = file->map_bytes - LENGTH_BYTES;
-    if (length > HEADER_LIMIT || length > after_length) {
-        safetensors_close(file);
-        return fail(error, error_size, "%s: a header of %llu bytes does not fit: not a safetensors file, or truncated",
-                    path, (unsigned long long)length);
+    if (!safetensors_parse(file, path, map, size, error, error_size)) {
+        if (map) {
+            munmap(map, size);
+        }
+        return false;
     }
-    const char *header = (const char *)file->map + LENGTH_BYTES;
-    cJSON *json = header_parse(header, (size_t)length);
-    if (!json) {
-        safetensors_close(file);
-        return fail(error, error_size, "%s: the header is not a JSON object", path);
-    }
-    bool ok = items_read(file, json, header + length, after_length - (size_t)length, path, error, error_size);
-    cJSON_Delete(json);
-    if (!ok) {
-        safetensors_close(file);
-    }
-    return ok;
+    file->map = map;
+    file->map_bytes = size;
+    return true;
 }
 
 const SafetensorsItem *safetensors_find(const SafetensorsFile *file, const char *name) {

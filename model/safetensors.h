@@ -33,17 +33,19 @@ bool safetensors_write(const char *path, const SafetensorsItem *items, int count
 typedef struct {
     SafetensorsItem *items; /* sorted by name; data may be unaligned in files of other writers: read it with memcpy */
     int count;
-    void *map;
+    void *map; /* of safetensors_open; NULL: the bytes are the caller's */
     size_t map_bytes;
 } SafetensorsFile;
 
 /* Maps a file and checks everything in it (header length, JSON, known dtypes, shapes against bytes, offsets that tile
  * the buffer, duplicate names). False with one line in error. Hostile input must not crash it. */
 bool safetensors_open(SafetensorsFile *file, const char *path, char *error, size_t error_size);
+
+/* The same for a file's bytes in memory, which outlives *file; `name` stands in errors. */
+bool safetensors_parse(SafetensorsFile *file, const char *name, const void *bytes, size_t size, char *error,
+                       size_t error_size);
+
 const SafetensorsItem *safetensors_find(const SafetensorsFile *file, const char *name);
 void safetensors_close(SafetensorsFile *file);
-
-/* CRC-32C (Castagnoli), continuing from `crc` (0 to start). */
-uint32_t crc32c(uint32_t crc, const void *data, size_t bytes);
 
 #endif

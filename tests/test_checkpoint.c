@@ -3,6 +3,7 @@
 
 #include <sys/stat.h>
 
+#include "../kernels/checksum.h"
 #include "../model/safetensors.h"
 
 static char *file_get(const char *name, size_t *size) {

@@ -21,12 +21,23 @@
  *     "GLOB"      the files that match; all of them shards, or none
  * Several files are one stream, in the order of their names (strcmp).
  *
- * A token shard is what llm.c and its relatives write: 256 little-endian int32, of which [0] is 20240520, [1] is 1 and
- * [2] the number of tokens, then the tokens as little-endian uint16, and no byte more.
+ * A token shard is what llm.c and its relatives write: a header of 256 little-endian int32, then the tokens, and no
+ * byte more. Shards of both widths may be one stream. The words of the header:
+ *     [0] 20240520   [1] 1   [2] tokens     little-endian uint16 each
+ *     [0] 20240801   [1] 7   [2] tokens     little-endian uint32 each
+ *     [3] 0: that is all; or 0x62616c6d: these follow
+ *     [4] vocabulary   [5] hash of the tokenizer, 0: unknown
+ *     [6] CRC-32C of the tokens' bytes followed by those of the header with 0 in this place
+ *     [7] [8] bytes of text that the tokens stand for, low and high half; 0: unknown
  *
- * Files are mapped, not read, so opening is immediate and memory is the page cache's. Sizes and positions have 64 bits.
- * Everything in a file is checked before it is used. A file that is cut short while it is open ends the program
- * (SIGBUS). Several threads may read one loader. Errors are one line in a buffer of the caller, and nothing exits. */
+ * The checksum is verified, so that opening a shard reads all of it, where the one source file says before the #include
+ * how: uint32_t CRC-32C of what was summed in `crc` (0 to start) followed by `bytes` bytes at `data`.
+ *
+ *     #define TEXT_LOADER_CRC32C(crc, data, bytes) my_crc32c(crc, data, bytes)
+ *
+ * Files are mapped, not copied: memory is the page cache's. Sizes and positions have 64 bits. Everything in a file is
+ * checked before it is used. A file that is cut short while it is open ends the program (SIGBUS). Several threads may
+ * read one loader. Errors are one line in a buffer of the caller, and nothing exits. */
 #ifndef TEXT_LOADER_H
 #define TEXT_LOADER_H
 
@@ -63,6 +74,20 @@ uint64_t text_loader_tokens(const TextLoader *loader);
 /* Whether tokens are bytes of text (else: of shards). */
 bool text_loader_is_text(const TextLoader *loader);
 
+/* The bytes of a text, to be read until the loader is closed; NULL for shards, and without memory. Those of one file
+ * are its map; several files are copied into one piece by the first call, which must not run beside another. */
+const unsigned char *text_loader_text(TextLoader *loader, uint64_t *bytes);
+
+/* Largest vocabulary that the shards state; 0 when one of them states none, and for text. */
+int text_loader_vocab(const TextLoader *loader);
+
+/* Whether every shard states which tokenizer made it. They never contradict each other: opening fails then. Either way
+ * *hash is what those say that state one; 0 when none does, and for text. */
+bool text_loader_tokenizer(const TextLoader *loader, uint32_t *hash);
+
+/* Bytes of text that the stream stands for: a text's size; of shards what they state, 0 when one of them does not. */
+uint64_t text_loader_bytes(const TextLoader *loader);
+
 /* Copies tokens [position, position + count) of the stream. False, with a line in `error`, when that is not all inside
  * the stream or a token is not below `vocab`. */
 bool text_loader_read(const TextLoader *loader, uint64_t position, uint64_t count, int vocab, int *tokens, char *error);
@@ -90,8 +115,9 @@ bool text_loader_read(const TextLoader *loader, uint64_t position, uint64_t coun
 #include <unistd.h>
 
 enum {
-    TEXT_LOADER_MAGIC = 20240520,
-    TEXT_LOADER_VERSION = 1,
+    TEXT_LOADER_UINT16 = 20240520, /* first word of the shard, by the type of its tokens */
+    TEXT_LOADER_UINT32 = 20240801,
+    TEXT_LOADER_DESCRIBED = 0x62616c6d, /* word [3], when [4] to [8] have a meaning */
     TEXT_LOADER_HEADER_BYTES = 256 * 4,
 };
 
@@ -101,6 +127,11 @@ typedef struct {
     uint64_t bytes;
     uint64_t start; /* position of its first token in the stream */
     uint64_t tokens;
+    int width; /* bytes of a token */
+    bool described;
+    int vocab;           /* this and the next two: 0 when it does not say */
+    uint32_t tokenizer;  /* hash */
+    uint64_t text_bytes; /* that its tokens stand for */
 } TextLoaderFile;
 
 struct TextLoader {
@@ -108,6 +139,11 @@ struct TextLoader {
     size_t count;
     uint64_t tokens;
     bool text;
+    unsigned char *joined; /* copy of several texts, once it was asked for */
+    int vocab;             /* of all files, as are the next three; see the functions of these names */
+    uint32_t tokenizer;
+    bool tokenizer_known;
+    uint64_t text_bytes;
 };
 
 /* Writes the line and returns false. */
@@ -130,7 +166,7 @@ static int32_t text_loader_header_word(const unsigned char *map, int i) {
     return (int32_t)bits; /* two's complement, as every compiler for POSIX has it */
 }
 
-/* Checks a mapped shard's header against the file's size and sets its number of tokens. */
+/* Checks a mapped shard's header against the file's size and takes over what it says. */
 static bool text_loader_check_shard(TextLoaderFile *file, char *error) {
     unsigned long long bytes = file->bytes;
     if (bytes < TEXT_LOADER_HEADER_BYTES) {
@@ -141,26 +177,47 @@ static bool text_loader_check_shard(TextLoaderFile *file, char *error) {
     int magic = text_loader_header_word(file->map, 0);
     int version = text_loader_header_word(file->map, 1);
     int tokens = text_loader_header_word(file->map, 2);
-    if (magic != TEXT_LOADER_MAGIC) {
-        return text_loader_fail(error, "%s starts with %d, but a token shard with %d: %s", file->name, magic,
-                                (int)TEXT_LOADER_MAGIC, "write it again in llm.c's format, or rename it if it is text");
+    int mark = text_loader_header_word(file->map, 3);
+    if (magic != TEXT_LOADER_UINT16 && magic != TEXT_LOADER_UINT32) {
+        return text_loader_fail(error, "%s starts with %d, but a token shard with %d or %d: %s", file->name, magic,
+                                (int)TEXT_LOADER_UINT16, (int)TEXT_LOADER_UINT32,
+                                "write it again in llm.c's format, or rename it if it is text");
     }
-    if (version != TEXT_LOADER_VERSION) {
-        return text_loader_fail(error, "%s is a shard of version %d: write it again as version %d, with uint16 tokens",
-                                file->name, version, (int)TEXT_LOADER_VERSION);
+    bool wide = magic == TEXT_LOADER_UINT32;
+    if (version != (wide ? 7 : 1)) {
+        return text_loader_fail(error, "%s is a shard of version %d: write it again as version %d, with uint%d tokens",
+                                file->name, version, wide ? 7 : 1, wide ? 32 : 16);
     }
     if (tokens <= 0) {
         return text_loader_fail(error, "%s has no tokens (its header says %d): write it again or remove it", file->name,
                                 tokens);
     }
+    file->width = wide ? 4 : 2;
+    file->tokens = (uint64_t)tokens;
     /* No overflow: tokens < 2^31. */
-    uint64_t expected = TEXT_LOADER_HEADER_BYTES + 2 * (uint64_t)tokens;
+    uint64_t expected = TEXT_LOADER_HEADER_BYTES + (uint64_t)file->width * file->tokens;
     if (bytes != expected) {
         return text_loader_fail(
             error, "%s has %llu bytes, but its header's %d tokens take %llu: it is %s, copy it again", file->name,
             bytes, tokens, (unsigned long long)expected, bytes < expected ? "truncated" : "too long");
     }
-    file->tokens = (uint64_t)tokens;
+    /* Any other value may be the mark with a damaged bit; taken for 0, it would hide that there is a checksum. */
+    if (mark != 0 && mark != TEXT_LOADER_DESCRIBED) {
+        return text_loader_fail(error, "%s has 0x%x in word 3 of its header, which is not a shard's: %s", file->name,
+                                (unsigned)mark, "write or copy it again");
+    }
+    file->described = mark == TEXT_LOADER_DESCRIBED;
+    file->text_bytes = 0;
+    if (file->described) {
+        file->vocab = text_loader_header_word(file->map, 4);
+        file->tokenizer = (uint32_t)text_loader_header_word(file->map, 5);
+        file->text_bytes = (uint32_t)text_loader_header_word(file->map, 7);
+        file->text_bytes |= (uint64_t)(uint32_t)text_loader_header_word(file->map, 8) << 32;
+        if (file->vocab <= 0 || (!wide && file->vocab > 65536)) {
+            return text_loader_fail(error, "%s states a vocabulary of %d, but its tokens are uint%d: %s", file->name,
+                                    file->vocab, wide ? 32 : 16, "write or copy it again");
+        }
+    }
     return true;
 }
 
@@ -191,6 +248,8 @@ static bool text_loader_map(TextLoaderFile *file, bool text, char *error) {
     file->map = (const unsigned char *)map;
     file->bytes = (uint64_t)status.st_size;
     file->tokens = file->bytes;
+    file->text_bytes = file->bytes;
+    file->width = 1;
     return text || text_loader_check_shard(file, error);
 }
 
@@ -272,6 +331,65 @@ static int text_loader_compare(const void *a, const void *b) {
     return strcmp(((const TextLoaderFile *)a)->name, ((const TextLoaderFile *)b)->name);
 }
 
+/* Sets what is known of all files together, which must not contradict each other. */
+static bool text_loader_describe(TextLoader *loader, char *error) {
+    const TextLoaderFile *named = NULL; /* the first that states a tokenizer */
+    bool all_vocab = true, all_tokenizer = true, all_bytes = true;
+    for (size_t i = 0; i < loader->count; i++) {
+        const TextLoaderFile *file = &loader->files[i];
+        all_vocab = all_vocab && file->vocab;
+        all_tokenizer = all_tokenizer && file->tokenizer;
+        all_bytes = all_bytes && file->text_bytes;
+        if (file->tokenizer && !named) {
+            named = file;
+        }
+        if (file->tokenizer && file->tokenizer != named->tokenizer) {
+            return text_loader_fail(error, "%s and %s were made with different tokenizers: %s", named->name, file->name,
+                                    "give shards of one of them, or write them again with the same");
+        }
+        if (file->text_bytes > UINT64_MAX - loader->text_bytes) {
+            return text_loader_fail(error, "%s: with it the shards state more bytes of text than 64 bits can count",
+                                    file->name);
+        }
+        loader->text_bytes += file->text_bytes;
+        loader->vocab = file->vocab > loader->vocab ? file->vocab : loader->vocab;
+    }
+    loader->tokenizer = named ? named->tokenizer : 0;
+    loader->tokenizer_known = all_tokenizer;
+    loader->vocab = all_vocab ? loader->vocab : 0;
+    loader->text_bytes = all_bytes ? loader->text_bytes : 0;
+    return true;
+}
+
+#ifdef TEXT_LOADER_CRC32C
+
+static bool text_loader_is_damaged(const TextLoaderFile *file) {
+    unsigned char header[TEXT_LOADER_HEADER_BYTES];
+    memcpy(header, file->map, sizeof header);
+    memset(header + 4 * 6, 0, 4); /* the checksum's own place */
+    uint32_t crc = TEXT_LOADER_CRC32C((uint32_t)0, file->map + sizeof header, (size_t)file->bytes - sizeof header);
+    crc = TEXT_LOADER_CRC32C(crc, header, sizeof header);
+    return crc != (uint32_t)text_loader_header_word(file->map, 6);
+}
+
+/* Several files at a time: one core may not keep up with the disk. */
+static bool text_loader_verify(const TextLoader *loader, char *error) {
+    size_t damaged = loader->count; /* the first such file */
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) reduction(min : damaged)
+#endif
+    for (size_t i = 0; i < loader->count; i++) {
+        if (i < damaged && loader->files[i].described && text_loader_is_damaged(&loader->files[i])) {
+            damaged = i;
+        }
+    }
+    return damaged == loader->count ||
+           text_loader_fail(error, "%s is damaged: its tokens do not match the checksum in its header; %s",
+                            loader->files[damaged].name, "write or copy it again");
+}
+
+#endif
+
 static bool text_loader_fill(TextLoader *loader, const char *path, const char *with, const char *without, char *error) {
     struct stat status;
     bool good;
@@ -303,7 +421,12 @@ static bool text_loader_fill(TextLoader *loader, const char *path, const char *w
         }
         loader->tokens += file->tokens;
     }
-    return true;
+#ifdef TEXT_LOADER_CRC32C
+    if (!text_loader_verify(loader, error)) {
+        return false;
+    }
+#endif
+    return text_loader_describe(loader, error);
 }
 
 TextLoader *text_loader_open(const char *path, const char *with, const char *without, char *error) {
@@ -331,6 +454,7 @@ void text_loader_close(TextLoader *loader) {
         free(file->name);
     }
     free(loader->files);
+    free(loader->joined);
     free(loader);
 }
 
@@ -340,6 +464,34 @@ uint64_t text_loader_tokens(const TextLoader *loader) {
 
 bool text_loader_is_text(const TextLoader *loader) {
     return loader->text;
+}
+
+const unsigned char *text_loader_text(TextLoader *loader, uint64_t *bytes) {
+    *bytes = loader->text ? loader->tokens : 0;
+    if (!loader->text || loader->count == 1) {
+        return loader->text ? loader->files[0].map : NULL;
+    }
+    if (!loader->joined && loader->tokens <= SIZE_MAX) {
+        loader->joined = (unsigned char *)malloc((size_t)loader->tokens);
+        for (size_t i = 0; loader->joined && i < loader->count; i++) {
+            const TextLoaderFile *file = &loader->files[i];
+            memcpy(loader->joined + file->start, file->map, (size_t)file->bytes);
+        }
+    }
+    return loader->joined;
+}
+
+int text_loader_vocab(const TextLoader *loader) {
+    return loader->vocab;
+}
+
+bool text_loader_tokenizer(const TextLoader *loader, uint32_t *hash) {
+    *hash = loader->tokenizer;
+    return loader->tokenizer_known;
+}
+
+uint64_t text_loader_bytes(const TextLoader *loader) {
+    return loader->text_bytes;
 }
 
 /* The file that holds the token at `position`, which is inside the stream: binary search over the files' starts. */
@@ -356,6 +508,15 @@ static size_t text_loader_file_at(const TextLoader *loader, uint64_t position) {
     return low;
 }
 
+static uint32_t text_loader_token(const TextLoaderFile *file, uint64_t i) {
+    if (file->width == 1) {
+        return file->map[i];
+    }
+    const unsigned char *p = file->map + TEXT_LOADER_HEADER_BYTES + (size_t)file->width * (size_t)i;
+    uint32_t token = (uint32_t)p[0] | (uint32_t)p[1] << 8;
+    return file->width == 2 ? token : token | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
 bool text_loader_read(const TextLoader *loader, uint64_t position, uint64_t count, int vocab, int *tokens,
                       char *error) {
     if (position > loader->tokens || count > loader->tokens - position) {
@@ -368,13 +529,12 @@ bool text_loader_read(const TextLoader *loader, uint64_t position, uint64_t coun
         uint64_t from = position - file->start;
         uint64_t here = file->tokens - from < count ? file->tokens - from : count;
         for (uint64_t i = 0; i < here; i++) {
-            uint64_t at = loader->text ? from + i : TEXT_LOADER_HEADER_BYTES + 2 * (from + i);
-            int token = loader->text ? file->map[at] : file->map[at] | file->map[at + 1] << 8;
-            if (token >= vocab) {
-                return text_loader_fail(error, "%s: token %llu is %d, which is not below the vocabulary size %d",
-                                        file->name, (unsigned long long)(from + i), token, vocab);
+            uint32_t token = text_loader_token(file, from + i);
+            if ((int64_t)token >= vocab) { /* a uint32 may be above every int */
+                return text_loader_fail(error, "%s: token %llu is %lu, which is not below the vocabulary size %d",
+                                        file->name, (unsigned long long)(from + i), (unsigned long)token, vocab);
             }
-            tokens[i] = token;
+            tokens[i] = (int)token;
         }
         tokens += here;
         position += here;

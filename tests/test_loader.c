@@ -1,8 +1,12 @@
 /* Text files and token shards: what is accepted, what is refused with which line, and which tokens are read.
  *
- * Files are written under a temporary folder, which is the current folder while the tests run. Read next:
- * data/text_loader.h. */
+ * Shards are made by hand here, byte by byte, and the loader is a copy of this file's own that knows no checksum;
+ * tests/test_shard.c has the shards of data/shard.c and the program's loader. Files are written under a temporary
+ * folder, which is the current folder while the tests run. Read next: data/text_loader.h. */
 #define _GNU_SOURCE /* nftw */
+#define TEXT_LOADER_IMPLEMENTATION
+#include "../data/text_loader.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -12,14 +16,13 @@
 
 #include <fcntl.h>
 #include <ftw.h>
+#include <limits.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#include "../data/text_loader.h"
 
 /* ---- files ---- */
 
@@ -231,7 +234,7 @@ static void test_paths_that_hold_no_data_are_refused(void **state) {
 }
 
 static void test_tokens_outside_the_vocabulary_are_reported(void **state) {
-    int tokens[20];
+    int tokens[20] = {0};
     assert_int_equal(mkdir("d", 0700), 0);
     write_shard("d/a.bin", 0, 10);
     write_shard("d/b.bin", 50250, 10);
@@ -285,6 +288,211 @@ static void test_positions_beyond_4_gib(void **state) {
     text_loader_close(loader);
 }
 
+/* ---- both widths, and what headers say ---- */
+
+enum { HAND_MADE_BYTES = 2048, VOCAB_WORD = 4, TOKENIZER_WORD, CHECKSUM_WORD, BYTES_WORD };
+
+/* A shard of `count` tokens first, first + 1, ... of so many bytes each, with a header as llm.c writes it. */
+static size_t make_shard(unsigned char *buffer, int width, uint32_t first, int count) {
+    memset(buffer, 0, HAND_MADE_BYTES);
+    put_u32(buffer, width == 4 ? 20240801 : 20240520);
+    put_u32(buffer + 4, width == 4 ? 7 : 1);
+    put_u32(buffer + 8, (uint32_t)count);
+    for (int i = 0; i < width * count; i++) {
+        buffer[1024 + i] = (unsigned char)((first + (uint32_t)(i / width)) >> 8 * (i % width));
+    }
+    return 1024 + (size_t)(width * count);
+}
+
+static void write_wide_shard(const char *name, uint32_t first, int count) {
+    unsigned char buffer[HAND_MADE_BYTES];
+    size_t bytes = make_shard(buffer, 4, first, count);
+    write_file(name, buffer, bytes);
+}
+
+/* Ten tokens whose header has words [4] to [8]; the checksum is wrong. */
+static void write_described_shard(const char *name, int width, uint32_t vocab, uint32_t tokenizer, uint64_t text) {
+    unsigned char buffer[HAND_MADE_BYTES];
+    size_t bytes = make_shard(buffer, width, 0, 10);
+    memcpy(buffer + 12, "mlab", 4);
+    put_u32(buffer + 4 * VOCAB_WORD, vocab);
+    put_u32(buffer + 4 * TOKENIZER_WORD, tokenizer);
+    put_u32(buffer + 4 * CHECKSUM_WORD, 12345);
+    put_u32(buffer + 4 * BYTES_WORD, (uint32_t)text);
+    put_u32(buffer + 4 * (BYTES_WORD + 1), (uint32_t)(text >> 32));
+    write_file(name, buffer, bytes);
+}
+
+static void test_shards_of_both_widths_are_one_stream(void **state) {
+    int tokens[60];
+    assert_int_equal(mkdir("d", 0700), 0);
+    write_shard("d/a.bin", 65500, 20);
+    write_wide_shard("d/b.bin", 65520, 25); /* across 2^16 */
+    write_shard("d/c.bin", 7, 5);
+    write_wide_shard("d/d.bin", 128255, 10);
+    TextLoader *loader = open_good("d", NULL, NULL);
+    assert_int_equal(text_loader_tokens(loader), 60);
+    for (uint64_t from = 0; from < 60; from++) {
+        for (uint64_t count = 0; count <= 60 - from; count++) {
+            assert_true(text_loader_read(loader, from, count, 128265, tokens, error));
+            for (uint64_t k = 0; k < count; k++) {
+                int at = (int)(from + k);
+                assert_int_equal(tokens[k], at < 45 ? 65500 + at : at < 50 ? 7 + at - 45 : 128255 + at - 50);
+            }
+        }
+    }
+    assert_false(text_loader_read(loader, 0, 60, 128264, tokens, error));
+    assert_error_has(error, "d/d.bin: token 9 is 128264, which is not below the vocabulary size 128264");
+    text_loader_close(loader);
+}
+
+static void test_tokens_above_every_int_are_out_of_range(void **state) {
+    int tokens[2];
+    const uint32_t above[] = {0x7fffffff, 0x80000000, 0xfffffffe};
+    write_wide_shard("most.bin", 0x7ffffffd, 2);
+    TextLoader *loader = open_good("most.bin", NULL, NULL);
+    assert_true(text_loader_read(loader, 0, 2, INT_MAX, tokens, error));
+    assert_int_equal(tokens[1], INT_MAX - 1);
+    text_loader_close(loader);
+    for (int i = 0; i < 3; i++) {
+        char line[64];
+        write_wide_shard("above.bin", above[i], 2);
+        loader = open_good("above.bin", NULL, NULL);
+        assert_false(text_loader_read(loader, 0, 2, INT_MAX, tokens, error));
+        snprintf(line, sizeof line, "above.bin: token 0 is %lu, which is not below", (unsigned long)above[i]);
+        assert_error_has(error, line);
+        text_loader_close(loader);
+    }
+}
+
+static void test_every_other_length_is_refused(void **state) {
+    unsigned char buffer[HAND_MADE_BYTES];
+    for (int width = 2; width <= 4; width += 2) {
+        size_t bytes = make_shard(buffer, width, 5, 6);
+        for (size_t length = 0; length <= bytes + 8; length++) {
+            write_file("cut.bin", buffer, length);
+            TextLoader *loader = text_loader_open("cut.bin", NULL, NULL, error);
+            assert_true((loader != NULL) == (length == bytes));
+            text_loader_close(loader);
+        }
+    }
+}
+
+/* Magic, version, number of tokens and mark: no bit of them may differ. What follows has no meaning without a mark. */
+static void test_each_word_of_a_header(void **state) {
+    unsigned char buffer[HAND_MADE_BYTES];
+    int tokens[6];
+    for (int width = 2; width <= 4; width += 2) {
+        size_t bytes = make_shard(buffer, width, 5, 6);
+        for (int word = 0; word < 256; word++) {
+            for (int bit = 0; bit < 32; bit += word < 4 ? 1 : 31) {
+                buffer[4 * word + bit / 8] ^= (unsigned char)(1 << bit % 8);
+                write_file("word.bin", buffer, bytes);
+                TextLoader *loader = text_loader_open("word.bin", NULL, NULL, error);
+                assert_true((loader != NULL) == (word >= 4));
+                if (loader) {
+                    assert_true(text_loader_read(loader, 0, 6, 11, tokens, error));
+                    assert_memory_equal(tokens, ((int[]){5, 6, 7, 8, 9, 10}), sizeof tokens);
+                    assert_int_equal(text_loader_vocab(loader), 0);
+                    assert_int_equal(text_loader_bytes(loader), 0);
+                }
+                text_loader_close(loader);
+                buffer[4 * word + bit / 8] ^= (unsigned char)(1 << bit % 8);
+            }
+        }
+    }
+    make_shard(buffer, 4, 5, 6);
+    put_u32(buffer + 4, 1); /* the other width's version */
+    write_file("version.bin", buffer, 1048);
+    assert_refused("version.bin",
+                   "version.bin is a shard of version 1: write it again as version 7, with uint32 tokens");
+    make_shard(buffer, 4, 5, 6);
+    put_u32(buffer + 12, 0x62616c6c);
+    write_file("mark.bin", buffer, 1048);
+    assert_refused("mark.bin", "mark.bin has 0x62616c6c in word 3 of its header");
+}
+
+static void assert_says(const char *path, int vocab, bool known, uint32_t tokenizer, uint64_t text) {
+    uint32_t hash = 1;
+    TextLoader *loader = open_good(path, NULL, NULL);
+    assert_int_equal(text_loader_vocab(loader), vocab);
+    assert_int_equal(text_loader_tokenizer(loader, &hash), known);
+    assert_int_equal(hash, tokenizer);
+    assert_int_equal(text_loader_bytes(loader), text);
+    text_loader_close(loader);
+}
+
+static void test_what_shards_say_together(void **state) {
+    const uint64_t much = UINT64_C(0x1234567890);
+    write_described_shard("a1.bin", 2, 50257, 0xdeadbeef, 40);
+    write_described_shard("a2.bin", 4, 50304, 0xdeadbeef, much);
+    write_shard("b1.bin", 0, 10);
+    write_described_shard("b2.bin", 2, 300, 0xdeadbeef, 0);
+    write_described_shard("c1.bin", 2, 65536, 0, 50);
+    assert_says("a1.bin", 50257, true, 0xdeadbeef, 40);
+    assert_says("a[12].bin", 50304, true, 0xdeadbeef, 40 + much);
+    assert_says("b1.bin", 0, false, 0, 0);
+    assert_says("b2.bin", 300, true, 0xdeadbeef, 0);
+    assert_says("[ab]1.bin", 0, false, 0xdeadbeef, 0);
+    assert_says("[ab]2.bin", 50304, true, 0xdeadbeef, 0);
+    assert_says("[ac]1.bin", 65536, false, 0xdeadbeef, 90);
+    assert_says("c1.bin", 65536, false, 0, 50);
+    write_described_shard("d1.bin", 4, 50257, 0xdeadbeee, 40);
+    assert_refused("[abcd]1.bin", "a1.bin and d1.bin were made with different tokenizers");
+    write_described_shard("e1.bin", 2, 9, 1, UINT64_MAX);
+    write_described_shard("e2.bin", 2, 9, 1, 1);
+    assert_refused("e*.bin", "e2.bin: with it the shards state more bytes of text than 64 bits can count");
+}
+
+static void test_vocabularies_that_cannot_be(void **state) {
+    const struct {
+        int width;
+        uint32_t vocab;
+        const char *line; /* NULL: it can be */
+    } cases[] = {
+        {2, 0, "a.bin states a vocabulary of 0, but its tokens are uint16"},
+        {2, 65537, "a.bin states a vocabulary of 65537, but its tokens are uint16"},
+        {2, 0xffffffff, "a.bin states a vocabulary of -1, but"},
+        {4, 0, "a.bin states a vocabulary of 0, but its tokens are uint32"},
+        {4, 0x80000000, "a.bin states a vocabulary of -2147483648, but"},
+        {2, 65536, NULL},
+        {2, 1, NULL},
+        {4, 0x7fffffff, NULL},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_described_shard("a.bin", cases[i].width, cases[i].vocab, 1, 1);
+        if (cases[i].line) {
+            assert_refused("a.bin", cases[i].line);
+        } else {
+            assert_says("a.bin", (int)cases[i].vocab, true, 1, 1);
+        }
+    }
+}
+
+static void test_text_in_one_piece(void **state) {
+    uint64_t bytes = 0;
+    write_file("a.txt", "one\n", 4);
+    write_file("b.txt", "2", 1);
+    write_file("c.txt", "three\0", 6);
+    TextLoader *loader = open_good("a.txt", NULL, NULL);
+    const unsigned char *text = text_loader_text(loader, &bytes);
+    assert_int_equal(bytes, 4);
+    assert_memory_equal(text, "one\n", 4);
+    text_loader_close(loader);
+    loader = open_good("*.txt", NULL, NULL);
+    text = text_loader_text(loader, &bytes);
+    assert_int_equal(bytes, 11);
+    assert_memory_equal(text, "one\n2three\0", 11);
+    assert_ptr_equal(text_loader_text(loader, &bytes), text);
+    text_loader_close(loader);
+    assert_says("*.txt", 0, false, 0, 11);
+    write_shard("x.bin", 0, 4);
+    loader = open_good("x.bin", NULL, NULL);
+    assert_null(text_loader_text(loader, &bytes));
+    assert_int_equal(bytes, 0);
+    text_loader_close(loader);
+}
+
 #define IN_FOLDER(test) cmocka_unit_test_setup_teardown(test, enter_folder, leave_folder)
 
 int main(void) {
@@ -298,6 +506,13 @@ int main(void) {
         IN_FOLDER(test_paths_that_hold_no_data_are_refused),
         IN_FOLDER(test_tokens_outside_the_vocabulary_are_reported),
         IN_FOLDER(test_positions_beyond_4_gib),
+        IN_FOLDER(test_shards_of_both_widths_are_one_stream),
+        IN_FOLDER(test_tokens_above_every_int_are_out_of_range),
+        IN_FOLDER(test_every_other_length_is_refused),
+        IN_FOLDER(test_each_word_of_a_header),
+        IN_FOLDER(test_what_shards_say_together),
+        IN_FOLDER(test_vocabularies_that_cannot_be),
+        IN_FOLDER(test_text_in_one_piece),
     };
     return cmocka_run_group_tests_name("loader", tests, NULL, NULL);
 }

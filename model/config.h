@@ -1,7 +1,7 @@
 /* Every option of the program, once: the table in options.c drives the parser, --help, config.json and the log header.
  *
  *     Config config;
- *     config_parse(&config, argc, argv);     // defaults, then the resumed run's config.json, then the command line
+ *     config_parse(&config, argc, argv);     // defaults, then --resume's or --init-from's config.json, then the command line
  *     config_finish(&config);                // derives what follows from the rest; refuses contradictions
  *
  * To add an option: one field here, one row in the table of options.c.
@@ -30,6 +30,7 @@ enum {
 typedef struct {
     int objective; /* Objective */
     int layers, dim, heads, kv_heads, seq, vocab;
+    int head_dim; /* width of one head; 0 until config_finish: dim / heads */
     int qk_norm; /* 0|1: RMSNorm of every query and key head */
     int tie;     /* 0|1: the head is the embedding */
     char router[32];
@@ -65,15 +66,19 @@ typedef struct {
     int eval_every, eval_batches, log_every, save_every;
     int max_skips; /* stop after this many non-finite steps in a row */
     int freeze;    /* Freeze */
+    char init_from[CONFIG_TEXT];
+    int upcycle;
     /* parallel */
     int ep;
     /* output */
-    char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT];
+    char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT], export_gguf[CONFIG_TEXT];
     int sample; /* tokens to sample at the end, per prompt; 0: none */
     char prompt[CONFIG_TEXT];
     double temperature, top_p;
     int sample_top_k;
     int eval_drop; /* 1: evaluate with the capacity of training; 0: dropless */
+    char choices[CONFIG_TEXT]; /* multiple-choice questions to answer at the end */
+    int choices_most;          /* of them; 0: all */
     /* measure */
     char dump_routing[CONFIG_TEXT];
     int profile, trace_syncs;
@@ -89,15 +94,21 @@ typedef struct {
 void config_defaults(Config *config);
 
 /* Parses a command line into *config. With --resume DIR the configuration of DIR/config.json takes the place of the
- * defaults, --out becomes DIR unless given, and a model option that differs from DIR's is refused. --help prints the
- * grouped table and exits with 0. Ends the program with one line on an unknown option (naming the nearest), a
+ * defaults, --out becomes DIR unless given, and a model option that differs from DIR's is refused. With --init-from DIR
+ * the model options and the tokenizer are DIR's unless given. --help prints the grouped table and exits with 0. Ends the program with one line on an unknown option (naming the nearest), a
  * missing, malformed or out-of-range value. Both "--lr 1e-3" and "--lr=1e-3" are accepted. */
 void config_parse(Config *config, int argc, char **argv);
 
-/* Fills what follows from the rest (kv_heads 0 -> heads, vocab 0 -> 256 and the mask, what is auto -> the router's own;
- * top1 implies its top_k), then refuses what cannot work, one line each, naming the options and the way out. Calls
+/* Fills in what follows from the rest (kv_heads 0 -> heads, head_dim 0 -> dim / heads, vocab 0 -> 256 and the mask, what
+ * is auto -> the router's own; top1 implies its top_k). Refuses nothing, leaves an unknown router alone. Idempotent. */
+void config_derive(Config *config);
+
+/* Derives, then refuses what cannot work, one line each, naming the options and the way out. Calls
  * router_find. Idempotent. */
 void config_finish(Config *config);
+
+/* Whether the command line set the option. */
+bool config_given(const Config *config, const char *name);
 
 /* The whole configuration as one JSON object, keys = option names with '_' for '-', in table order. Returned string
  * is the caller's (free). */

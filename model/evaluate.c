@@ -101,7 +101,7 @@ static void add_experts(Evaluation *e, const Plan *plan, double *domain_expert, 
 }
 
 void evaluation_add(Evaluation *e, const Transformer *model, const int *targets, const unsigned char *domain,
-                    const double *floor, Stream *stream) {
+                    const double *floor, const int *bytes, Stream *stream) {
     int N = model->N;
     acc_t *losses = allocate(N, sizeof(acc_t));
     host_from_device(losses, model->losses, N * sizeof(acc_t), stream);
@@ -110,6 +110,9 @@ void evaluation_add(Evaluation *e, const Transformer *model, const int *targets,
             e->domain_loss[domain[n]] += losses[n];
             e->domain_floor[domain[n]] += floor[n];
             e->domain_tokens[domain[n]]++;
+            bool known = e->text_bytes >= 0 && bytes[n] >= 0;
+            e->text_bytes = known ? e->text_bytes + bytes[n] : -1;
+            e->text_loss += bytes[n] > 0 ? losses[n] : 0;
         }
     }
     for (int i = 0; i < model->moe_count; i++) {
@@ -134,7 +137,8 @@ void evaluation_finish(Evaluation *e, double bytes_per_token) {
     }
     e->loss /= tokens;
     e->floor /= tokens;
-    e->bits_per_byte = e->masked ? NAN : e->loss / M_LN2 / bytes_per_token;
+    double per_byte = e->text_bytes > 0 ? e->text_loss / (double)e->text_bytes : e->loss / bytes_per_token;
+    e->bits_per_byte = e->masked ? NAN : per_byte / M_LN2;
     for (int i = 0; i < e->moe_count; i++) {
         e->information[i] = mutual_information(e->domain_expert + (size_t)i * e->domains * e->E, e->domains, e->E);
     }

@@ -20,6 +20,8 @@ typedef struct {
     int domains, moe_count, E;
     bool masked;                        /* only hidden tokens count: there are no bits per byte */
     double loss, floor, bits_per_byte;  /* nats per token; NAN when unknown */
+    double text_loss;                   /* nats of the targets that stand for text, .. */
+    int64_t text_bytes;                 /* .. and the bytes they stand for; -1: unknown */
     double *domain_loss, *domain_floor; /* (domains) nats per token of the domain; NAN without tokens */
     int64_t *domain_tokens;             /* (domains) */
     double *domain_expert;              /* (moe_count, domains, E) how often tokens of the domain chose the expert */
@@ -34,11 +36,13 @@ typedef struct {
 Evaluation evaluation_start(const Transformer *model, int domains, Choices *choices);
 
 /* Adds the forward that model has just done with transformer_loss: its targets (N), -1 where none counts, the domain of
- * each (N) and -ln of its true probability, floor (N), NAN where unknown. All on the host. */
+ * each (N), -ln of its true probability, floor (N), NAN where unknown, and the bytes of text it stands for (N), 0 for a
+ * special token, -1 where unknown. All on the host. */
 void evaluation_add(Evaluation *evaluation, const Transformer *model, const int *targets, const unsigned char *domain,
-                    const double *floor, Stream *stream);
+                    const double *floor, const int *bytes, Stream *stream);
 
-/* From sums to means, once everything is added. */
+/* From sums to means, once everything is added. Bits per byte, comparable between tokenizers: the losses of all targets
+ * that stand for text over the bytes they stand for; where those are unknown, the mean loss over bytes_per_token. */
 void evaluation_finish(Evaluation *evaluation, double bytes_per_token);
 void evaluation_free(Evaluation *evaluation);
 

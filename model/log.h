@@ -10,7 +10,7 @@
  *                "val_domains":{"stories":{"loss":..,"floor":..,"tokens":..},..},
  *                "domain_expert":[[[E shares] per domain] per router],"mi":[nats per router],
  *                "churn":[share of tokens whose experts changed since the evaluation before; null at first]}
- *   event       {"event":"resume"|"skip"|"sample"|"memory"|"checkpoint"|"alarm"|"router_gradient"|"end", ...}
+ *   event       {"event":"resume"|"skip"|"sample"|"memory"|"checkpoint"|"alarm"|"router_gradient"|"choices"|"end", ...}
  * Arrays per router have one entry for each MoE layer, or for each step of its chain; the header's "moe_layers" names
  * the layer of each.
  * Losses are nats per token; floats are printed with nine digits, so that equal bits give equal text.

@@ -36,9 +36,10 @@ const Option option_table[] = {
     {"model", "heads", true, TYPE_INT, MODEL(heads), "4", 1, 4096, "N", "query heads"},
     {"model", "kv-heads", true, TYPE_INT, MODEL(kv_heads), "0", 0, 4096, "N",
      "key and value heads; 0: as many as --heads"},
+    {"model", "head-dim", true, TYPE_INT, MODEL(head_dim), "0", 0, 512, "N", "width of a head; 0: --dim / --heads"},
     {"model", "qk-norm", true, TYPE_INT, MODEL(qk_norm), "1", 0, 1, "0|1", "RMSNorm of every query and key head"},
     {"model", "seq", true, TYPE_INT, MODEL(seq), "128", 2, 32768, "N", "tokens in a sequence"},
-    {"model", "vocab", true, TYPE_INT, MODEL(vocab), "0", 0, 65536, "N",
+    {"model", "vocab", true, TYPE_INT, MODEL(vocab), "0", 0, 1048576, "N",
      "different tokens; 0: the tokenizer's (256 bytes)"},
     {"model", "tie", true, TYPE_INT, MODEL(tie), "0", 0, 1, "0|1", "1: the head is the embedding"},
     {"model", "norm-eps", true, TYPE_REAL, MODEL(norm_eps), "1e-6", 1e-12, 1, "X", "epsilon of every RMSNorm"},
@@ -123,6 +124,11 @@ const Option option_table[] = {
     {"training", "resume", false, TYPE_TEXT, TRAIN(resume), "", 0, TEXT, "DIR",
      "go on with the run in DIR; its options hold unless given"},
 
+    {"training", "init-from", true, TYPE_TEXT, TRAIN(init_from), "", 0, TEXT, "DIR",
+     "start from the weights of DIR: a run, or a folder of Hugging Face transformers; its model options hold"},
+    {"training", "upcycle", true, TYPE_SWITCH, TRAIN(upcycle), "0", 0, 1, "",
+     "with --init-from a dense model: every expert starts as a copy of its MLP"},
+
     {"parallel", "ep", false, TYPE_INT, TRAIN(ep), "1", 1, 4096, "N", "ranks that share the experts"},
 
     {"output", "out", false, TYPE_TEXT, TRAIN(out), "runs/default", 0, TEXT, "DIR",
@@ -141,6 +147,12 @@ const Option option_table[] = {
      "1: evaluate with the capacity of training; 0: dropless"},
     {"output", "export-hf", false, TYPE_TEXT, TRAIN(export_hf), "", 0, TEXT, "DIR",
      "write the model for Hugging Face transformers"},
+    {"output", "export-gguf", false, TYPE_TEXT, TRAIN(export_gguf), "", 0, TEXT, "FILE",
+     "write the model for llama.cpp"},
+    {"output", "choices", false, TYPE_TEXT, TRAIN(choices), "", 0, TEXT, "FILE",
+     "answer the multiple-choice questions of an llm.c eval shard at the end"},
+    {"output", "choices-most", false, TYPE_INT, TRAIN(choices_most), "0", 0, 1000000000, "N",
+     "answer the first N of them; 0: all"},
 
     {"measure", "dump-routing", false, TYPE_TEXT, TRAIN(dump_routing), "", 0, TEXT, "FILE",
      "record which experts every token of every training step went to"},

@@ -23,19 +23,20 @@
 
 enum { MOST_LOGITS = 1 << 22, LEAST_HEAD_ROWS = 256 };
 
-static int head_size(const ModelConfig *config) {
-    return config->dim / config->heads;
+static int qkv_width(const ModelConfig *config) {
+    return (config->heads + 2 * config->kv_heads) * config->head_dim;
 }
 
-static int qkv_width(const ModelConfig *config) {
-    return (config->heads + 2 * config->kv_heads) * head_size(config);
+/* Columns of what attention puts out: all query heads side by side; C unless --head-dim says otherwise. */
+static int att_width(const ModelConfig *config) {
+    return config->heads * config->head_dim;
 }
 
 /* ---- parameters ---- */
 
-static void list_tensors(TensorList *list, const ModelConfig *c) {
+void transformer_tensors(TensorList *list, const ModelConfig *c) {
     double std = 0.02, out_std = std / sqrt(2.0 * c->layers), ones = -1;
-    int C = c->dim, HS = head_size(c);
+    int C = c->dim, HS = c->head_dim;
     tensors_add(list, TENSOR_DENSE, -1, std, c->vocab, C, 0, "embedding.w");
     for (int l = 0; l < c->layers; l++) {
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.attn_norm.w", l);
@@ -44,7 +45,7 @@ static void list_tensors(TensorList *list, const ModelConfig *c) {
             tensors_add(list, TENSOR_DENSE, l, ones, HS, 0, 0, "layers.%d.attn.q_norm.w", l);
             tensors_add(list, TENSOR_DENSE, l, ones, HS, 0, 0, "layers.%d.attn.k_norm.w", l);
         }
-        tensors_add(list, TENSOR_DENSE, l, out_std, C, C, 0, "layers.%d.attn.out.w", l);
+        tensors_add(list, TENSOR_DENSE, l, out_std, C, att_width(c), 0, "layers.%d.attn.out.w", l);
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.ffn_norm.w", l);
         chain_tensors(list, c, l);
     }
@@ -86,7 +87,7 @@ void transformer_connect(Transformer *model) {
         chain_connect(&layer->chain, &model->tensors, l, model->weights, model->master, model->grads);
     }
     model->scratch.din_rows = model->scratch.out_rows;
-    rope_table(model->angles, c->seq, head_size(c), c->rope_base, NULL);
+    rope_table(model->angles, c->seq, c->head_dim, c->rope_base, NULL);
     int all_rows[2] = {0, model->N};
     device_from_host(model->scratch.all_rows, all_rows, sizeof all_rows, NULL);
 }
@@ -156,7 +157,7 @@ double transformer_flops_per_token(const Transformer *model) {
         }
     }
     double scores = c->objective == OBJECTIVE_LM ? 0.5 : 1; /* share of the T x T that is computed */
-    return 6 * matrices + 12.0 * scores * c->layers * c->seq * c->dim;
+    return 6 * matrices + 12.0 * scores * c->layers * c->seq * att_width(c);
 }
 
 /* ---- memory ---- */
@@ -177,13 +178,13 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
     reserve(arena, &layer->qkv_raw, N * width, sizeof(real_t), kind);
     reserve(arena, &layer->qkv_turned, N * width, sizeof(real_t), kind);
     reserve(arena, &layer->qk_rstd, N * (c->heads + c->kv_heads), sizeof(acc_t), kind);
-    reserve(arena, &layer->att, N * C, sizeof(real_t), kind);
+    reserve(arena, &layer->att, N * att_width(c), sizeof(real_t), kind);
     reserve(arena, &layer->lse, N * c->heads, sizeof(acc_t), kind);
     reserve(arena, &layer->mid, N * C, sizeof(real_t), kind);
     reserve(arena, &layer->mn, N * C, sizeof(real_t), kind);
     reserve(arena, &layer->mid_rstd, N, sizeof(acc_t), kind);
     if (use == USE_GENERATE) {
-        size_t cache = (size_t)model->B * c->seq * c->kv_heads * head_size(c);
+        size_t cache = (size_t)model->B * c->seq * c->kv_heads * c->head_dim;
         reserve(arena, &layer->keys, cache, sizeof(real_t), MEMORY_CACHE);
         reserve(arena, &layer->values, cache, sizeof(real_t), MEMORY_CACHE);
     }
@@ -198,7 +199,7 @@ static void reserve_backward(Transformer *model, Arena *arena) {
     reserve(arena, &model->dx, N * C, sizeof(real_t), kind);
     reserve(arena, &model->dn, N * C, sizeof(real_t), kind);
     reserve(arena, &model->dqkv, N * qkv_width(c), sizeof(real_t), kind);
-    reserve(arena, &model->datt, N * C, sizeof(real_t), kind);
+    reserve(arena, &model->datt, N * att_width(c), sizeof(real_t), kind);
 }
 
 void transformer_reserve(Transformer *model, const Config *config, int batch, int slices, TransformerUse use,
@@ -211,7 +212,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     model->moe_layers = calloc(c->layers * c->chain_steps, sizeof(int));
     model->moes = calloc(c->layers * c->chain_steps, sizeof(MoeLayer *));
     CHECK(model->layers && model->moe_layers && model->moes, "out of memory for %d layers: lower --layers", c->layers);
-    list_tensors(&model->tensors, c);
+    transformer_tensors(&model->tensors, c);
     for (int l = 0; l < c->layers; l++) {
         for (int s = 0; s < chain_routers(c, l); s++) {
             model->moe_layers[model->moe_count++] = l;
@@ -236,7 +237,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     MemoryCategory kind = MEMORY_ACTIVATIONS;
     int rows = MOST_LOGITS / c->vocab > LEAST_HEAD_ROWS ? MOST_LOGITS / c->vocab : LEAST_HEAD_ROWS;
     model->head_rows = model->N < rows ? model->N : rows;
-    reserve(arena, &model->angles, (size_t)c->seq * head_size(c), sizeof(acc_t), kind);
+    reserve(arena, &model->angles, (size_t)c->seq * c->head_dim, sizeof(acc_t), kind);
     reserve(arena, &model->final_x, N * C, sizeof(real_t), kind);
     reserve(arena, &model->hidden, N * C, sizeof(real_t), kind);
     reserve(arena, &model->final_rstd, N, sizeof(acc_t), kind);
@@ -289,7 +290,7 @@ static RopeShape rope_shape(const Transformer *model, int start) {
                        .start = start,
                        .NH = c->heads,
                        .NKV = c->kv_heads,
-                       .HS = head_size(c),
+                       .HS = c->head_dim,
                        .base = c->rope_base,
                        .eps = c->norm_eps};
 }
@@ -301,7 +302,7 @@ static AttentionShape attention_shape(const Transformer *model) {
                             .T = model->layers[0].keys ? c->seq : model->T,
                             .NH = c->heads,
                             .NKV = c->kv_heads,
-                            .HS = head_size(c),
+                            .HS = c->head_dim,
                             .causal = c->objective == OBJECTIVE_LM};
 }
 
@@ -319,7 +320,7 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
     } else {
         attention_forward(layer->att, layer->lse, layer->qkv_turned, attention_shape(model), stream);
     }
-    matmul_forward(model->branch, layer->att, layer->attn_out.w, N, C, C, stream);
+    matmul_forward(model->branch, layer->att, layer->attn_out.w, N, att_width(c), C, stream);
     profile_lap(model->profile, STAGE_ATTENTION, stream);
 }
 
@@ -327,8 +328,8 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
 static void attention_block_backward(Transformer *model, Layer *layer, Stream *stream) {
     const ModelConfig *c = model->config;
     int N = model->N, C = c->dim;
-    matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, C, C, 0, stream);
-    matmul_backward_weight(layer->attn_out.grad, model->dx, layer->att, N, C, C, stream);
+    matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, att_width(c), C, 0, stream);
+    matmul_backward_weight(layer->attn_out.grad, model->dx, layer->att, N, att_width(c), C, stream);
     attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qkv_turned, attention_shape(model),
                        stream);
     rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, model->dqkv, layer->qk_rstd, layer->qkv_raw,

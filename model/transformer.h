@@ -85,6 +85,9 @@ typedef struct {
 
 typedef enum { USE_TRAIN, USE_GENERATE } TransformerUse;
 
+/* Appends every tensor of a model, in the order of the forward. */
+void transformer_tensors(TensorList *list, const ModelConfig *config);
+
 /* Reserves all device memory of a model that works on `batch` sequences at once, in `slices` forwards per step.
  * USE_GENERATE reserves neither gradients nor backward buffers but a cache of keys and values, reads one token per
  * sequence and forward, and shares the weights of `source`. `config` must outlive the model. */

@@ -15,6 +15,7 @@ static void test_finish_derives(void **state) {
     parse(&config, "");
     config_finish(&config);
     assert_int_equal(config.model.kv_heads, 4);
+    assert_int_equal(config.model.head_dim, 32);
     assert_int_equal(config.model.vocab, 256);
     assert_int_equal(config.model.renorm, 1);
     parse(&config, "--top-k 1");

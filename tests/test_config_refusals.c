@@ -136,8 +136,10 @@ static void test_contradictions(void **state) {
         {"--out=", "--out is empty"},
         {"--data=", "--data is empty"},
         {"--ep 2", "--ep 2"},
-        {"--export-hf x", "--export-hf x"},
-        {"--tokenizer bpe.json", "--tokenizer bpe.json"},
+        {"--head-dim 3", "odd size 3"},
+        {"--upcycle", "name that with --init-from DIR"},
+        {"--resume a --init-from b", "drop one of them"},
+        {"--init-from /nowhere", "--init-from /nowhere: cannot read /nowhere/config.json"},
         {"--trace-syncs", "--trace-syncs"},
     };
     assert_all_refused(refusals, sizeof refusals / sizeof *refusals);

@@ -40,6 +40,8 @@ static const Variant variants[] = {
     {"no QK-norm", "--qk-norm 0", 0, false},
     {"as many KV heads as heads", "--kv-heads 3", 0, false},
     {"no QK-norm, all KV heads", "--qk-norm 0 --kv-heads 3", 0, false},
+    {"wide heads", "--head-dim 10", 0, false},
+    {"narrow heads, no QK-norm", "--head-dim 2 --qk-norm 0", 0, false},
     {"every second layer", "--moe-every 2", 0, false},
     {"every second layer, shared", "--moe-every 2 --layers 3 --shared-experts 1", 0, false},
     {"drops by token", "--capacity-factor 0.6 --drop token", 0, true},

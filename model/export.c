@@ -1,0 +1,51 @@
+/* Calls the writers of hf_export.c and gguf.c with the weights on the host. Called by train.c. */
+#include "export.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "../kernels/check.h"
+#include "gguf.h"
+#include "hf_export.h"
+
+void export_check(const Config *config, const Vocabulary *vocabulary) {
+    const TrainConfig *train = &config->train;
+    char error[512];
+    if (train->export_hf[0]) {
+        hf_export_check(train->export_hf, &config->model);
+    }
+    CHECK(!train->export_gguf[0] || gguf_expresses(&config->model, vocabulary, error, sizeof error),
+          "--export-gguf %s: %s", train->export_gguf, error);
+}
+
+bool export_write(const Config *config, const Transformer *model, const Vocabulary *vocabulary) {
+    const TrainConfig *train = &config->train;
+    char error[1024] = "";
+    bool written = true;
+    if (!train->export_hf[0] && !train->export_gguf[0]) {
+        return true;
+    }
+    acc_t *weights = calloc(model->tensors.total, sizeof(acc_t));
+    CHECK(weights, "out of memory for a copy of %zu weights", model->tensors.total);
+    transformer_store(model, weights);
+    if (train->export_hf[0]) {
+        written =
+            hf_export(train->export_hf, &config->model, &model->tensors, weights, vocabulary, error, sizeof error);
+        if (written) {
+            printf("export   %s for transformers: AutoModelForCausalLM.from_pretrained(\"%s\")\n", train->export_hf,
+                   train->export_hf);
+        }
+    }
+    if (written && train->export_gguf[0]) {
+        written =
+            gguf_export(train->export_gguf, &config->model, &model->tensors, weights, vocabulary, error, sizeof error);
+        if (written) {
+            printf("export   %s for llama.cpp\n", train->export_gguf);
+        }
+    }
+    if (!written) {
+        fprintf(stderr, "moelab: not exported: %s\n", error);
+    }
+    free(weights);
+    return written;
+}

@@ -53,14 +53,15 @@ FLAGS_cuda = $(FLAGS_cpu)
 # sm_80 is Ampere; compute_90a (Hopper) cannot be had from the -arch=sm_90a shorthand when code uses wgmma.
 FLAGS_nvcc = -O3 -std=c++17 -lineinfo -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
 
-LIBS = -lcjson -lm
+LIBS = -lcjson -lpcre2-8 -lutf8proc -lm
 
 VARIANT := $(or $(if $(filter fp32,$(PRECISION)),cpu),$(if $(filter double,$(PRECISION)),double),\
              $(error PRECISION=$(PRECISION): choose fp32 or double))
 
 # ---- sources
 
-SOURCES := $(wildcard kernels/*.c model/*.c data/*.c)
+PROGRAMS = train data/tokenize
+SOURCES := $(filter-out $(PROGRAMS:=.c),$(wildcard kernels/*.c model/*.c data/*.c))
 CUDA_SOURCES := $(wildcard kernels/*.cu)
 WITHOUT_CUDA := $(filter-out $(CUDA_SOURCES:.cu=.c),$(SOURCES))
 
@@ -70,12 +71,12 @@ objects_of = $(patsubst %,build/$1/%.o,$(basename $(if $(filter cuda,$1),$(CUDA_
 # ---- what a bare `make` does
 
 .PHONY: all help detect train_cuda_if_any
-all: train train_cuda_if_any
+all: $(PROGRAMS) train_cuda_if_any
 	@$(MAKE) help
 	@$(MAKE) detect
 
 help:
-	@echo "make           build ./train and print this menu"
+	@echo "make           build ./train and data/tokenize and print this menu"
 	@echo "make demo      train a small model for about a minute; the report is $(DEMO_DIR)/report.html"
 	@echo "make test      check, build and run every test, sanitizers included"
 	@echo "make check     include direction, headers that compile alone, formatting (seconds)"
@@ -83,7 +84,7 @@ help:
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
 	@echo "make format    apply .clang-format"
 	@echo "make clean     remove what was built; runs/ stays"
-	@echo "./train --help lists the options of the program"
+	@echo "./train --help lists the options of the program, data/tokenize --help says how to make tokens of text"
 
 # One line per feature: what was found, what it is for, how to do without.
 detect:
@@ -104,14 +105,18 @@ NCCL_HEADER = $(firstword $(wildcard $(addsuffix /nccl.h,$(NVCC:bin/nvcc=include
 NCCL_NUMBER = sed -n 's/.define NCCL_\(MAJOR\|MINOR\|PATCH\) //p' $(NCCL_HEADER) | paste -sd.
 NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
 
-# ---- what must be installed: header:package
+# ---- what must be installed: header:package, program:package
 
-BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev
-TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev
+BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev stb/stb_ds.h:libstb-dev pcre2.h:libpcre2-dev \
+              utf8proc.h:libutf8proc-dev
+TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3
 
-# Packages to install so that the headers $1 can be included; empty when all is there.
+# Packages to install so that the headers in $1 can be included and its programs run; empty when all is there.
 missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $1; do \
-    echo "$(HASH)include <$${need%:*}>" | $(CC) $(CPPFLAGS) -E -x c - >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
+    case $$need in \
+    (*.h:*) echo "$(HASH)include <$${need%:*}>" | $(CC) $(CPPFLAGS) -DPCRE2_CODE_UNIT_WIDTH=8 -E -x c - ;; \
+    (*) command -v $${need%:*} ;; \
+    esac >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
 
 .PHONY: setup setup-tests toolchain
 setup: NEEDS = $(BUILD_NEEDS)
@@ -120,8 +125,8 @@ setup setup-tests:
 	@missing="$(call missing,$(NEEDS))"; \
 	[ -n "$$missing" ] || exit 0; \
 	if ! command -v apt-get >/dev/null; then \
-	    echo "moelab needs gcc, the C library's headers, cJSON and, for make test, cmocka: install them with your" \
-	         "package manager (missing, by Debian's names: $$missing)" >&2; exit 1; \
+	    echo "moelab needs gcc, the C library's headers, cJSON, stb, PCRE2, utf8proc and, for make test, cmocka and" \
+	         "Python: install them with your package manager (missing, by Debian's names: $$missing)" >&2; exit 1; \
 	fi; \
 	install="apt-get install -y --no-install-recommends $$missing"; \
 	if [ "$$(id -u)" = 0 ]; then sudo=env; \
@@ -184,7 +189,7 @@ $(eval $(call VARIANT_RULES,double,test-double))
 $(eval $(call VARIANT_RULES,asan,test-asan))
 $(eval $(call VARIANT_RULES,asan-double,test-asan-double))
 
-train: build/$(VARIANT)/train.o build/$(VARIANT)/libmoelab.a build/train.variant
+$(PROGRAMS): %: build/$(VARIANT)/%.o build/$(VARIANT)/libmoelab.a build/train.variant
 	@echo "LD  $@"
 	$(Q)$(CC) $(FLAGS_$(VARIANT)) $(filter %.o %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
@@ -253,8 +258,8 @@ TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
 test:
 	@$(MAKE) setup-tests
-	@build=; $(MAKE) -k train $(TEST_PROGRAMS) || build=failed; BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
-	    tests/run_tests.sh tests/check_tree.sh train $(TEST_SCRIPTS) $(TEST_PROGRAMS)
+	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) || build=failed; BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
+	    tests/run_tests.sh tests/check_tree.sh $(PROGRAMS) $(TEST_SCRIPTS) $(TEST_PROGRAMS)
 
 check:
 	@CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' tests/check_tree.sh
@@ -262,11 +267,14 @@ check:
 bench: $(patsubst experiments/%.c,build/%,$(wildcard experiments/bench_cpu.c))
 	@$(if $^,build/bench_cpu $(BENCH_OPTIONS),echo "moelab: experiments/bench_cpu.c is not there" >&2; exit 1)
 
-build/bench_cpu: build/cpu/experiments/bench_cpu.o build/cpu/libmoelab.a
-	$(Q)$(CC) $(FLAGS_cpu) $^ $(LDFLAGS) $(LIBS) -o $@
+# Programs of the tests and experiments that are built on demand: build/NAME.
+build/bench_cpu: build/cpu/experiments/bench_cpu.o
+build/hf_logits: build/cpu/tests/hf_logits.o
+build/bench_cpu build/hf_logits: build/cpu/libmoelab.a
+	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
 format:
 	find train.c model kernels data tests experiments -regex '.*\.\(c\|h\|cu\|cuh\)' -exec $(CLANG_FORMAT) -i {} +
 
 clean:
-	rm -rf build train train_cuda
+	rm -rf build $(PROGRAMS) train_cuda

@@ -17,35 +17,44 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "data/choices.h"
 #include "data/corpus.h"
+#include "data/tokenizer.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
 #include "model/alarm.h"
 #include "model/config.h"
 #include "model/console.h"
 #include "model/evaluate.h"
+#include "model/export.h"
 #include "model/figures.h"
+#include "model/import.h"
 #include "model/log.h"
 #include "model/optimizer.h"
+#include "model/recorder.h"
 #include "model/report.h"
 #include "model/resume.h"
 #include "model/router.h"
 #include "model/sample.h"
-#include "model/trace.h"
 #include "model/transformer.h"
+#include "model/vocabulary.h"
 
-/* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains and
- * floors. */
+/* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains, floors
+ * and bytes of text. */
 typedef struct {
     int *host_tokens, *host_targets;
     int *tokens, *targets; /* device */
     unsigned char *domain;
     double *floor;
+    int *bytes;
 } BatchBuffers;
 
 typedef struct {
     Config config;
+    Tokenizer *tokenizer;
+    Vocabulary vocabulary; /* the tokenizer, as model/ sees it */
     Corpus *corpus;
+    ChoiceFile *choices_file; /* with --choices */
     const char *domains[256]; /* names */
     Arena arena;
     Transformer model;
@@ -101,10 +110,47 @@ static bool save(Run *run) {
 
 /* ---- starting ---- */
 
+/* Opens --tokenizer, of a resumed run its copy. Its vocabulary is the model's unless --vocab says more. */
+static void open_tokenizer(Run *run) {
+    Config *c = &run->config;
+    char error[512], path[2 * CONFIG_TEXT];
+    snprintf(path, sizeof path, "%s", c->train.tokenizer);
+    if (strcmp(path, "byte") == 0) {
+        run->tokenizer = tokenizer_bytes();
+        CHECK(run->tokenizer, "out of memory");
+    } else {
+        if (c->train.resume[0] && !config_given(c, "tokenizer")) {
+            vocabulary_path(path, sizeof path, c->train.resume);
+        }
+        run->tokenizer = tokenizer_open(path, error, sizeof error);
+        CHECK(run->tokenizer, "--tokenizer: %s", error);
+        int least = tokenizer_vocab(run->tokenizer) + (c->model.objective == OBJECTIVE_MLM);
+        c->model.vocab = c->model.vocab ? c->model.vocab : least;
+        CHECK(c->model.vocab >= least,
+              "--vocab %d is too small for the %d tokens of --tokenizer %s: raise it, or drop it", c->model.vocab,
+              least, path);
+    }
+    const Tokenizer *t = run->tokenizer;
+    run->vocabulary = (Vocabulary){.tokenizer = t,
+                                   .size = tokenizer_vocab(t),
+                                   .end_of_text = tokenizer_end_of_text(t),
+                                   .pattern = tokenizer_pattern_name(t),
+                                   .merges = tokenizer_merges(t),
+                                   .encode = tokenizer_encode,
+                                   .bytes = tokenizer_token,
+                                   .text = tokenizer_token_text,
+                                   .is_special = tokenizer_is_special,
+                                   .is_added = tokenizer_is_added,
+                                   .merge = tokenizer_merge_text,
+                                   .json = tokenizer_json};
+}
+
 static void open_corpus(Run *run) {
     const Config *c = &run->config;
+    char error[512];
     CorpusOptions options = {.train = c->train.data,
                              .val = c->train.val,
+                             .tokenizer = run->tokenizer,
                              .seq = c->model.seq,
                              .batch = c->train.batch,
                              .vocab = c->model.vocab,
@@ -118,6 +164,10 @@ static void open_corpus(Run *run) {
     for (int d = 0; d < corpus_domains(run->corpus); d++) {
         run->domains[d] = corpus_domain_name(run->corpus, d);
     }
+    if (c->train.choices[0]) {
+        run->choices_file = choices_open(c->train.choices, c->model.vocab, error, sizeof error);
+        CHECK(run->choices_file, "--choices: %s", error);
+    }
 }
 
 static void open_batch(BatchBuffers *batch, size_t N, Arena *arena) {
@@ -125,7 +175,8 @@ static void open_batch(BatchBuffers *batch, size_t N, Arena *arena) {
     batch->host_targets = calloc(N, sizeof(int));
     batch->domain = calloc(N, 1);
     batch->floor = calloc(N, sizeof(double));
-    CHECK(batch->host_tokens && batch->host_targets && batch->domain && batch->floor,
+    batch->bytes = calloc(N, sizeof(int));
+    CHECK(batch->host_tokens && batch->host_targets && batch->domain && batch->floor && batch->bytes,
           "out of memory for a batch of %zu tokens", N);
     arena_reserve(arena, (void **)&batch->tokens, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&batch->targets, N * sizeof(int), MEMORY_ACTIVATIONS);
@@ -136,6 +187,7 @@ static void free_batch(BatchBuffers *batch) {
     free(batch->host_targets);
     free(batch->domain);
     free(batch->floor);
+    free(batch->bytes);
 }
 
 /* How often each token occurs in the first batches of the training text, for routers that ask; the caller frees. */
@@ -171,6 +223,9 @@ static void open_model(Run *run) {
     CHECK(host, "out of memory for %zu initial weights", run->model.tensors.total);
     double *frequency = count_tokens(run);
     transformer_init(&run->model, host, c->train.seed, frequency);
+    if (c->train.init_from[0]) {
+        import_weights(host, &run->model.tensors, &c->model, c->train.init_from, c->train.upcycle);
+    }
     transformer_load(&run->model, host);
     free(frequency);
     free(host);
@@ -199,44 +254,23 @@ static void open_log(Run *run) {
     log_line(&run->log, "{\"event\":\"memory\"%s}", memory);
 }
 
-static void open_trace(Run *run) {
-    const Transformer *model = &run->model;
-    const char *path = run->config.train.dump_routing;
-    if (path[0]) {
-        const Plan *plan = &model->moes[0]->plan;
-        TraceShape shape = {plan->N, plan->K, plan->E, model->moe_count, model->slices, run->at.step};
-        if (run->config.train.resume[0]) {
-            trace_continue(&run->trace, path, shape, run->at.step);
-        } else {
-            trace_create(&run->trace, path, shape);
-        }
-    }
-}
-
 /* ---- one step ---- */
+
+static void batch_to_device(Run *run) {
+    BatchBuffers *b = &run->batch;
+    device_from_host(b->tokens, b->host_tokens, run->model.N * sizeof(int), NULL);
+    device_from_host(b->targets, b->host_targets, run->model.N * sizeof(int), NULL);
+}
 
 /* Reads one slice of a step to the device. */
 static void read_batch(Run *run, Split split, int64_t step, int slice) {
     BatchBuffers *b = &run->batch;
     bool evaluation = split == SPLIT_VAL;
-    Batch batch = {b->host_tokens, b->host_targets, evaluation ? b->domain : NULL, evaluation ? b->floor : NULL};
+    Batch batch = {b->host_tokens, b->host_targets, evaluation ? b->domain : NULL, evaluation ? b->floor : NULL,
+                   evaluation ? b->bytes : NULL};
     int count = run->model.B;
     corpus_batch(run->corpus, split, step, slice * count, count, &batch);
-    device_from_host(b->tokens, b->host_tokens, run->model.N * sizeof(int), NULL);
-    device_from_host(b->targets, b->host_targets, run->model.N * sizeof(int), NULL);
-}
-
-/* With --dump-routing: the choices of the forward just done. */
-static void record_routing(Run *run) {
-    const Transformer *model = &run->model;
-    for (int i = 0; run->trace.file && i < model->moe_count; i++) {
-        const Plan *plan = &model->moes[i]->plan;
-        int *expert = calloc((size_t)plan->N * plan->K, sizeof(int));
-        CHECK(expert, "out of memory for a routing record of %d tokens", plan->N);
-        host_from_device(expert, plan->expert, (size_t)plan->N * plan->K * sizeof(int), NULL);
-        trace_append(&run->trace, expert);
-        free(expert);
-    }
+    batch_to_device(run);
 }
 
 static void train_step(Run *run) {
@@ -251,7 +285,7 @@ static void train_step(Run *run) {
         transformer_forward(model, run->batch.tokens, slice, NULL);
         transformer_loss(model, run->batch.targets, slice, true, NULL);
         transformer_backward(model, run->batch.tokens, NULL);
-        record_routing(run);
+        recorder_add(&run->trace, model);
     }
     optimizer_step(&run->optimizer, model, t, run->at.step, NULL);
     transformer_update_routers(model, run->optimizer.state, NULL);
@@ -314,7 +348,7 @@ static void run_evaluation(Run *run) {
         read_batch(run, SPLIT_VAL, i / t->grad_accum, i % t->grad_accum);
         transformer_forward(model, run->batch.tokens, 0, NULL);
         transformer_loss(model, run->batch.targets, 0, false, NULL);
-        evaluation_add(&e, model, run->batch.host_targets, run->batch.domain, run->batch.floor, NULL);
+        evaluation_add(&e, model, run->batch.host_targets, run->batch.domain, run->batch.floor, run->batch.bytes, NULL);
         if (stop_signal) { /* half an evaluation says nothing: back to saving */
             transformer_set_training(model, true, true);
             evaluation_free(&e);
@@ -385,19 +419,62 @@ static void sample(Run *run) {
     for (int d = 0; d < count; d++) {
         prompts[d] = corpus_prompt(run->corpus, d);
     }
-    sample_texts(&run->model, &run->config, run->domains, prompts, count, &run->log, &stop_signal);
+    sample_texts(&run->model, &run->config, &run->vocabulary, run->domains, prompts, count, &run->log, &stop_signal);
+}
+
+/* --choices: the completions as rows of batches, whose losses decide (data/choices.h). */
+static void answer_choices(Run *run) {
+    Transformer *model = &run->model;
+    ChoiceFile *file = run->choices_file;
+    int questions = choices_questions(file), most = run->config.train.choices_most;
+    questions = most > 0 && most < questions ? most : questions;
+    int rows = choices_rows_of(file, questions), B = model->B, T = model->T;
+    double *row_loss = calloc(rows, sizeof(double)), by_sum, by_mean;
+    int *row_tokens = calloc(rows, sizeof(int));
+    acc_t *losses = calloc(model->N, sizeof(acc_t));
+    CHECK(row_loss && row_tokens && losses, "out of memory for %d completions", rows);
+    transformer_set_training(model, false, run->config.train.eval_drop);
+    for (int first = 0; first < rows && !stop_signal; first += B) {
+        choices_batch(file, first, B, T, run->batch.host_tokens, run->batch.host_targets);
+        batch_to_device(run);
+        transformer_forward(model, run->batch.tokens, 0, NULL);
+        transformer_loss(model, run->batch.targets, 0, false, NULL);
+        host_from_device(losses, model->losses, model->N * sizeof(acc_t), NULL);
+        for (int n = 0; n < model->N && first + n / T < rows; n++) {
+            if (run->batch.host_targets[n] >= 0) {
+                row_loss[first + n / T] += losses[n];
+                row_tokens[first + n / T]++;
+            }
+        }
+    }
+    transformer_set_training(model, true, true);
+    if (!stop_signal) {
+        choices_score(file, questions, row_loss, row_tokens, &by_sum, &by_mean);
+        printf("choices  %d questions: accuracy %.4f by summed log-probability, %.4f by its mean per token\n",
+               questions, by_sum, by_mean);
+        log_line(&run->log, "{\"event\":\"choices\",\"questions\":%d,\"accuracy\":%.9g,\"accuracy_mean\":%.9g}",
+                 questions, by_sum, by_mean);
+    }
+    free(row_loss);
+    free(row_tokens);
+    free(losses);
 }
 
 int main(int argc, char **argv) {
     hold_standard_streams();
     Run run = {.val_loss = NAN};
     config_parse(&run.config, argc, argv);
+    open_tokenizer(&run);
     config_finish(&run.config);
+    export_check(&run.config, &run.vocabulary);
     catch_signals();
     open_corpus(&run);
     open_model(&run);
     open_log(&run);
-    open_trace(&run);
+    if (!tokenizer_is_bytes(run.tokenizer)) {
+        vocabulary_keep(&run.vocabulary, run.config.train.out);
+    }
+    recorder_open(&run.trace, &run.config, &run.model, run.at.step);
     console_start(&run.config, &run.model, &run.arena);
     train(&run);
 
@@ -406,6 +483,10 @@ int main(int argc, char **argv) {
     if (!stop_signal && run.config.train.sample > 0) {
         sample(&run);
     }
+    if (!stop_signal && run.choices_file) {
+        answer_choices(&run);
+    }
+    bool exported = interrupted || export_write(&run.config, &run.model, &run.vocabulary);
     log_line(&run.log, "{\"event\":\"end\",\"step\":%lld,\"train_seconds\":%.6g,\"peak_bytes\":%zu}",
              (long long)run.at.step, run.at.seconds, device_peak_memory());
     write_report(&run);
@@ -416,6 +497,8 @@ int main(int argc, char **argv) {
         console_stopped(&run.config, &run.at, argv[0]);
     }
     corpus_close(run.corpus);
+    choices_close(run.choices_file);
+    tokenizer_close(run.tokenizer);
     transformer_free(&run.model);
     optimizer_free(&run.optimizer);
     alarms_free(&run.alarms);
@@ -423,5 +506,5 @@ int main(int argc, char **argv) {
     trace_close(&run.trace);
     free_batch(&run.batch);
     arena_free(&run.arena);
-    return !saved ? EXIT_ERROR : interrupted ? EXIT_PREEMPTED : EXIT_OK;
+    return !saved || !exported ? EXIT_ERROR : interrupted ? EXIT_PREEMPTED : EXIT_OK;
 }

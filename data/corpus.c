@@ -3,7 +3,7 @@
  *     builtin   sequence g is made of documents of its own, numbers g*D, g*D + 1, ... of the split's stream, the last
  *               one cut; so the floor is exact from the first token of a sequence on
  *     text      a window of T+1 tokens of the stream; the next window starts T tokens later, so that each token is a
- *               target once. W = (tokens - 1) / T windows.
+ *               target once. W = (tokens - 1) / T windows. The stream is a loader's, or what a tokenizer makes of its text
  *
  * where g = step * batch + place in the step. Shuffled, an epoch visits each of its windows once: their order is a
  * keyed permutation that is computed window by window (a Feistel network, Luby and Rackoff 1988, repeated until the
@@ -13,6 +13,8 @@
  * hidden the target, elsewhere the token.
  *
  * Called by train.c. Read next: data/builtin.c, data/text_loader.h. */
+#include "../kernels/checksum.h"
+#define TEXT_LOADER_CRC32C crc32c
 #define TEXT_LOADER_IMPLEMENTATION
 #include "text_loader.h"
 
@@ -30,17 +32,20 @@
 
 enum { SHORTEST_DOCUMENT = 20, BUILTIN_VOCAB = 128, FEISTEL_ROUNDS = 6 };
 
-/* A split of text: tokens [first, first + tokens) of a loader's stream. */
+/* A split of text: tokens [first, first + tokens) of a loader's stream, or those that its text there was encoded to. */
 typedef struct {
     TextLoader *loader;
     uint64_t first;
     uint64_t tokens;
+    int *ids;     /* (tokens) owned; NULL: the loader's own */
+    double bytes; /* of text; 0: unknown */
 } Part;
 
 struct Corpus {
     bool builtin;
     uint64_t keys[2]; /* of the builtin documents, by Split */
     Part parts[2];    /* of text, by Split; they may share a loader */
+    int *token_bytes; /* (vocab) of text, by token; NULL: unknown */
     int seq;
     int batch;
     int vocab;
@@ -60,13 +65,58 @@ static bool is_file(const char *path) {
     return stat(path, &status) == 0 && S_ISREG(status.st_mode);
 }
 
-static void open_text(Corpus *corpus, const char *train, const char *val) {
+/* Turns the bytes of a part into tokens. */
+static void encode_part(Part *part, const Tokenizer *tokenizer, int vocab, const char *name) {
+    char error[TEXT_LOADER_ERROR_BYTES];
+    uint64_t bytes;
+    const char *text = (const char *)text_loader_text(part->loader, &bytes);
+    CHECK(text, "out of memory for the text of %s: make shards of it with data/tokenize", name);
+    size_t count = 0;
+    bool encoded =
+        tokenizer_encode(tokenizer, text + part->first, (size_t)part->tokens, &part->ids, &count, error, sizeof error);
+    CHECK(encoded, "%s: %s", name, error);
+    part->first = 0;
+    part->tokens = count;
+    for (size_t i = 0; i < count; i++) {
+        CHECK(part->ids[i] < vocab, "--vocab %d is too small for token %d of the tokenizer: raise it", vocab,
+              part->ids[i]);
+    }
+}
+
+/* What shards say about the tokenizer that made them must agree with the one given. Whether it is known to be theirs. */
+static bool check_shards(const TextLoader *loader, const Tokenizer *tokenizer, int vocab, const char *name) {
+    CHECK(text_loader_vocab(loader) <= vocab,
+          "--vocab %d is too small for the shards in %s, which have %d tokens: raise it", vocab, name,
+          text_loader_vocab(loader));
+    uint32_t hash;
+    if (!text_loader_tokenizer(loader, &hash)) {
+        return tokenizer && !tokenizer_is_bytes(tokenizer);
+    }
+    CHECK(!tokenizer || hash == tokenizer_hash(tokenizer), "%s was made with another tokenizer than %s: %s", name,
+          tokenizer_is_bytes(tokenizer) ? "bytes" : "the one given",
+          "give the tokenizer.json it was made with as --tokenizer");
+    return tokenizer;
+}
+
+static int *list_token_bytes(const Tokenizer *tokenizer, int vocab) {
+    int *list = calloc((size_t)vocab, sizeof *list);
+    CHECK(list, "out of memory for a vocabulary of %d", vocab);
+    for (int id = 0; id < vocab; id++) {
+        size_t bytes = 1; /* where tokens are bytes */
+        bool text = !tokenizer || (tokenizer_token(tokenizer, id, &bytes) && !tokenizer_is_special(tokenizer, id));
+        list[id] = text ? (int)bytes : 0;
+    }
+    return list;
+}
+
+static void open_text(Corpus *corpus, const char *train, const char *val, const Tokenizer *tokenizer) {
     char error[TEXT_LOADER_ERROR_BYTES];
     Part *parts = corpus->parts;
     CHECK(strcmp(train, val) != 0,
           "--val is the same as --data: leave --val out to hold a part of it out, or give other text for validation");
     parts[SPLIT_TRAIN].loader = text_loader_open(train, NULL, "val", error);
     CHECK(parts[SPLIT_TRAIN].loader, "--data: %s", error);
+    bool text = text_loader_is_text(parts[SPLIT_TRAIN].loader);
     uint64_t tokens = text_loader_tokens(parts[SPLIT_TRAIN].loader);
     parts[SPLIT_TRAIN].tokens = tokens;
     if (*val) {
@@ -76,21 +126,32 @@ static void open_text(Corpus *corpus, const char *train, const char *val) {
     } else if (is_file(train)) {
         uint64_t tenth = tokens / 10;
         parts[SPLIT_TRAIN].tokens = tokens - tenth;
-        parts[SPLIT_VAL] = (Part){parts[SPLIT_TRAIN].loader, tokens - tenth, tenth};
+        parts[SPLIT_VAL] = (Part){.loader = parts[SPLIT_TRAIN].loader, .first = tokens - tenth, .tokens = tenth};
     } else {
         parts[SPLIT_VAL].loader = text_loader_open(train, "val", NULL, error);
         CHECK(parts[SPLIT_VAL].loader, "validation data: %s; give some with --val", error);
         parts[SPLIT_VAL].tokens = text_loader_tokens(parts[SPLIT_VAL].loader);
     }
-    CHECK(text_loader_is_text(parts[SPLIT_TRAIN].loader) == text_loader_is_text(parts[SPLIT_VAL].loader),
+    CHECK(text == text_loader_is_text(parts[SPLIT_VAL].loader),
           "one of --data %s and --val %s is text and the other is token shards: give both in one form", train, val);
+    bool known = text;
     for (int split = SPLIT_TRAIN; split <= SPLIT_VAL; split++) {
-        CHECK(parts[split].tokens > (uint64_t)corpus->seq,
+        Part *part = &parts[split];
+        const char *name = split == SPLIT_VAL && *val ? val : train;
+        part->bytes = text ? (double)part->tokens : (double)text_loader_bytes(part->loader);
+        if (!text) {
+            known = check_shards(part->loader, tokenizer, corpus->vocab, name);
+        } else if (tokenizer && !tokenizer_is_bytes(tokenizer)) {
+            encode_part(part, tokenizer, corpus->vocab, name);
+        }
+        CHECK(part->tokens > (uint64_t)corpus->seq,
               "%s has %llu tokens for %s, but a sequence takes %d (--seq %d and one more): lower --seq or give more "
               "data%s",
-              split == SPLIT_VAL && *val ? val : train, (unsigned long long)parts[split].tokens,
-              split == SPLIT_VAL ? "validation" : "training", corpus->seq + 1, corpus->seq,
-              split == SPLIT_VAL ? " with --val" : "");
+              name, (unsigned long long)part->tokens, split == SPLIT_VAL ? "validation" : "training", corpus->seq + 1,
+              corpus->seq, split == SPLIT_VAL ? " with --val" : "");
+    }
+    if (known) {
+        corpus->token_bytes = list_token_bytes(tokenizer, corpus->vocab);
     }
 }
 
@@ -121,11 +182,14 @@ Corpus *corpus_open(const CorpusOptions *options) {
           "--data %s and --val %s do not go together: the builtin corpus has its own validation text, leave --val out",
           train, val);
     if (corpus->builtin) {
+        CHECK(!options->tokenizer || tokenizer_is_bytes(options->tokenizer),
+              "--data builtin is made of bytes, and its floor is known for them alone: drop --tokenizer, or give other "
+              "data");
         CHECK(options->vocab >= BUILTIN_VOCAB,
               "--vocab %d is too small for --data builtin, which is ASCII: give at least %d", options->vocab,
               BUILTIN_VOCAB);
     } else {
-        open_text(corpus, train, val);
+        open_text(corpus, train, val, options->tokenizer);
     }
     return corpus;
 }
@@ -138,6 +202,9 @@ void corpus_close(Corpus *corpus) {
         text_loader_close(corpus->parts[SPLIT_VAL].loader);
     }
     text_loader_close(corpus->parts[SPLIT_TRAIN].loader);
+    free(corpus->parts[SPLIT_TRAIN].ids);
+    free(corpus->parts[SPLIT_VAL].ids);
+    free(corpus->token_bytes);
     free(corpus);
 }
 
@@ -187,7 +254,9 @@ static void read_text(const Corpus *corpus, Split split, uint64_t g, int *tokens
     for (int i = 0; i <= 1; i++) {
         int *out = i ? targets : tokens;
         uint64_t from = start + (uint64_t)(i * target_shift(corpus));
-        if (out) {
+        if (out && part->ids) {
+            memcpy(out, part->ids + from, seq * sizeof *out);
+        } else if (out) {
             bool good = text_loader_read(part->loader, from, seq, corpus->vocab, out, error);
             CHECK(good, "%s: raise --vocab, or give data of this vocabulary", error);
         }
@@ -246,8 +315,16 @@ static void mask_sequence(const Corpus *corpus, Split split, uint64_t g, int *to
     assert(left == 0);
 }
 
+/* Bytes of text that each of the T targets stands for. */
+static void measure_targets(const Corpus *corpus, const int *targets, int *bytes) {
+    bool known = corpus->builtin || corpus->token_bytes;
+    for (int t = 0; t < corpus->seq; t++) {
+        bytes[t] = !known || targets[t] < 0 ? -1 : corpus->builtin ? 1 : corpus->token_bytes[targets[t]];
+    }
+}
+
 void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Batch *batch) {
-    assert(step >= 0 && first >= 0 && count >= 0);
+    assert(step >= 0 && first >= 0 && count >= 0 && (batch->targets || !batch->bytes));
     size_t seq = (size_t)corpus->seq;
     for (int i = 0; i < count; i++) {
         uint64_t g = (uint64_t)step * (uint64_t)corpus->batch + (uint64_t)first + (uint64_t)i;
@@ -271,6 +348,9 @@ void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, in
         }
         if (corpus->masked) {
             mask_sequence(corpus, split, g, tokens, targets);
+        }
+        if (batch->bytes) {
+            measure_targets(corpus, targets, batch->bytes + row);
         }
     }
 }
@@ -296,7 +376,8 @@ const char *corpus_prompt(const Corpus *corpus, int domain) {
 }
 
 double corpus_bytes_per_token(const Corpus *corpus) {
-    return corpus->builtin || text_loader_is_text(corpus->parts[SPLIT_TRAIN].loader) ? 1.0 : NAN;
+    const Part *part = &corpus->parts[SPLIT_VAL];
+    return corpus->builtin ? 1.0 : part->bytes > 0 ? part->bytes / (double)part->tokens : NAN;
 }
 
 int64_t corpus_tokens(const Corpus *corpus, Split split) {

@@ -1,4 +1,5 @@
-/* What training reads: batches of token sequences, from the builtin corpus, a text file or token shards.
+/* What training reads: batches of token sequences, from the builtin corpus, a text file (as bytes, or through a
+ * tokenizer) or token shards.
  *
  * A batch is a function of (corpus, split, step, first sequence): there is no position to save, so resuming is exact,
  * and any rank can read any share of any step.
@@ -9,7 +10,7 @@
  * What is to be predicted is the next token, everywhere; or, with mask_share > 0, the tokens that a mask token hides, a
  * share of each sequence drawn at random (Devlin et al. 2018, arXiv 1810.04805, without its other replacements).
  *
- * Includes nothing of the project but kernels/check.h and kernels/random.h.
+ * Read next: data/tokenizer.h, data/shard.h.
  */
 #ifndef DATA_CORPUS_H
 #define DATA_CORPUS_H
@@ -17,12 +18,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "tokenizer.h"
+
 typedef enum { SPLIT_TRAIN, SPLIT_VAL } Split;
 
 typedef struct {
     const char *train; /* "builtin", FILE (bytes; named *.bin: a shard), DIR of *.bin, or a quoted GLOB of them; of DIR
                         * and GLOB, files with "val" in their name are never trained on */
     const char *val;   /* same; "": the last tenth of a FILE, or the files of DIR or GLOB with "val" in their name */
+    const Tokenizer *tokenizer; /* of text, and of the shards as far as they say; must outlive the corpus. NULL: bytes,
+                                 * and nothing is known of shards */
     int seq;           /* T */
     int batch;         /* B, sequences of one step over all ranks */
     int vocab;         /* tokens must be below it */
@@ -42,10 +47,13 @@ typedef struct {
                             * itself, hidden or not */
     double *floor;         /* -ln of the target's true probability given all before it, in nats; NAN where unknown, and
                             * with masks, when a token is predicted from both sides */
+    int *bytes;            /* of text that the target stands for; 0 for a special token, -1 where unknown or where there
+                            * is no target. Only with targets */
 } Batch;
 
-/* Opens and checks the data. Ends the program with one line when a path is missing or empty, a shard is malformed, or
- * there is less than one sequence of T+1 tokens (naming how many there are). Copies what it needs of the options.
+/* Opens and checks the data. A text is encoded here, on all cores, its two parts apart: whatever the tokenizer, the
+ * validation text is the same. Ends the program with one line when a path is missing or empty, a shard is malformed,
+ * damaged or made with another tokenizer, or there is less than one sequence of T+1 tokens (naming how many there are). Copies what it needs of the options.
  * Caller closes. */
 Corpus *corpus_open(const CorpusOptions *options);
 void corpus_close(Corpus *corpus);
@@ -69,7 +77,7 @@ bool corpus_has_floor(const Corpus *corpus);
 /* A short prompt that starts a document of the domain ("" when there is none); used to sample one text per domain. */
 const char *corpus_prompt(const Corpus *corpus, int domain);
 
-/* Mean bytes of text per token (1 at byte level; NAN when unknown, as for foreign shards). */
+/* Mean bytes of text per token of the validation data (1 at byte level; NAN when unknown, as for foreign shards). */
 double corpus_bytes_per_token(const Corpus *corpus);
 
 /* Tokens of the split, or -1 when it has no end (builtin). */

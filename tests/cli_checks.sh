@@ -168,7 +168,7 @@ step_keys = """step tokens loss aux z lr grad_norm router_grad_norm router_main_
     drop token_drop padding load_cv load_kl max_vio entropy mean_entropy margin dead near_dead leaky skipped counts
     layer_entropy layer_main_norm layer_balance_norm layer_margin""".split()
 val_keys = "step tokens val_loss val_bpb val_floor val_domains domain_expert mi churn".split()
-events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "router_gradient", "end"}
+events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "router_gradient", "choices", "end"}
 assert list(header) == header_keys, f"header {list(header)}"
 config, layers = header["config"], len(header["moe_layers"])
 router, E, tokens = config["router"], config["experts"], config["batch"] * config["seq"]

@@ -275,7 +275,7 @@ static Evaluation evaluate(Trainer *t, int batches, double *mean_loss) {
         read_slice(t, SPLIT_VAL, i, 0);
         transformer_forward(&t->model, t->tokens, 0, NULL);
         transformer_loss(&t->model, t->targets, 0, false, NULL);
-        evaluation_add(&e, &t->model, t->targets, t->domain, t->floor, NULL);
+        evaluation_add(&e, &t->model, t->targets, t->domain, t->floor, t->bytes, NULL);
         *mean_loss += (double)t->model.slice_loss[0] / batches;
     }
     evaluation_finish(&e, corpus_bytes_per_token(t->corpus));

@@ -40,6 +40,7 @@ typedef struct {
     int *tokens, *targets; /* (N) of one slice */
     unsigned char *domain;
     double *floor;
+    int *bytes;
     int64_t poison_step; /* the step in which a gradient becomes NaN; -1: none */
     int64_t step;
 } Trainer;
@@ -67,6 +68,7 @@ static inline void trainer_open(Trainer *t, const char *options) {
     arena_reserve(&t->arena, (void **)&t->targets, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(&t->arena, (void **)&t->domain, N, MEMORY_ACTIVATIONS);
     arena_reserve(&t->arena, (void **)&t->floor, N * sizeof(double), MEMORY_ACTIVATIONS);
+    arena_reserve(&t->arena, (void **)&t->bytes, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&t->arena);
     transformer_connect(&t->model);
     transformer_init(&t->model, t->model.master, (uint64_t)c->train.seed, NULL);
@@ -80,7 +82,7 @@ static inline void trainer_close(Trainer *t) {
 }
 
 static inline void read_slice(Trainer *t, Split split, int64_t step, int slice) {
-    Batch batch = {t->tokens, t->targets, t->domain, t->floor};
+    Batch batch = {t->tokens, t->targets, t->domain, t->floor, t->bytes};
     corpus_batch(t->corpus, split, step, slice * t->model.B, t->model.B, &batch);
 }
 

@@ -11,7 +11,8 @@
 #
 # Variables you may set on the command line, e.g. `make CC=clang OPENMP=0`:
 #     CC, ARCH (native), PRECISION (fp32|double), OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
-#     DEMO_OPTIONS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), V (1: print commands)
+#     DEMO_OPTIONS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
+#     V (1: print commands)
 
 DEMO_DIR = runs/demo
 DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-batches 16 --sample 160
@@ -79,6 +80,7 @@ help:
 	@echo "make           build ./train and data/tokenize and print this menu"
 	@echo "make demo      train a small model for about a minute; the report is $(DEMO_DIR)/report.html"
 	@echo "make test      check, build and run every test, sanitizers included"
+	@echo "make fuzz      $(FUZZ_SECONDS) s of made-up input for each reader of files (FUZZ_SECONDS)"
 	@echo "make check     include direction, headers that compile alone, formatting (seconds)"
 	@echo "make bench     measure the speed of the kernels and of training on this machine"
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
@@ -110,18 +112,22 @@ NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
 BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev stb/stb_ds.h:libstb-dev pcre2.h:libpcre2-dev \
               utf8proc.h:libutf8proc-dev
 TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3
+FUZZ_NEEDS = $(BUILD_NEEDS) clang:clang libfuzzer:libclang-rt-dev
 
 # Packages to install so that the headers in $1 can be included and its programs run; empty when all is there.
 missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $1; do \
     case $$need in \
     (*.h:*) echo "$(HASH)include <$${need%:*}>" | $(CC) $(CPPFLAGS) -DPCRE2_CODE_UNIT_WIDTH=8 -E -x c - ;; \
+    (libfuzzer:*) echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
+        clang -fsanitize=fuzzer,address -x c - -o /dev/null ;; \
     (*) command -v $${need%:*} ;; \
     esac >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
 
-.PHONY: setup setup-tests toolchain
+.PHONY: setup setup-tests setup-fuzz toolchain
 setup: NEEDS = $(BUILD_NEEDS)
 setup-tests: NEEDS = $(TEST_NEEDS)
-setup setup-tests:
+setup-fuzz: NEEDS = $(FUZZ_NEEDS)
+setup setup-tests setup-fuzz:
 	@missing="$(call missing,$(NEEDS))"; \
 	[ -n "$$missing" ] || exit 0; \
 	if ! command -v apt-get >/dev/null; then \
@@ -231,7 +237,7 @@ endif
 # ---- demo, tests, benchmark
 
 # Each step is a make of its own: after setup has installed a compiler, the next make finds it.
-.PHONY: demo test check bench format clean
+.PHONY: demo test check fuzz bench format clean
 DEMO_PROGRAM = $(if $(filter-out 0,$(CUDA)),$(CUDA_PROGRAM),train)
 demo: $(filter no_cuda,$(DEMO_PROGRAM))
 	@$(MAKE) setup
@@ -258,11 +264,18 @@ TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
 test:
 	@$(MAKE) setup-tests
-	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) || build=failed; BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
+	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) || build=failed; \
+	    BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
 	    tests/run_tests.sh tests/check_tree.sh $(PROGRAMS) $(TEST_SCRIPTS) $(TEST_PROGRAMS)
 
 check:
 	@CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' tests/check_tree.sh
+
+# Every reader of files against made-up input, FUZZ_SECONDS each; needs clang with libFuzzer.
+FUZZ_SECONDS = 60
+fuzz:
+	@$(MAKE) setup-fuzz
+	@tests/fuzz.sh $(FUZZ_SECONDS)
 
 bench: $(patsubst experiments/%.c,build/%,$(wildcard experiments/bench_cpu.c))
 	@$(if $^,build/bench_cpu $(BENCH_OPTIONS),echo "moelab: experiments/bench_cpu.c is not there" >&2; exit 1)

@@ -471,7 +471,7 @@ int main(int argc, char **argv) {
     open_corpus(&run);
     open_model(&run);
     open_log(&run);
-    if (!tokenizer_is_bytes(run.tokenizer)) {
+    if (strcmp(run.config.train.tokenizer, "byte") != 0) {
         vocabulary_keep(&run.vocabulary, run.config.train.out);
     }
     recorder_open(&run.trace, &run.config, &run.model, run.at.step);

@@ -3,7 +3,8 @@
  *     builtin   sequence g is made of documents of its own, numbers g*D, g*D + 1, ... of the split's stream, the last
  *               one cut; so the floor is exact from the first token of a sequence on
  *     text      a window of T+1 tokens of the stream; the next window starts T tokens later, so that each token is a
- *               target once. W = (tokens - 1) / T windows. The stream is a loader's, or what a tokenizer makes of its text
+ *               target once. W = (tokens - 1) / T windows. The stream is a loader's, or what a tokenizer makes of
+ *               its text
  *
  * where g = step * batch + place in the step. Shuffled, an epoch visits each of its windows once: their order is a
  * keyed permutation that is computed window by window (a Feistel network, Luby and Rackoff 1988, repeated until the
@@ -83,7 +84,8 @@ static void encode_part(Part *part, const Tokenizer *tokenizer, int vocab, const
     }
 }
 
-/* What shards say about the tokenizer that made them must agree with the one given. Whether it is known to be theirs. */
+/* What shards say about the tokenizer that made them must agree with the one given. Whether it is known to be theirs.
+ * */
 static bool check_shards(const TextLoader *loader, const Tokenizer *tokenizer, int vocab, const char *name) {
     CHECK(text_loader_vocab(loader) <= vocab,
           "--vocab %d is too small for the shards in %s, which have %d tokens: raise it", vocab, name,

@@ -28,10 +28,10 @@ typedef struct {
     const char *val;   /* same; "": the last tenth of a FILE, or the files of DIR or GLOB with "val" in their name */
     const Tokenizer *tokenizer; /* of text, and of the shards as far as they say; must outlive the corpus. NULL: bytes,
                                  * and nothing is known of shards */
-    int seq;           /* T */
-    int batch;         /* B, sequences of one step over all ranks */
-    int vocab;         /* tokens must be below it */
-    bool shuffle;      /* false: sequence j of step s is the T+1 tokens from (s*B + j)*T of the stream */
+    int seq;                    /* T */
+    int batch;                  /* B, sequences of one step over all ranks */
+    int vocab;                  /* tokens must be below it */
+    bool shuffle;               /* false: sequence j of step s is the T+1 tokens from (s*B + j)*T of the stream */
     uint64_t seed;
     double mask_share; /* share of each sequence that is hidden and predicted, at most 1; 0: next-token prediction */
     int mask_token;    /* stands where a token is hidden; not below vocab, so that no token of the data is it */
@@ -53,8 +53,8 @@ typedef struct {
 
 /* Opens and checks the data. A text is encoded here, on all cores, its two parts apart: whatever the tokenizer, the
  * validation text is the same. Ends the program with one line when a path is missing or empty, a shard is malformed,
- * damaged or made with another tokenizer, or there is less than one sequence of T+1 tokens (naming how many there are). Copies what it needs of the options.
- * Caller closes. */
+ * damaged or made with another tokenizer, or there is less than one sequence of T+1 tokens (naming how many there
+ * are). Copies what it needs of the options. Caller closes. */
 Corpus *corpus_open(const CorpusOptions *options);
 void corpus_close(Corpus *corpus);
 

@@ -38,9 +38,10 @@ file tinystories_valid.txt 22502601 6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75
 next head -c 50000000 data/downloads/tinystories_train.txt >data/downloads/tinystories_first.txt
 next data/tokenize train --vocab 8192 --out data/downloads/tinystories.json data/downloads/tinystories_first.txt
 next data/tokenize encode --tokenizer data/downloads/tinystories.json --out data/downloads/tinystories \
-next     data/downloads/tinystories_train.txt
-next ./train --data data/downloads/tinystories --val data/downloads/tinystories_valid.txt \
-next     --tokenizer data/downloads/tinystories.json
+next     --name stories --val-share 0 data/downloads/tinystories_train.txt
+next data/tokenize encode --tokenizer data/downloads/tinystories.json --out data/downloads/tinystories \
+next     --name held_out --val-share 1 data/downloads/tinystories_valid.txt
+next ./train --data data/downloads/tinystories --tokenizer data/downloads/tinystories.json
 
 set wikitext2 CC BY-SA 3.0 and GFDL (Wikipedia's authors; selected by Merity et al., arXiv 1609.07843)
 file wikitext-2-raw-v1.zip 4721645 ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11 https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip

@@ -1,8 +1,8 @@
 /* Text is cut by regular expressions of PCRE2, compiled to machine code where that is possible.
  *
  * Hugging Face's tokenizers match with Oniguruma in Ruby's syntax. Where the two read a pattern differently it is
- * rewritten (\s and \S as Unicode's White_Space, which PCRE2 takes for a little more; \h; ^ and $ at every line), and what
- * has no equal here (nested classes, \S inside a class) is refused.
+ * rewritten (\s and \S as Unicode's White_Space, which PCRE2 takes for a little more; \h; ^ and $ at every line), and
+ * what has no equal here (nested classes, \S inside a class) is refused.
  *
  * A piece of one pattern is a text of its own for the next, so the patterns are levels: a level asks the one above for
  * a piece when it has come to the end of the last.
@@ -71,8 +71,8 @@ __attribute__((format(printf, 3, 4))) static bool fail(char *error, size_t error
 
 /* ---- patterns ---- */
 
-/* Rewrites a pattern of Oniguruma's as one of PCRE2's; *local is cleared when it looks at what stands before a match. The
- * result is the caller's; NULL with one line in error. */
+/* Rewrites a pattern of Oniguruma's as one of PCRE2's; *local is cleared when it looks at what stands before a match.
+ * The result is the caller's; NULL with one line in error. */
 static char *rewrite(const char *pattern, bool *local, char *error, size_t error_size) {
     size_t length = strlen(pattern);
     if (length > LONGEST_PATTERN) {

@@ -5,10 +5,10 @@
  *     scan_text(scan, text, bytes, 0);
  *     while (scan_next(scan, &start, &end)) { ... text[start, end) ... }
  *
- * A pattern is a regular expression of PCRE2 with Unicode properties: each match is a piece, and so is what lies between
- * two matches. Several patterns are applied one after the other, each to the pieces of the one before as if each were a
- * text of its own. \s stands for Unicode's White_Space, as in the tokenizers library. Bytes that are not UTF-8 match
- * nothing: they end up in pieces between matches. Pieces follow each other without gap and cover the text.
+ * A pattern is a regular expression of PCRE2 with Unicode properties: each match is a piece, and so is what lies
+ * between two matches. Several patterns are applied one after the other, each to the pieces of the one before as if
+ * each were a text of its own. \s stands for Unicode's White_Space, as in the tokenizers library. Bytes that are not
+ * UTF-8 match nothing: they end up in pieces between matches. Pieces follow each other without gap and cover the text.
  */
 #ifndef DATA_PRETOKENIZER_H
 #define DATA_PRETOKENIZER_H
@@ -24,7 +24,8 @@ extern const char *const PATTERN_QWEN2;
 typedef struct Pretokenizer Pretokenizer;
 typedef struct Scan Scan;
 
-/* count 0: the whole text is one piece. Copies the patterns. NULL with one line in error when one is no valid pattern. */
+/* count 0: the whole text is one piece. Copies the patterns. NULL with one line in error when one is no valid pattern.
+ * */
 Pretokenizer *pretokenizer_open(const char *const *patterns, int count, char *error, size_t error_size);
 void pretokenizer_close(Pretokenizer *pretokenizer);
 

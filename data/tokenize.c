@@ -44,7 +44,7 @@ static const char HELP[] =
     "    --tokenizer T       a tokenizer.json, or byte\n"
     "    --out DIR           where the shards go; made if it is not there\n"
     "    --name NAME         how they are called [the first TEXT's name without its ending]\n"
-    "    --val-share X       share of every TEXT, its end, that is for validation [0.1]\n"
+    "    --val-share X       share of every TEXT, its end, that is for validation: 0 to 1 [0.1]\n"
     "    --shard-tokens N    most tokens of a shard [100000000]\n"
     "    --block-bytes N     text encoded at once, longer where no end-of-text token is; ids do not depend on it\n"
     "                        [16777216]\n"
@@ -111,8 +111,8 @@ static uint64_t whole_number(const Option *option, uint64_t least, uint64_t most
 static double share(const Option *option) {
     char *end;
     double value = strtod(option->value, &end);
-    CHECK(end != option->value && *end == '\0' && value >= 0 && value < 1,
-          "%s takes a number from 0 to below 1, not '%s'", option->name, option->value);
+    CHECK(end != option->value && *end == '\0' && value >= 0 && value <= 1, "%s takes a number from 0 to 1, not '%s'",
+          option->name, option->value);
     return value;
 }
 

@@ -4,15 +4,15 @@
  *     tokenizer_encode(t, text, bytes, &ids, &count, error, sizeof error);      // ids are the caller's (free)
  *     const char *piece = tokenizer_token(t, ids[0], &length);                  // its bytes
  *
- * What is read: model BPE (vocab, merges as "a b" or ["a","b"], ignore_merges), pre_tokenizer ByteLevel or a Sequence of
- * Split, Digits and ByteLevel, normalizer none or NFC, decoder ByteLevel, added tokens (special or not). Whatever would
- * give other ids than Hugging Face's tokenizers, and is not known here, is refused by name (dropout, unk_token,
- * byte_fallback, prefixes and suffixes, add_prefix_space, lstrip, rstrip, single_word). encode() is
- * encode(text, add_special_tokens=False) there; bytes that are not UTF-8, which it cannot take, are tokens of single
- * bytes or merges of them, so that decoding gives back the same bytes.
+ * What is read: model BPE (vocab, merges as "a b" or ["a","b"], ignore_merges), pre_tokenizer ByteLevel or a Sequence
+ * of Split, Digits and ByteLevel, normalizer none or NFC, decoder ByteLevel, added tokens (special or not). Whatever
+ * would give other ids than Hugging Face's tokenizers, and is not known here, is refused by name (dropout, unk_token,
+ * byte_fallback, prefixes and suffixes, add_prefix_space, lstrip, rstrip, single_word). encode() is encode(text,
+ * add_special_tokens=False) there; bytes that are not UTF-8, which it cannot take, are tokens of single bytes or
+ * merges of them, so that decoding gives back the same bytes.
  *
- * Sennrich et al. 2016 (arXiv 1508.07909); byte-level: Radford et al. 2019 (GPT-2). A file may come from anyone: nothing
- * in it is believed.
+ * Sennrich et al. 2016 (arXiv 1508.07909); byte-level: Radford et al. 2019 (GPT-2). A file may come from anyone:
+ * nothing in it is believed.
  */
 #ifndef DATA_TOKENIZER_H
 #define DATA_TOKENIZER_H
@@ -33,7 +33,7 @@ Tokenizer *tokenizer_open(const char *path, char *error, size_t error_size);
 Tokenizer *tokenizer_parse(const char *json, size_t bytes, const char *name, char *error, size_t error_size);
 void tokenizer_close(Tokenizer *tokenizer); /* NULL is fine */
 
-bool tokenizer_is_bytes(const Tokenizer *tokenizer); /* made by tokenizer_bytes() */
+bool tokenizer_is_bytes(const Tokenizer *tokenizer); /* the same as tokenizer_bytes(), from a file or not */
 int tokenizer_vocab(const Tokenizer *tokenizer);     /* the largest id and one */
 
 /* Equal for tokenizers that encode alike, however their files are laid out: CRC-32C over tokens, merges, patterns and

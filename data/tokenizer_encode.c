@@ -5,11 +5,11 @@
  *          -> pieces of each stretch (pretokenizer.h)
  *          -> ids of each piece (bpe.h), remembered, since most words come again and again
  *
- * The text is cut into chunks, and each is scanned from its beginning as if a piece began there. That is a guess: pieces
- * end where they end, not where a chunk does. But what follows a boundary depends on nothing before it, so a scan that
- * began wrong is right from the first boundary on that it shares with the right one, which mostly is one of the first.
- * stitch() follows the right scan from chunk to chunk: it goes on past the end of one until it stands on a boundary that
- * the next one's scan had, too, and takes the ids from there.
+ * The text is cut into chunks, and each is scanned from its beginning as if a piece began there. That is a guess:
+ * pieces end where they end, not where a chunk does. But what follows a boundary depends on nothing before it, so a
+ * scan that began wrong is right from the first boundary on that it shares with the right one, which mostly is one of
+ * the first. stitch() follows the right scan from chunk to chunk: it goes on past the end of one until it stands on a
+ * boundary that the next one's scan had, too, and takes the ids from there.
  *
  * Called by corpus.c, tokenize.c and, for prompts, sample.c. Read next: bpe.c. */
 #include <limits.h>

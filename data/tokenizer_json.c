@@ -6,8 +6,8 @@
  *      "decoder":{"type":"ByteLevel"},
  *      "model":{"type":"BPE", .., "vocab":{"!":0, ..}, "merges":["a b", ..] or [["a","b"], ..]}}
  *
- * The parts are read in the order of parse(), below. Texts are looked up in a hash table of their own, since a vocabulary
- * of 150,000 is a linked list to cJSON.
+ * The parts are read in the order of parse(), below. Texts are looked up in a hash table of their own, since a
+ * vocabulary of 150,000 is a linked list to cJSON.
  *
  * Called by train.c and tokenize.c. Read next: tokenizer_encode.c. */
 #define _GNU_SOURCE /* qsort_r */
@@ -501,6 +501,15 @@ static int find_end_of_text(const Tokenizer *t) {
     return -1;
 }
 
+/* Whether every byte is a token, its value the id, and there is no other. */
+static bool is_bytes(const Tokenizer *t) {
+    bool same = t->vocab == 256 && t->added_count == 0 && t->merges.count == 0 && !t->nfc;
+    for (int byte = 0; byte < 256; byte++) {
+        same = same && t->byte_id[byte] == byte;
+    }
+    return same;
+}
+
 static uint32_t sum_int(uint32_t crc, int value) {
     unsigned char bytes[4] = {value & 255, value >> 8 & 255, value >> 16 & 255, value >> 24 & 255};
     return crc32c(crc, bytes, sizeof bytes);
@@ -519,7 +528,7 @@ static uint32_t hash_of(const Tokenizer *t) {
     for (int rank = 0; rank < t->merges.count; rank++) {
         crc = sum_int(sum_int(crc, t->merges.merges[rank].left), t->merges.merges[rank].right);
     }
-    for (int i = 0; i < pretokenizer_patterns(t->pretokenizer); i++) {
+    for (int i = 0; t->merges.count > 0 && i < pretokenizer_patterns(t->pretokenizer); i++) {
         const char *pattern = pretokenizer_pattern(t->pretokenizer, i);
         crc = crc32c(crc, pattern, strlen(pattern) + 1);
     }
@@ -536,6 +545,7 @@ static bool parse(Reader *r, const cJSON *root) {
     if (good) {
         qsort_r(t->added, (size_t)t->added_count, sizeof *t->added, longer_first, t->tokens);
         t->end_of_text = find_end_of_text(t);
+        t->is_bytes = is_bytes(t);
         t->hash = hash_of(t);
     }
     return good;
@@ -613,9 +623,5 @@ Tokenizer *tokenizer_bytes(void) {
         out += sprintf(out, "%s\"%s%s\":%d", byte ? "," : "", escape, character, byte);
     }
     out += sprintf(out, "},\"merges\":[]}}\n");
-    Tokenizer *tokenizer = tokenizer_parse(json, (size_t)(out - json), "bytes", error, sizeof error);
-    if (tokenizer) {
-        tokenizer->is_bytes = true;
-    }
-    return tokenizer;
+    return tokenizer_parse(json, (size_t)(out - json), "bytes", error, sizeof error);
 }

@@ -1,7 +1,7 @@
 /* Every option of the program, once: the table in options.c drives the parser, --help, config.json and the log header.
  *
  *     Config config;
- *     config_parse(&config, argc, argv);     // defaults, then --resume's or --init-from's config.json, then the command line
+ *     config_parse(&config, argc, argv);     // defaults, the config.json of --resume or --init-from, the command line
  *     config_finish(&config);                // derives what follows from the rest; refuses contradictions
  *
  * To add an option: one field here, one row in the table of options.c.
@@ -31,8 +31,8 @@ typedef struct {
     int objective; /* Objective */
     int layers, dim, heads, kv_heads, seq, vocab;
     int head_dim; /* width of one head; 0 until config_finish: dim / heads */
-    int qk_norm; /* 0|1: RMSNorm of every query and key head */
-    int tie;     /* 0|1: the head is the embedding */
+    int qk_norm;  /* 0|1: RMSNorm of every query and key head */
+    int tie;      /* 0|1: the head is the embedding */
     char router[32];
     int experts, top_k, expert_dim, shared_experts;
     int renorm;    /* 0|1: weights renormalised over the chosen; -1 until config_finish picks the router's */
@@ -76,7 +76,7 @@ typedef struct {
     char prompt[CONFIG_TEXT];
     double temperature, top_p;
     int sample_top_k;
-    int eval_drop; /* 1: evaluate with the capacity of training; 0: dropless */
+    int eval_drop;             /* 1: evaluate with the capacity of training; 0: dropless */
     char choices[CONFIG_TEXT]; /* multiple-choice questions to answer at the end */
     int choices_most;          /* of them; 0: all */
     /* measure */
@@ -95,12 +95,14 @@ void config_defaults(Config *config);
 
 /* Parses a command line into *config. With --resume DIR the configuration of DIR/config.json takes the place of the
  * defaults, --out becomes DIR unless given, and a model option that differs from DIR's is refused. With --init-from DIR
- * the model options and the tokenizer are DIR's unless given. --help prints the grouped table and exits with 0. Ends the program with one line on an unknown option (naming the nearest), a
- * missing, malformed or out-of-range value. Both "--lr 1e-3" and "--lr=1e-3" are accepted. */
+ * the model options and the tokenizer are DIR's unless given. --help prints the grouped table and exits with 0. Ends
+ * the program with one line on an unknown option (naming the nearest), a missing, malformed or out-of-range value.
+ * Both "--lr 1e-3" and "--lr=1e-3" are accepted. */
 void config_parse(Config *config, int argc, char **argv);
 
-/* Fills in what follows from the rest (kv_heads 0 -> heads, head_dim 0 -> dim / heads, vocab 0 -> 256 and the mask, what
- * is auto -> the router's own; top1 implies its top_k). Refuses nothing, leaves an unknown router alone. Idempotent. */
+/* Fills in what follows from the rest (kv_heads 0 -> heads, head_dim 0 -> dim / heads, vocab 0 -> 256 and the mask,
+ * what is auto -> the router's own; top1 implies its top_k). Refuses nothing, leaves an unknown router alone.
+ * Idempotent. */
 void config_derive(Config *config);
 
 /* Derives, then refuses what cannot work, one line each, naming the options and the way out. Calls

@@ -1,5 +1,5 @@
-/* What options mean for each other: what follows from the rest is filled in, what cannot work is refused in one line that
- * names the options and the way out.
+/* What options mean for each other: what follows from the rest is filled in, what cannot work is refused in one line
+ * that names the options and the way out.
  *
  * Called by train.c through config.h. Read next: router.h, for what --router chooses from.
  */
@@ -225,6 +225,8 @@ void config_finish(Config *config) {
 
     CHECK(train->data[0], "--data is empty: name a file, or use --data builtin");
     CHECK(train->out[0], "--out is empty: name a directory for the run");
+    CHECK(strcmp(train->out, train->export_hf) != 0,
+          "--export-hf %s is the run's own directory: name another for the export", train->export_hf);
     CHECK(model->heads % model->kv_heads == 0, "--heads %d is not divisible by --kv-heads %d: change one of them",
           model->heads, model->kv_heads);
     CHECK(model->vocab >= 2, "--vocab %d leaves nothing to predict: use at least 2, or 0 for the tokenizer's",

@@ -8,7 +8,8 @@
 #include "transformer.h"
 #include "vocabulary.h"
 
-/* Before training starts: ends the program with one line when an export that is asked for could not be made afterwards. */
+/* Before training starts: ends the program with one line when an export that is asked for could not be made afterwards.
+ * */
 void export_check(const Config *config, const Vocabulary *vocabulary);
 
 /* Writes what is asked for and says so. False, with one line on stderr, when something could not be written. */

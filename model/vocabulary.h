@@ -1,5 +1,5 @@
-/* What tokens are as text. model/ computes with ids and knows no tokenizer; where it shows or writes down text (samples,
- * exports) it asks the functions in this table, which train.c fills from data/tokenizer.h.
+/* What tokens are as text. model/ computes with ids and knows no tokenizer; where it shows or writes down text
+ * (samples, exports) it asks the functions in this table, which train.c fills from data/tokenizer.h.
  */
 #ifndef MODEL_VOCABULARY_H
 #define MODEL_VOCABULARY_H
@@ -25,7 +25,7 @@ typedef struct {
     const char *(*text)(const struct Tokenizer *, int id);
     bool (*is_special)(const struct Tokenizer *, int id);
     bool (*is_added)(const struct Tokenizer *, int id); /* taken whole out of a text before it is cut; NULL: none is */
-    const char *(*merge)(const struct Tokenizer *, int rank); /* "left right" */
+    const char *(*merge)(const struct Tokenizer *, int rank);      /* "left right" */
     const char *(*json)(const struct Tokenizer *, size_t *length); /* the whole tokenizer.json */
 } Vocabulary;
 

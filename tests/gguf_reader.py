@@ -6,7 +6,7 @@
 
 Written from the public description of the format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and from
 what llama.cpp asks of a model of its architecture qwen3moe; it shares nothing with model/gguf.c, which it tests. What
-is wrong with a file is one line on stderr, and exit status 1. Standard library only. Used by tests/test_gguf.c.
+is wrong with a file is one line on stderr, and exit status 1. Standard library only. Used by tests/gguf_fixture.h.
 """
 import json
 import math

@@ -1,12 +1,14 @@
-"""Compares models, tokenizers and logs with the libraries of others: transformers, tokenizers, safetensors, tensorboard.
+"""Compares models, tokenizers and logs with the libraries of others: transformers, tokenizers, tensorboard.
 
     python3 tests/hf_parity.py OUT.jsonl [TEXT]
 
 run in the project's root after `make train data/tokenize build/hf_logits` on a machine that has these libraries. Both
-directions: a model that transformers builds and saves is read here, gives the same logits and the same 50 greedy tokens,
-and is exported again; a model of ours is loaded there. TEXT (any text file) is what a small model is trained on to answer
-a prompt through AutoModelForCausalLM.generate. One line of JSON per comparison; the exit status is 1 when one failed.
+directions: a model that transformers builds and saves is read here, gives the same logits and the same 50 greedy
+tokens, and is exported again; a model of ours is loaded there. TEXT (any text file) is what a small model is trained
+on to answer a prompt through AutoModelForCausalLM.generate. One line of JSON per comparison; the exit status is 1 when
+one failed.
 """
+import functools
 import json
 import os
 import platform
@@ -201,8 +203,9 @@ def mixed_text(seed, length):
               (0x300, 0x370), (0x370, 0x400), (0x400, 0x500), (0x590, 0x700), (0x900, 0xa00), (0xe00, 0xe80),
               (0x1100, 0x1200), (0x2000, 0x2070), (0x2150, 0x2190), (0x3040, 0x3100), (0x4e00, 0x9fa0),
               (0xac00, 0xd7a4), (0xff00, 0xffef), (0x1d400, 0x1d7ff), (0x1f300, 0x1f650), (0x20000, 0x20100)]
-    pieces = ["'s", "'LL", "don't", "  ", "\n\n", "\r\n", " \n ", "\t\t", "<|endoftext|>", "e\u0301", "\u00e9", "\u212b",
-              "\u180e", "\u0085", "\u2028", "\ufeff", "\u200d", "1234567", "the ", " and", "\x00", "\u1e9b\u0323"]
+    pieces = ["'s", "'LL", "don't", "  ", "\n\n", "\r\n", " \n ", "\t\t", "<|endoftext|>", "e\u0301", "\u00e9",
+              "\u212b", "\u180e", "\u0085", "\u2028", "\ufeff", "\u200d", "1234567", "the ", " and", "\x00",
+              "\u1e9b\u0323"]
     text = []
     while len(text) < length:
         if rng.random() < 0.3:
@@ -289,14 +292,72 @@ def check_text(work, path):
             lines = [json.loads(line) for line in log]
         sample = next(line["text"] for line in lines if line.get("event") == "sample")
         loss = [line["loss"] for line in lines if "loss" in line][-1]
+        bpb = [line["val_bpb"] for line in lines if "val_bpb" in line][-1]
         auto = transformers.AutoTokenizer.from_pretrained(folder)
         ids = auto(prompt, return_tensors="pt", add_special_tokens=False)
         with torch.no_grad():
             text = load(folder).generate(**ids, max_new_tokens=80, do_sample=False)
         answer = auto.decode(text[0, ids["input_ids"].shape[1]:], skip_special_tokens=True,
                              clean_up_tokenization_spaces=False)
+        with open(path, "rb") as file:
+            data = file.read()
+        want = bits_per_byte(folder, auto, data[len(data) - len(data) // 10:].decode(), 32)
+        record(f"bits per byte, {name}", abs(bpb - want) < 1e-5 * want, ours=bpb, theirs=want)
         record(f"generate() after training here, {name}", answer == sample, train_loss=loss, answer=answer,
                sample=None if answer == sample else sample, tokenizer_class=type(auto).__name__)
+
+
+def check_choices(work):
+    """Multiple-choice questions: the sums that transformers' logits give must choose the same completions."""
+    folder, rng = f"{work}/judge", random.Random(5)
+    build(3).save_pretrained(folder)
+    model = load(folder)
+    questions = []
+    for i in range(60):
+        context = [rng.randrange(259) for _ in range(rng.randrange(1, 20))]
+        questions.append((context, [[rng.randrange(259) for _ in range(rng.randrange(1, 10))] for _ in range(4)],
+                          rng.randrange(4)))
+    body, longest = [], 0
+    for i, (context, completions, label) in enumerate(questions):
+        words = [i, label, len(completions), len(context), *context]
+        for completion in completions:
+            words += [len(completion), *completion]
+        size = 2 * (len(words) + 2)
+        longest = max(longest, size)
+        body += [65535, size, *words]
+    header = np.zeros(256, dtype=np.int32)
+    header[:4] = 20240522, 1, len(questions), longest
+    with open(f"{work}/questions.bin", "wb") as file:
+        file.write(header.tobytes() + np.array(body, dtype=np.uint16).tobytes())
+    right_sum = right_mean = 0
+    for context, completions, label in questions:
+        sums = []
+        for completion in completions:
+            ids = context + completion
+            with torch.no_grad():
+                log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+            sums.append(sum(log_p[t - 1, ids[t]].item() for t in range(len(context), len(ids))))
+        means = [total / len(completion) for total, completion in zip(sums, completions)]
+        right_sum += int(np.argmax(sums)) == label
+        right_mean += int(np.argmax(means)) == label
+    said = run("./train", "--init-from", folder, "--steps", 0, "--eval-every", 0, "--seq", 32, "--batch", 8, "--out",
+               f"{work}/judged", "--choices", f"{work}/questions.bin")
+    want = f"{len(questions)} questions: accuracy {right_sum / 60:.4f} by summed log-probability, {right_mean / 60:.4f}"
+    record("multiple choice", want in said, by_sum=right_sum / 60, by_mean=right_mean / 60, questions=60)
+
+
+def bits_per_byte(folder, tokenizer, text, windows):
+    """Of the validation text, by transformers and tokenizers alone."""
+    model, T = load(folder), 128
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    nats = size = 0
+    for w in range(windows):
+        window = torch.tensor(ids[w * T:w * T + T + 1])
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(window[None, :-1]).logits[0].double(), -1)
+        nats -= log_p[torch.arange(T), window[1:]].sum().item()
+        size += len(tokenizer.decode(window[1:], clean_up_tokenization_spaces=False).encode())
+    return nats / np.log(2) / size
 
 
 def check_tensorboard(work):
@@ -321,14 +382,15 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     with open(sys.argv[1], "w", encoding="utf-8") as out:
         work = tempfile.mkdtemp()
-        tests = [check_models, check_upcycling, check_initial, check_tensorboard]
+        tests = [check_models, check_upcycling, check_initial, check_choices, check_tensorboard]
         if len(sys.argv) > 2:
-            tests += [lambda folder: check_tokenizers(folder, sys.argv[2]), lambda folder: check_text(folder, sys.argv[2])]
+            tests += [functools.partial(check_tokenizers, path=sys.argv[2]),
+                      functools.partial(check_text, path=sys.argv[2])]
         for test in tests:
             try:
                 test(work)
             except Exception as error:  # one broken comparison must not hide the others
-                record(f"{getattr(test, '__name__', 'test')} ended early", False, error=str(error)[:2000])
+                record(f"{test} ended early", False, error=str(error)[:2000])
     print(f"{failures} failed")
     sys.exit(failures > 0)
 

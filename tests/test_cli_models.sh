@@ -32,8 +32,10 @@ last_validation() {
 
 # text FILE: some text of several scripts, with a document's end in it.
 text() {
+    local line="Line %d of the na\303\257ve story goes on \342\200\224 it's about %d \320\272\320\276\321\202s.\n"
     for i in $(seq 300); do
-        printf 'The %d th line of the na\303\257ve story goes on \342\200\224 it'"'"'s about %d \320\272\320\276\321\202s.\n' "$i" $((i * 37))
+        # shellcheck disable=SC2059  # the line is a format
+        printf "$line" "$i" $((i * 37))
         [ $((i % 50)) != 0 ] || echo '<|endoftext|>'
     done >"$1"
 }
@@ -51,8 +53,9 @@ test_export_and_init_from_are_exact() {
             check "no $file in the export" test -s "hf/$file"
         done
         check "something else in the export" test "$(ls hf | wc -l)" = 5
+        # shellcheck disable=SC2086
         run --init-from hf --steps 0 --warmup 0 --sample 20 --temperature 0 --prompt 'echo: ' --out again \
-            --export-hf hf2 --batch 2 --seq 16
+            --export-hf hf2 $options
         succeeds
         check "weights of $options changed on the way" cmp hf/model.safetensors hf2/model.safetensors
         check "the texts differ: $options" test "$(last_sample run)" = "$(last_sample again)"
@@ -80,7 +83,7 @@ test_upcycling() {
     refused '--router dense'
     run --router dense --steps 12 --lr 1e-2 --out dense
     succeeds
-    run --init-from dense --upcycle --experts 4 --steps 0 --warmup 0 --out up --export-hf hf
+    run --init-from dense --upcycle --expert-dim 16 --experts 4 --steps 0 --warmup 0 --out up --export-hf hf
     succeeds
     check "the upcycled model computes something else" python3 - <<'PYTHON'
 import json
@@ -89,9 +92,9 @@ def losses(run):
 dense, up = losses("dense")[-1], losses("up")[0]
 assert abs(dense - up) < 1e-5 * dense, (dense, up)
 PYTHON
-    run --init-from dense --upcycle --experts 4 --steps 20 --out trained
+    run --init-from dense --upcycle --expert-dim 16 --experts 4 --steps 20 --out trained
     succeeds
-    run --init-from up --upcycle --out twice
+    run --init-from up --upcycle --expert-dim 16 --out twice
     refused 'makes experts of a dense model'
 }
 
@@ -214,8 +217,8 @@ questions() {
         little 4 2
         little 4 38
         head -c 1008 /dev/zero
-        for word in 65535 38 0 1 2 3 97 98 99 3 97 97 97 5 98 98 98 98 98 65535 38 1 0 2 3 97 98 99 3 97 97 97 5 99 99 99 \
-            99 99; do
+        for word in 65535 38 0 1 2 3 97 98 99 3 97 97 97 5 98 98 98 98 98 \
+            65535 38 1 0 2 3 97 98 99 3 97 97 97 5 99 99 99 99 99; do
             little 2 $word
         done
     } >"$1"

@@ -320,7 +320,7 @@ test_refuses_commands_and_options() {
     declines 'pattern' train --vocab 300 --pattern 'a(' --out t.json a.txt
     declines 'decode needs a shard' decode --tokenizer byte
     declines 'show takes one string, not 2' show --tokenizer byte a b
-    for value in 1 -0.1 nan x; do
+    for value in 1.01 -0.1 nan x; do
         declines '--val-share takes a number from 0' encode --tokenizer byte --out d --val-share "$value" a.txt
     done
     declines '--shard-tokens 0 is out of range' encode --tokenizer byte --out d --shard-tokens 0 a.txt

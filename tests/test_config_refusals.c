@@ -135,6 +135,7 @@ static void test_contradictions(void **state) {
         {"--batch 4096 --seq 1024 --layout padded --experts 4096", "--layout padded"},
         {"--out=", "--out is empty"},
         {"--data=", "--data is empty"},
+        {"--out a --export-hf a", "name another for the export"},
         {"--ep 2", "--ep 2"},
         {"--head-dim 3", "odd size 3"},
         {"--upcycle", "name that with --init-from DIR"},

@@ -185,7 +185,9 @@ static void upcycle_config(ModelConfig *model, const char *directory) {
     const Router *router = router_find(model->router);
     CHECK(router && router->plan == PLAN_NONE,
           "--upcycle makes experts of a dense model, but %s has --router %s: drop --upcycle", directory, model->router);
-    model->expert_dim = config_dense_width(model);
+    Config derived = {.model = *model};
+    config_derive(&derived);
+    model->expert_dim = config_dense_width(&derived.model);
     reset_router(model);
     model->experts = defaults.model.experts;
     model->top_k = defaults.model.top_k;
@@ -200,7 +202,6 @@ static void init_from_config(Config *config) {
     Config source, merged;
     CHECK(import_config(&source, directory, error, sizeof error),
           "--init-from %s: %s: name a run's directory, or a folder of Hugging Face transformers", directory, error);
-    config_derive(&source);
     config_defaults(&merged);
     merged.model = source.model;
     import_tokenizer(merged.train.tokenizer, &source, directory);
@@ -220,8 +221,6 @@ void config_parse(Config *config, int argc, char **argv) {
     CHECK(!train->resume[0] || !train->init_from[0],
           "--resume %s goes on with a run and --init-from %s starts one: drop one of them", train->resume,
           train->init_from);
-    CHECK(!train->upcycle || train->init_from[0],
-          "--upcycle makes experts of a dense model: name that with --init-from DIR");
     if (train->resume[0]) {
         resume_config(config);
     } else if (train->init_from[0]) {

@@ -224,6 +224,8 @@ void config_finish(Config *config) {
           model->top_k > 1 ? "s" : "", asked_top_k);
 
     CHECK(train->data[0], "--data is empty: name a file, or use --data builtin");
+    CHECK(!train->upcycle || train->init_from[0],
+          "--upcycle makes experts of a dense model: name that with --init-from DIR");
     CHECK(train->out[0], "--out is empty: name a directory for the run");
     CHECK(strcmp(train->out, train->export_hf) != 0,
           "--export-hf %s is the run's own directory: name another for the export", train->export_hf);

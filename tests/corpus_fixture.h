@@ -43,7 +43,7 @@ static inline Corpus *open_builtin(int seq, int batch) {
 
 static inline void read_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Arrays *arrays,
                               int at) {
-    Batch batch = {arrays->tokens + at, arrays->targets + at, arrays->domain + at, arrays->floor + at};
+    Batch batch = {arrays->tokens + at, arrays->targets + at, arrays->domain + at, arrays->floor + at, NULL};
     corpus_batch(corpus, split, step, first, count, &batch);
 }
 

@@ -203,7 +203,7 @@ test_refuses_tokenizers_that_do_not_fit() {
     refuses 'b.json' --data story.txt --tokenizer b.json
     refuses '--data builtin' --tokenizer a.json
     # one bit of a shard
-    printf '\001' | dd of=$(echo shards/*train*.bin) bs=1 seek=2001 conv=notrunc 2>/dev/null
+    printf '\017' | dd of=$(echo shards/*train*.bin) bs=1 seek=2001 conv=notrunc 2>/dev/null
     refuses 'damaged' --data shards --tokenizer a.json
 }
 

@@ -81,7 +81,7 @@ static void another_value(const HelpLine *line, const cJSON *initial, char *text
             return;
         }
     }
-    if (!strcmp(line->name, "resume")) {
+    if (!strcmp(line->name, "resume") || !strcmp(line->name, "init-from")) {
         snprintf(text, size, "%s", run_directory);
     } else if (!line->values[0]) {
         snprintf(text, size, "1");

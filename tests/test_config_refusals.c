@@ -51,7 +51,7 @@ static void test_malformed_command_lines(void **state) {
         {"--dim 1000000000", "--dim 1000000000 is out of range: it goes from 2 to 65536"},
         {"--experts -8", "out of range"},
         {"--seq 1", "out of range"},
-        {"--vocab 65537", "out of range"},
+        {"--vocab 1048577", "out of range"},
         {"--beta1 1", "--beta1 1 is out of range"},
         {"--aux-coef -0.1", "out of range"},
         {"--shuffle 2", "--shuffle 2 is out of range"},

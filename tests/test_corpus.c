@@ -97,7 +97,7 @@ static void assert_window(const Corpus *corpus, Split split, int64_t step, int f
     int tokens[64], targets[64];
     unsigned char domain[64];
     double floors[64];
-    corpus_batch(corpus, split, step, first, 1, &(Batch){tokens, targets, domain, floors});
+    corpus_batch(corpus, split, step, first, 1, &(Batch){tokens, targets, domain, floors, NULL});
     for (int t = 0; t < T; t++) {
         assert_int_equal(tokens[t], text_byte(start + (uint64_t)t));
         assert_int_equal(targets[t], text_byte(start + (uint64_t)t + 1));

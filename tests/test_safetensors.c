@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "../kernels/checksum.h"
 #include "../model/safetensors.h"
 
 static char folder[] = "/tmp/test_safetensors_XXXXXX";

@@ -24,6 +24,7 @@
 enum {
     CHUNK = 1 << 20,
     KNOWN_BOUNDARIES = 1024, /* of a chunk, from its beginning on, that a scan may join it at */
+    LONGEST_GUESS = 1 << 16, /* bytes of a piece that is merged before it is known to be one */
     CACHE_SLOTS = 1 << 15,
     CACHE_LONGEST = 64, /* bytes of a piece that is worth remembering */
     CACHE_IDS = 1 << 20,
@@ -35,7 +36,7 @@ typedef struct {
 } Ids;
 
 static bool ids_add(Ids *list, const int *ids, size_t count) {
-    if (list->count + count > list->capacity) {
+    if (!list->ids || list->count + count > list->capacity) {
         size_t capacity = 2 * (list->count + count) + 256;
         int *grown = realloc(list->ids, capacity * sizeof *grown);
         if (!grown) {
@@ -130,7 +131,8 @@ typedef struct {
     Piece piece;
     Remembered *cache; /* (CACHE_SLOTS) */
     Ids pool;
-    int missing; /* a byte without a token that was met; -1: none */
+    int missing;   /* a byte without a token that was met; -1: none */
+    bool guessing; /* the scan began where a chunk does, maybe inside a piece */
 } Worker;
 
 static bool worker_open(Worker *w, const Tokenizer *t, const char *text, size_t bytes, const Occurrences *added) {
@@ -203,7 +205,8 @@ typedef struct {
     Ids ids;
     Boundary *boundaries; /* (KNOWN_BOUNDARIES) the first ones, ascending */
     int boundary_count;
-    size_t stopped; /* the boundary where the scan ended, `end` or later */
+    size_t stopped; /* the boundary where the scan ended: `end` or later, unless it gave up */
+    size_t kept;    /* ids up to there */
 } Chunk;
 
 /* Told of each boundary that a scan reaches; true ends the scan there. */
@@ -226,7 +229,8 @@ static bool scan_from(Worker *w, size_t *at, Ids *out, Stop *stop, void *user) {
         bool stopped = false;
         scan_text(w->scan, w->text + base, limit - base, 0);
         while (!stopped && scan_next(w->scan, &start, &end)) {
-            if (!encode_piece(w, w->text + base + start, end - start, out)) {
+            bool too_long = w->guessing && end - start > LONGEST_GUESS;
+            if (too_long || !encode_piece(w, w->text + base + start, end - start, out)) {
                 return false;
             }
             *at = base + end;
@@ -244,13 +248,27 @@ static bool stop_after_chunk(void *user, size_t at, const Ids *ids) {
     if (chunk->boundary_count < KNOWN_BOUNDARIES) {
         chunk->boundaries[chunk->boundary_count++] = (Boundary){at, ids->count};
     }
+    chunk->stopped = at;
+    chunk->kept = ids->count;
     return at >= chunk->end;
 }
 
+/* A guess may give up, at the last boundary: half a character may have no token, and what is left of a piece of many
+ * chunks would be merged by each. The right scan goes on from there. */
 static bool scan_chunk(Worker *w, Chunk *chunk) {
+    size_t at = chunk->begin;
+    chunk->stopped = at;
     chunk->boundaries = malloc(KNOWN_BOUNDARIES * sizeof *chunk->boundaries);
-    chunk->stopped = chunk->begin;
-    return chunk->boundaries && scan_from(w, &chunk->stopped, &chunk->ids, stop_after_chunk, chunk);
+    if (!chunk->boundaries) {
+        return false;
+    }
+    w->guessing = at > 0;
+    bool good = scan_from(w, &at, &chunk->ids, stop_after_chunk, chunk);
+    chunk->ids.count = chunk->kept;
+    if (!good && w->guessing) {
+        w->missing = -1;
+    }
+    return good || w->guessing;
 }
 
 /* ---- all chunks ---- */
@@ -273,6 +291,10 @@ static bool stop_where_known(void *user, size_t at, const Ids *ids) {
     return at >= chunk->end || find_boundary(chunk, at);
 }
 
+static bool stop_at_end(void *user, size_t at, const Ids *ids) {
+    return at >= ((const Chunk *)user)->end;
+}
+
 /* Joins the chunks' ids; `at` follows the one right scan. */
 static bool stitch(Worker *w, Chunk *chunks, size_t count, Ids *out) {
     size_t at = 0;
@@ -290,6 +312,9 @@ static bool stitch(Worker *w, Chunk *chunks, size_t count, Ids *out) {
                 return false;
             }
             at = chunk->stopped;
+        }
+        if (at < chunk->end && !scan_from(w, &at, out, stop_at_end, chunk)) {
+            return false; /* its scan had given up */
         }
     }
     return true;
@@ -326,6 +351,7 @@ static bool encode_chunks(const Tokenizer *t, const char *text, size_t bytes, si
     } else if (good) {
         Worker w;
         good = worker_open(&w, t, text, bytes, &added) && stitch(&w, chunks, count, out);
+        *missing = w.missing;
         worker_close(&w);
     }
     for (size_t c = 0; chunks && c < count; c++) {
@@ -345,7 +371,7 @@ typedef struct {
 } Buffer;
 
 static bool buffer_add(Buffer *buffer, const char *text, size_t bytes) {
-    if (buffer->bytes + bytes > buffer->capacity) {
+    if (!buffer->text || buffer->bytes + bytes > buffer->capacity) {
         size_t capacity = 2 * (buffer->bytes + bytes) + 256;
         char *grown = realloc(buffer->text, capacity);
         if (!grown) {

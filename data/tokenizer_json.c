@@ -285,6 +285,13 @@ static bool read_merges(Reader *r, const cJSON *list) {
 
 /* ---- added tokens ---- */
 
+static bool is_ascii_text(const char *text) {
+    while (*text && (unsigned char)*text < 0x80) {
+        text++;
+    }
+    return !*text;
+}
+
 static bool read_added(Reader *r, const cJSON *list) {
     Tokenizer *t = r->t;
     const cJSON *item;
@@ -314,6 +321,13 @@ static bool read_added(Reader *r, const cJSON *list) {
         token->special = is_true(item, "special");
         t->added[t->added_count++] = id;
         t->added_first[(unsigned char)*content] = true;
+    }
+    for (int rank = 0; rank < t->merges.count; rank++) {
+        const Token *token = &t->tokens[t->merges.merges[rank].result];
+        if (token->added && !is_ascii_text(token->text)) {
+            return fail(r, "its token '%.60s' is added, and so that text, but also what merge %d makes of other bytes",
+                        token->text, rank);
+        }
     }
     return true;
 }
@@ -551,6 +565,23 @@ static bool parse(Reader *r, const cJSON *root) {
     return good;
 }
 
+/* JSON is UTF-8; and a NUL in a text, written as such or as \\u0000, would be its end to cJSON. */
+static bool check_characters(Reader *r, const char *json, size_t bytes) {
+    utf8proc_int32_t character;
+    for (size_t at = 0; at < bytes;) {
+        const utf8proc_uint8_t *here = (const utf8proc_uint8_t *)json + at;
+        utf8proc_ssize_t used = utf8proc_iterate(here, (utf8proc_ssize_t)(bytes - at), &character);
+        if (used <= 0 || character == 0) {
+            return fail(r, "byte %zu is not UTF-8 text: it is damaged", at);
+        }
+        if (character == '\\' && bytes - at >= 6 && memcmp(here, "\\u0000", 6) == 0) {
+            return fail(r, "a text in it holds the character \\u0000, which is not supported");
+        }
+        at += (size_t)used + (character == '\\' && at + 1 < bytes && (here[1] == '\\' || here[1] == '"'));
+    }
+    return true;
+}
+
 Tokenizer *tokenizer_parse(const char *json, size_t bytes, const char *name, char *error, size_t error_size) {
     Reader r = {.name = name, .error = error, .error_size = error_size, .t = calloc(1, sizeof(Tokenizer))};
     char *copy = malloc(bytes + 1);
@@ -561,10 +592,12 @@ Tokenizer *tokenizer_parse(const char *json, size_t bytes, const char *name, cha
     } else {
         memcpy(copy, json, bytes);
         copy[bytes] = '\0';
-        cJSON *root = cJSON_ParseWithLengthOpts(copy, bytes, &end, false);
+        bool readable = check_characters(&r, copy, bytes);
+        cJSON *root = readable ? cJSON_ParseWithLengthOpts(copy, bytes, &end, false) : NULL;
         size_t rest = root ? strspn(end, " \t\r\n") : 0;
-        good = cJSON_IsObject(root) && end + rest == copy + bytes ? parse(&r, root)
-                                                                  : fail(&r, "it is not one whole JSON object");
+        good = !readable                                            ? false
+               : cJSON_IsObject(root) && end + rest == copy + bytes ? parse(&r, root)
+                                                                    : fail(&r, "it is not one whole JSON object");
         cJSON_Delete(root);
     }
     for (int i = 0; i < r.pattern_count; i++) {

@@ -375,11 +375,11 @@ static bool text_loader_is_damaged(const TextLoaderFile *file) {
 /* Several files at a time: one core may not keep up with the disk. */
 static bool text_loader_verify(const TextLoader *loader, char *error) {
     size_t damaged = loader->count; /* the first such file */
+#ifdef _OPENMP
     size_t described = 0;
     for (size_t i = 0; i < loader->count; i++) {
         described += loader->files[i].described;
     }
-#ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic) reduction(min : damaged) if (described > 1)
 #endif
     for (size_t i = 0; i < loader->count; i++) {

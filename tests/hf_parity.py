@@ -11,7 +11,6 @@ one failed.
 import functools
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -30,13 +29,18 @@ out = None
 commit = None
 
 
+def cpu():
+    with open("/proc/cpuinfo", encoding="utf-8") as info:
+        return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown")
+
+
 def record(test, passed, **figures):
     """Writes a line of the results and remembers a failure."""
     global failures
     failures += not passed
     line = {"test": test, "passed": bool(passed), **figures, "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__, "torch": torch.__version__, "machine": platform.processor()
-            or platform.machine(), "commit": commit}
+            "tokenizers": tokenizers.__version__, "torch": torch.__version__, "cpu": cpu(), "commit": commit,
+            "command": "python3 tests/hf_parity.py OUT.jsonl tinyshakespeare.txt"}
     out.write(json.dumps(line) + "\n")
     print("ok  " if passed else "FAIL", test, figures, flush=True)
 

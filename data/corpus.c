@@ -38,8 +38,8 @@ typedef struct {
     TextLoader *loader;
     uint64_t first;
     uint64_t tokens;
-    int *ids;     /* (tokens) owned; NULL: the loader's own */
-    double bytes; /* of text; 0: unknown */
+    int *ids;               /* (tokens) owned; NULL: the loader's own */
+    double bytes_per_token; /* of text; NAN: unknown */
 } Part;
 
 struct Corpus {
@@ -66,9 +66,13 @@ static bool is_file(const char *path) {
     return stat(path, &status) == 0 && S_ISREG(status.st_mode);
 }
 
-/* Turns the bytes of a part into tokens. */
-static void encode_part(Part *part, const Tokenizer *tokenizer, int vocab, const char *name) {
+/* Turns the bytes of a part into tokens, where they are not the same. */
+static void read_text_part(Part *part, const Tokenizer *tokenizer, int vocab, const char *name) {
     char error[TEXT_LOADER_ERROR_BYTES];
+    part->bytes_per_token = 1;
+    if (!tokenizer || tokenizer_is_bytes(tokenizer)) {
+        return;
+    }
     uint64_t bytes;
     const char *text = (const char *)text_loader_text(part->loader, &bytes);
     CHECK(text, "out of memory for the text of %s: make shards of it with data/tokenize", name);
@@ -76,20 +80,24 @@ static void encode_part(Part *part, const Tokenizer *tokenizer, int vocab, const
     bool encoded =
         tokenizer_encode(tokenizer, text + part->first, (size_t)part->tokens, &part->ids, &count, error, sizeof error);
     CHECK(encoded, "%s: %s", name, error);
-    part->first = 0;
-    part->tokens = count;
     for (size_t i = 0; i < count; i++) {
         CHECK(part->ids[i] < vocab, "--vocab %d is too small for token %d of the tokenizer: raise it", vocab,
               part->ids[i]);
     }
+    part->bytes_per_token = (double)part->tokens / (double)count;
+    part->first = 0;
+    part->tokens = count;
 }
 
 /* What shards say about the tokenizer that made them must agree with the one given. Whether it is known to be theirs.
  * */
-static bool check_shards(const TextLoader *loader, const Tokenizer *tokenizer, int vocab, const char *name) {
+static bool read_shard_part(Part *part, const Tokenizer *tokenizer, int vocab, const char *name) {
+    const TextLoader *loader = part->loader;
     CHECK(text_loader_vocab(loader) <= vocab,
           "--vocab %d is too small for the shards in %s, which have %d tokens: raise it", vocab, name,
           text_loader_vocab(loader));
+    uint64_t bytes = text_loader_bytes(loader);
+    part->bytes_per_token = bytes > 0 ? (double)bytes / (double)text_loader_tokens(loader) : NAN;
     uint32_t hash;
     if (!text_loader_tokenizer(loader, &hash)) {
         return tokenizer && !tokenizer_is_bytes(tokenizer);
@@ -136,15 +144,14 @@ static void open_text(Corpus *corpus, const char *train, const char *val, const 
     }
     CHECK(text == text_loader_is_text(parts[SPLIT_VAL].loader),
           "one of --data %s and --val %s is text and the other is token shards: give both in one form", train, val);
-    bool known = text;
+    bool known = true;
     for (int split = SPLIT_TRAIN; split <= SPLIT_VAL; split++) {
         Part *part = &parts[split];
         const char *name = split == SPLIT_VAL && *val ? val : train;
-        part->bytes = text ? (double)part->tokens : (double)text_loader_bytes(part->loader);
-        if (!text) {
-            known = check_shards(part->loader, tokenizer, corpus->vocab, name);
-        } else if (tokenizer && !tokenizer_is_bytes(tokenizer)) {
-            encode_part(part, tokenizer, corpus->vocab, name);
+        if (text) {
+            read_text_part(part, tokenizer, corpus->vocab, name);
+        } else {
+            known = read_shard_part(part, tokenizer, corpus->vocab, name) && known;
         }
         CHECK(part->tokens > (uint64_t)corpus->seq,
               "%s has %llu tokens for %s, but a sequence takes %d (--seq %d and one more): lower --seq or give more "
@@ -378,8 +385,7 @@ const char *corpus_prompt(const Corpus *corpus, int domain) {
 }
 
 double corpus_bytes_per_token(const Corpus *corpus) {
-    const Part *part = &corpus->parts[SPLIT_VAL];
-    return corpus->builtin ? 1.0 : part->bytes > 0 ? part->bytes / (double)part->tokens : NAN;
+    return corpus->builtin ? 1.0 : corpus->parts[SPLIT_VAL].bytes_per_token;
 }
 
 int64_t corpus_tokens(const Corpus *corpus, Split split) {

@@ -90,6 +90,7 @@ for name in $names; do
     fi
     programs="$programs $build/fuzz_$name"
 done
+unset MAKEFLAGS # of a make that called this
 # shellcheck disable=SC2086  # a list
 if ! make -s -j "$cores" -f tests/fuzz/fuzz.mk CLANG="$CLANG" $programs; then
     echo "fuzz.sh: the targets do not build" >&2

@@ -36,7 +36,8 @@ enum {
 /* Sets as they are written inside a class. They end in a range, so that a hyphen after one stands for itself. */
 #define WHITE_SPACE \
     "\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}\\x{9}-\\x{d}"
-#define WORD "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}0-9" /* of UTS 18; PCRE2's lacks marks and has other numbers */
+#define WORD "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}0-9"        /* of UTS 18; PCRE2's lacks marks and has other numbers */
+#define LATIN_NUMBERS "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}" /* Oniguruma's \w has them, but not in a class */
 #define HEX_DIGITS "0-9a-fA-F"
 
 struct Pretokenizer {
@@ -122,7 +123,11 @@ static void rewrite_escape(Rewriter *r) {
     } else if (strchr("sSwWhH", letter) && letter) {
         bool inverse = letter < 'a';
         letter |= 'a' - 'A';
-        write_set(r, letter == 's' ? WHITE_SPACE : letter == 'w' ? WORD : HEX_DIGITS, inverse);
+        write_set(r,
+                  letter == 's'   ? WHITE_SPACE
+                  : letter == 'w' ? (r->in_class ? WORD : WORD LATIN_NUMBERS)
+                                  : HEX_DIGITS,
+                  inverse);
         r->in += 2;
     } else if (letter == 'x') {
         size_t digits = strspn(r->in + 2, "0123456789abcdefABCDEF");

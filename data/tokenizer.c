@@ -3,6 +3,7 @@
  * Called by corpus.c, tokenize.c and train.c. Read next: tokenizer_encode.c. */
 #include "tokenizer.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,6 +33,26 @@ const char *byte_character(unsigned char byte) {
     };
     // clang-format on
     return CHARACTERS[byte];
+}
+
+Tokenizer *tokenizer_bytes(void) {
+    static const char head[] =
+        "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[],\"normalizer\":null,\n"
+        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,"
+        "\"use_regex\":false},\n\"post_processor\":null,\n"
+        "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"trim_offsets\":true,\"use_regex\":true},\n"
+        "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,"
+        "\"end_of_word_suffix\":null,\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":false,\n\"vocab\":{";
+    enum { LONGEST_ENTRY = 12 }; /* ,"\\":255 */
+    char json[sizeof head + 256 * LONGEST_ENTRY + 32], error[256], *out = json;
+    out += sprintf(out, "%s", head);
+    for (int byte = 0; byte < 256; byte++) {
+        const char *character = byte_character((unsigned char)byte);
+        const char *escape = byte == '"' || byte == '\\' ? "\\" : "";
+        out += sprintf(out, "%s\"%s%s\":%d", byte ? "," : "", escape, character, byte);
+    }
+    out += sprintf(out, "},\"merges\":[]}}\n");
+    return tokenizer_parse(json, (size_t)(out - json), "bytes", error, sizeof error);
 }
 
 void tokenizer_close(Tokenizer *t) {
@@ -96,6 +117,25 @@ bool tokenizer_is_special(const Tokenizer *t, int id) {
     return token && token->special;
 }
 
+uint64_t bytes_hash(const char *bytes, size_t length) {
+    uint64_t hash = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
+    for (size_t i = 0; i < length; i++) {
+        hash = (hash ^ (unsigned char)bytes[i]) * UINT64_C(0x100000001b3);
+    }
+    return hash ^ hash >> 32;
+}
+
+int tokenizer_find(const Tokenizer *t, const char *bytes, size_t length) {
+    size_t slot = bytes_hash(bytes, length) & (t->by_bytes_slots - 1);
+    for (; t->by_bytes[slot] >= 0; slot = (slot + 1) & (t->by_bytes_slots - 1)) {
+        const Token *token = &t->tokens[t->by_bytes[slot]];
+        if (token->length == length && memcmp(token->bytes, bytes, length) == 0) {
+            return t->by_bytes[slot];
+        }
+    }
+    return -1;
+}
+
 char *tokenizer_decode(const Tokenizer *t, const int *ids, size_t count, size_t *bytes) {
     size_t total = 0, length;
     for (size_t i = 0; i < count; i++) {
@@ -135,6 +175,8 @@ const char *tokenizer_merge_text(const Tokenizer *t, int rank) {
 const char *tokenizer_pattern_name(const Tokenizer *t) {
     int patterns = pretokenizer_patterns(t->pretokenizer);
     const char *pattern = patterns == 1 ? pretokenizer_pattern(t->pretokenizer, 0) : "";
-    bool gpt2 = t->merges.count == 0 || !strcmp(pattern, PATTERN_GPT2); /* without merges no cut matters */
-    return gpt2 ? "gpt-2" : !strcmp(pattern, PATTERN_QWEN2) ? "qwen2" : NULL;
+    bool no_cut_matters = t->merges.count == 0 && !t->ignore_merges;
+    return no_cut_matters || !strcmp(pattern, PATTERN_GPT2) ? "gpt-2"
+           : !strcmp(pattern, PATTERN_QWEN2)                ? "qwen2"
+                                                            : NULL;
 }

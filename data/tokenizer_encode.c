@@ -1,7 +1,6 @@
 /* Text to ids, on all cores.
  *
- *     text -> normal form (where the tokenizer asks for it)
- *          -> added tokens, and the stretches between them
+ *     text -> added tokens, and the stretches between them; these in normal form, where the tokenizer asks for it
  *          -> pieces of each stretch (pretokenizer.h)
  *          -> ids of each piece (bpe.h), remembered, since most words come again and again
  *
@@ -16,8 +15,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <utf8proc.h>
 
+#include "normalize.h"
 #include "tokenizer.h"
 #include "tokenizer_parts.h"
 
@@ -64,35 +63,40 @@ typedef struct {
     size_t count, capacity;
 } Occurrences;
 
-/* The added token that stands at text[at], of several the longest; -1: none. */
-static int added_at(const Tokenizer *t, const char *text, size_t bytes, size_t at) {
+static bool occurrences_add(Occurrences *found, size_t at, int id) {
+    if (found->count == found->capacity) {
+        found->capacity = 2 * found->capacity + 64;
+        Occurrence *grown = realloc(found->list, found->capacity * sizeof *grown);
+        if (!grown) {
+            return false;
+        }
+        found->list = grown;
+    }
+    found->list[found->count++] = (Occurrence){at, id};
+    return true;
+}
+
+/* The added token of that kind that stands at text[at], of several the longest; -1: none. */
+static int added_at(const Tokenizer *t, bool normalized, const char *text, size_t end, size_t at) {
     for (int i = 0; t->added_first[(unsigned char)text[at]] && i < t->added_count; i++) {
         const Token *token = &t->tokens[t->added[i]];
-        if (token->length <= bytes - at && memcmp(token->bytes, text + at, token->length) == 0) {
+        if (token->normalized == normalized && token->length <= end - at &&
+            memcmp(token->bytes, text + at, token->length) == 0) {
             return t->added[i];
         }
     }
     return -1;
 }
 
-/* Finds all, from left to right. */
-static bool find_added(const Tokenizer *t, const char *text, size_t bytes, Occurrences *found) {
-    for (size_t at = 0; t->added_count > 0 && at < bytes;) {
-        int id = added_at(t, text, bytes, at);
-        if (id < 0) {
-            at++;
-            continue;
+/* Appends all of that kind in text[begin, end), from left to right. */
+static bool find_added(const Tokenizer *t, bool normalized, const char *text, size_t begin, size_t end,
+                       Occurrences *found) {
+    for (size_t at = begin; t->added_count > 0 && at < end;) {
+        int id = added_at(t, normalized, text, end, at);
+        if (id >= 0 && !occurrences_add(found, at, id)) {
+            return false;
         }
-        if (found->count == found->capacity) {
-            found->capacity = 2 * found->capacity + 64;
-            Occurrence *grown = realloc(found->list, found->capacity * sizeof *grown);
-            if (!grown) {
-                return false;
-            }
-            found->list = grown;
-        }
-        found->list[found->count++] = (Occurrence){at, id};
-        at += t->tokens[id].length;
+        at += id >= 0 ? t->tokens[id].length : 1;
     }
     return true;
 }
@@ -320,12 +324,11 @@ static bool stitch(Worker *w, Chunk *chunks, size_t count, Ids *out) {
     return true;
 }
 
-static bool encode_chunks(const Tokenizer *t, const char *text, size_t bytes, size_t chunk_bytes, Ids *out,
-                          int *missing) {
+static bool encode_chunks(const Tokenizer *t, const char *text, size_t bytes, const Occurrences *added,
+                          size_t chunk_bytes, Ids *out, int *missing) {
     size_t count = pretokenizer_is_local(t->pretokenizer) ? (bytes + chunk_bytes - 1) / chunk_bytes : 1;
     Chunk *chunks = calloc(count + 1, sizeof *chunks);
-    Occurrences added = {0};
-    bool good = chunks && find_added(t, text, bytes, &added);
+    bool good = chunks;
     for (size_t c = 0; good && c < count; c++) {
         chunks[c].begin = c * chunk_bytes;
         chunks[c].end = c + 1 < count ? (c + 1) * chunk_bytes : bytes;
@@ -333,7 +336,7 @@ static bool encode_chunks(const Tokenizer *t, const char *text, size_t bytes, si
 #pragma omp parallel if (count > 1)
     {
         Worker w;
-        bool opened = worker_open(&w, t, text, bytes, &added), all_good = opened && good;
+        bool opened = worker_open(&w, t, text, bytes, added), all_good = opened && good;
 #pragma omp for schedule(dynamic)
         for (size_t c = 0; c < count; c++) {
             all_good = all_good && scan_chunk(&w, &chunks[c]);
@@ -350,7 +353,7 @@ static bool encode_chunks(const Tokenizer *t, const char *text, size_t bytes, si
         chunks[0].ids = (Ids){0};
     } else if (good) {
         Worker w;
-        good = worker_open(&w, t, text, bytes, &added) && stitch(&w, chunks, count, out);
+        good = worker_open(&w, t, text, bytes, added) && stitch(&w, chunks, count, out);
         *missing = w.missing;
         worker_close(&w);
     }
@@ -359,97 +362,36 @@ static bool encode_chunks(const Tokenizer *t, const char *text, size_t bytes, si
         free(chunks[c].boundaries);
     }
     free(chunks);
-    free(added.list);
-    return good;
-}
-
-/* ---- normal form C ---- */
-
-typedef struct {
-    char *text;
-    size_t bytes, capacity;
-} Buffer;
-
-static bool buffer_add(Buffer *buffer, const char *text, size_t bytes) {
-    if (!buffer->text || buffer->bytes + bytes > buffer->capacity) {
-        size_t capacity = 2 * (buffer->bytes + bytes) + 256;
-        char *grown = realloc(buffer->text, capacity);
-        if (!grown) {
-            return false;
-        }
-        buffer->text = grown;
-        buffer->capacity = capacity;
-    }
-    memcpy(buffer->text + buffer->bytes, text, bytes);
-    buffer->bytes += bytes;
-    return true;
-}
-
-static bool is_ascii(const char *text, size_t bytes) {
-    unsigned char all = 0;
-    for (size_t i = 0; i < bytes; i++) {
-        all |= (unsigned char)text[i];
-    }
-    return all < 0x80;
-}
-
-/* Bytes at the beginning of the text that are UTF-8. */
-static size_t valid_bytes(const char *text, size_t bytes) {
-    size_t valid = 0;
-    utf8proc_int32_t character;
-    for (utf8proc_ssize_t used = 1; used > 0 && valid<bytes; valid += used> 0 ? (size_t)used : 0) {
-        used = utf8proc_iterate((const utf8proc_uint8_t *)text + valid, (utf8proc_ssize_t)(bytes - valid), &character);
-    }
-    return valid;
-}
-
-/* A line, or the rest of one: nothing is composed across a newline, or across bytes that are no text. */
-static bool normalize_line(Buffer *out, const char *text, size_t bytes) {
-    for (size_t at = 0; at < bytes;) {
-        size_t valid = valid_bytes(text + at, bytes - at);
-        utf8proc_uint8_t *composed = NULL;
-        utf8proc_ssize_t length = utf8proc_map((const utf8proc_uint8_t *)text + at, (utf8proc_ssize_t)valid, &composed,
-                                               UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-        bool added = length >= 0 && buffer_add(out, (const char *)composed, (size_t)length);
-        free(composed);
-        at += valid;
-        if (!added || (at < bytes && !buffer_add(out, text + at, 1))) {
-            return false;
-        }
-        at += at < bytes;
-    }
-    return true;
-}
-
-/* Added tokens stay as they are. */
-static bool normalize(Buffer *out, const Tokenizer *t, const char *text, size_t bytes) {
-    Occurrences added = {0};
-    bool good = find_added(t, text, bytes, &added);
-    size_t at = 0;
-    for (size_t i = 0; good && i <= added.count; i++) {
-        size_t limit = i < added.count ? added.list[i].at : bytes;
-        while (good && at < limit) {
-            const char *newline = memchr(text + at, '\n', limit - at);
-            size_t length = newline ? (size_t)(newline - text) + 1 - at : limit - at;
-            good = is_ascii(text + at, length) ? buffer_add(out, text + at, length)
-                                               : normalize_line(out, text + at, length);
-            at += length;
-        }
-        if (good && i < added.count) {
-            size_t length = t->tokens[added.list[i].id].length;
-            good = buffer_add(out, text + at, length);
-            at += length;
-        }
-    }
-    free(added.list);
     return good;
 }
 
 /* ---- the whole ---- */
 
+/* Finds the added tokens: those that are looked for in the raw text, then between them, in normal form where `normal`
+ * is to be made (else NULL), the others. *found counts in the text that is encoded. */
+static bool find_all_added(const Tokenizer *t, const char *text, size_t bytes, Buffer *normal, Occurrences *found) {
+    Occurrences raw = {0};
+    bool good = find_added(t, false, text, 0, bytes, &raw);
+    size_t at = 0; /* in the raw text */
+    for (size_t i = 0; good && i <= raw.count; i++) {
+        size_t end = i < raw.count ? raw.list[i].at : bytes, begin = normal ? normal->bytes : at;
+        good = !normal || normalize(normal, text, at, end);
+        good = good && find_added(t, true, normal ? normal->text : text, begin, normal ? normal->bytes : end, found);
+        if (good && i < raw.count) {
+            size_t length = t->tokens[raw.list[i].id].length;
+            good = occurrences_add(found, normal ? normal->bytes : end, raw.list[i].id) &&
+                   (!normal || buffer_add(normal, text + end, length));
+            at = end + length;
+        }
+    }
+    free(raw.list);
+    return good;
+}
+
 bool tokenizer_encode_chunked(const Tokenizer *t, const char *text, size_t bytes, size_t chunk_bytes, int **ids,
                               size_t *count, char *error, size_t error_size) {
     Buffer normal = {0};
+    Occurrences added = {0};
     Ids out = {0};
     int missing = -1;
     bool good = true;
@@ -460,14 +402,15 @@ bool tokenizer_encode_chunked(const Tokenizer *t, const char *text, size_t bytes
             out.ids[i] = (unsigned char)text[i];
         }
         out.count = bytes;
-    } else if (!t->nfc || is_ascii(text, bytes)) {
-        good = encode_chunks(t, text, bytes, chunk_bytes, &out, &missing);
     } else {
-        good = normalize(&normal, t, text, bytes) &&
-               encode_chunks(t, normal.text, normal.bytes, chunk_bytes, &out, &missing);
+        bool as_it_is = !t->nfc || is_ascii(text, bytes);
+        good = find_all_added(t, text, bytes, as_it_is ? NULL : &normal, &added) &&
+               encode_chunks(t, as_it_is ? text : normal.text, as_it_is ? bytes : normal.bytes, &added, chunk_bytes,
+                             &out, &missing);
     }
     good = good && (out.ids || ids_add(&out, NULL, 0)); /* no ids are a list, too */
     free(normal.text);
+    free(added.list);
     if (!good) {
         free(out.ids);
         if (missing >= 0) {

@@ -25,24 +25,12 @@
 
 #include "../kernels/checksum.h"
 #include "tokenizer.h"
-#include "tokenizer_parts.h"
+#include "tokenizer_reader.h"
 
-enum { LONGEST_FILE = 512 << 20, NOT_A_CHARACTER = -1, CHARACTERS = 0x100 + 256 };
-
-/* What is at hand while a file is read. */
-typedef struct {
-    Tokenizer *t;
-    const char *name;
-    char *error;
-    size_t error_size;
-    int *by_text; /* (slots) hash table of the vocabulary: ids, -1: free */
-    size_t slots;
-    char *patterns[PRETOKENIZER_MOST_PATTERNS]; /* owned */
-    int pattern_count;
-} Reader;
+enum { LONGEST_FILE = 128 << 20, NOT_A_CHARACTER = -1, CHARACTERS = 0x100 + 256 };
 
 /* Writes the line, in front of it the file's name, and returns false. */
-__attribute__((format(printf, 2, 3))) static bool fail(Reader *r, const char *format, ...) {
+bool reader_fail(Reader *r, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     int length = snprintf(r->error, r->error_size, "%.200s: ", r->name);
@@ -56,23 +44,23 @@ __attribute__((format(printf, 2, 3))) static bool fail(Reader *r, const char *fo
     return false;
 }
 
-static bool no_memory(Reader *r) {
-    return fail(r, "out of memory");
+bool reader_no_memory(Reader *r) {
+    return reader_fail(r, "out of memory");
 }
 
 /* ---- JSON ---- */
 
 /* The member, NULL where it is absent or null. */
-static const cJSON *member(const cJSON *object, const char *key) {
+const cJSON *member(const cJSON *object, const char *key) {
     const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, key);
     return cJSON_IsNull(item) ? NULL : item;
 }
 
-static bool is_true(const cJSON *object, const char *key) {
+bool is_true(const cJSON *object, const char *key) {
     return cJSON_IsTrue(member(object, key));
 }
 
-static const char *type_of(const cJSON *object) {
+const char *type_of(const cJSON *object) {
     const char *type = cJSON_GetStringValue(member(object, "type"));
     return type ? type : "";
 }
@@ -84,14 +72,6 @@ static bool read_id(const cJSON *item, int *id) {
 }
 
 /* ---- texts ---- */
-
-uint64_t bytes_hash(const char *bytes, size_t length) {
-    uint64_t hash = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
-    for (size_t i = 0; i < length; i++) {
-        hash = (hash ^ (unsigned char)bytes[i]) * UINT64_C(0x100000001b3);
-    }
-    return hash ^ hash >> 32;
-}
 
 static bool table_open(int **table, size_t *slots, int count) {
     for (*slots = 16; *slots < 2 * (size_t)count; *slots *= 2) {
@@ -117,12 +97,12 @@ static bool add_text(Reader *r, int id, const char *text) {
     Token *token = &r->t->tokens[id];
     size_t slot = text_slot(r, text);
     if (token->text || r->by_text[slot] >= 0) {
-        return fail(r, "id %d stands for '%.40s' and for '%.40s', or a token has two ids: it is damaged", id,
-                    token->text ? token->text : text, text);
+        return reader_fail(r, "id %d stands for '%.40s' and for '%.40s', or a token has two ids: it is damaged", id,
+                           token->text ? token->text : text, text);
     }
     token->text = strdup(text);
     r->by_text[slot] = id;
-    return token->text || no_memory(r);
+    return token->text || reader_no_memory(r);
 }
 
 /* The byte that each character of byte_character stands for, by code point; -1: none. */
@@ -159,20 +139,20 @@ static bool text_bytes(const int byte_of[CHARACTERS], const char *text, char *by
 static bool check_model(Reader *r, const cJSON *model) {
     const cJSON *dropout = member(model, "dropout");
     if (!cJSON_IsObject(model) || (*type_of(model) && strcmp(type_of(model), "BPE") != 0)) {
-        return fail(r, "its model is '%.40s', but only BPE is read", type_of(model));
+        return reader_fail(r, "its model is '%.40s', but only BPE is read", type_of(model));
     }
     if (dropout && !(cJSON_IsNumber(dropout) && dropout->valuedouble == 0)) {
-        return fail(r, "its model drops merges at random (dropout): set that to null");
+        return reader_fail(r, "its model drops merges at random (dropout): set that to null");
     }
     if (member(model, "unk_token") || is_true(model, "byte_fallback")) {
-        return fail(r, "it is not byte-level: its model has %s",
-                    member(model, "unk_token") ? "an unk_token" : "byte_fallback");
+        return reader_fail(r, "it is not byte-level: its model has %s",
+                           member(model, "unk_token") ? "an unk_token" : "byte_fallback");
     }
     for (int i = 0; i < 2; i++) {
         const char *key = i ? "end_of_word_suffix" : "continuing_subword_prefix";
         const char *text = cJSON_GetStringValue(member(model, key));
         if (text && *text) {
-            return fail(r, "its model has a %s, which byte-level tokenizers have not", key);
+            return reader_fail(r, "its model has a %s, which byte-level tokenizers have not", key);
         }
     }
     r->t->ignore_merges = is_true(model, "ignore_merges");
@@ -184,35 +164,35 @@ static bool size_vocabulary(Reader *r, const cJSON *vocab, const cJSON *added) {
     int id, most = -1, count = 0;
     const cJSON *item;
     if (!cJSON_IsObject(vocab) || (added && !cJSON_IsArray(added))) {
-        return fail(r, "its model has no vocab, or added_tokens is no list: it is damaged");
+        return reader_fail(r, "its model has no vocab, or added_tokens is no list: it is damaged");
     }
     cJSON_ArrayForEach(item, vocab) {
         if (!read_id(item, &id)) {
-            return fail(r, "the id of token '%.40s' is not a whole number below 2^20", item->string);
+            return reader_fail(r, "the id of token '%.40s' is not a whole number below 2^20", item->string);
         }
         most = id > most ? id : most;
         count++;
     }
     cJSON_ArrayForEach(item, added) {
         if (!read_id(member(item, "id"), &id) || !cJSON_GetStringValue(member(item, "content"))) {
-            return fail(r, "an added token has no content, or no id below 2^20: it is damaged");
+            return reader_fail(r, "an added token has no content, or no id below 2^20: it is damaged");
         }
         most = id > most ? id : most;
         count++;
     }
     if (count == 0) {
-        return fail(r, "it has no tokens");
+        return reader_fail(r, "it has no tokens");
     }
     r->t->vocab = most + 1;
     r->t->tokens = calloc((size_t)r->t->vocab, sizeof *r->t->tokens);
-    return (r->t->tokens && table_open(&r->by_text, &r->slots, count)) || no_memory(r);
+    return (r->t->tokens && table_open(&r->by_text, &r->slots, count)) || reader_no_memory(r);
 }
 
 static bool read_vocabulary(Reader *r, const cJSON *vocab) {
     const cJSON *item;
     cJSON_ArrayForEach(item, vocab) {
         if (!*item->string) {
-            return fail(r, "it has a token without text: it is damaged");
+            return reader_fail(r, "it has a token without text: it is damaged");
         }
         if (!add_text(r, item->valueint, item->string)) {
             return false;
@@ -230,7 +210,8 @@ static char *merge_text(const cJSON *item, size_t *right) {
         *right = (size_t)(blank + 1 - whole);
         return strdup(whole);
     }
-    if (whole || !left_text || !right_text || cJSON_GetArraySize(item) != 2 || strchr(left_text, ' ')) {
+    if (whole || !left_text || !right_text || cJSON_GetArraySize(item) != 2 || strchr(left_text, ' ') ||
+        strchr(right_text, ' ')) {
         return NULL;
     }
     *right = strlen(left_text) + 1;
@@ -246,7 +227,7 @@ static bool read_merge(Reader *r, const cJSON *item, int rank, Merge *merge) {
     char *text = merge_text(item, &right), *joined = text ? strdup(text) : NULL;
     r->t->merge_texts[rank] = text;
     if (!joined) {
-        return fail(r, "merge %d is not two tokens", rank);
+        return reader_fail(r, "merge %d is not two tokens", rank);
     }
     memmove(joined + right - 1, text + right, strlen(text + right) + 1);
     text[right - 1] = '\0';
@@ -256,7 +237,7 @@ static bool read_merge(Reader *r, const cJSON *item, int rank, Merge *merge) {
     merge->result = r->by_text[text_slot(r, joined)];
     free(joined);
     if (merge->left < 0 || merge->right < 0 || merge->result < 0) {
-        return fail(r, "merge %d, '%.80s', is not of two tokens that make a third", rank, text);
+        return reader_fail(r, "merge %d, '%.80s', is not of two tokens that make a third", rank, text);
     }
     return true;
 }
@@ -264,14 +245,14 @@ static bool read_merge(Reader *r, const cJSON *item, int rank, Merge *merge) {
 static bool read_merges(Reader *r, const cJSON *list) {
     Tokenizer *t = r->t;
     if (!cJSON_IsArray(list)) {
-        return fail(r, "its model has no merges: it is damaged");
+        return reader_fail(r, "its model has no merges: it is damaged");
     }
     int count = cJSON_GetArraySize(list), rank = 0;
     Merge *merges = calloc((size_t)count + 1, sizeof *merges);
     t->merge_texts = calloc((size_t)count + 1, sizeof *t->merge_texts);
     t->merges = (Merges){.merges = merges, .count = t->merge_texts ? count : 0};
     if (!merges || !t->merge_texts) {
-        return no_memory(r);
+        return reader_no_memory(r);
     }
     const cJSON *item;
     cJSON_ArrayForEach(item, list) {
@@ -280,7 +261,7 @@ static bool read_merges(Reader *r, const cJSON *list) {
         }
         rank++;
     }
-    return merges_build(&t->merges, merges, count) || no_memory(r);
+    return merges_build(&t->merges, merges, count) || reader_no_memory(r);
 }
 
 /* ---- added tokens ---- */
@@ -297,7 +278,7 @@ static bool read_added(Reader *r, const cJSON *list) {
     const cJSON *item;
     t->added = calloc((size_t)cJSON_GetArraySize(list) + 1, sizeof *t->added);
     if (!t->added) {
-        return no_memory(r);
+        return reader_no_memory(r);
     }
     cJSON_ArrayForEach(item, list) {
         const char *content = cJSON_GetStringValue(member(item, "content"));
@@ -308,25 +289,28 @@ static bool read_added(Reader *r, const cJSON *list) {
         int id = member(item, "id")->valueint;
         Token *token = &t->tokens[id];
         if (!*content || flag) {
-            return fail(r, "the added token '%.60s' %s%s", content, flag ? "takes more than its text: " : "is empty",
-                        flag ? flag : "");
+            return reader_fail(r, "the added token '%.60s' %s%s", content,
+                               flag ? "takes more than its text: " : "is empty", flag ? flag : "");
         }
         if (token->added || (token->text && strcmp(token->text, content) != 0)) {
-            return fail(r, "id %d stands for '%.60s' and for '%.60s'", id, token->text, content);
+            return reader_fail(r, "id %d stands for '%.60s' and for '%.60s'", id, token->text, content);
         }
         if (!token->text && !add_text(r, id, content)) {
             return false;
         }
         token->added = true;
         token->special = is_true(item, "special");
+        const cJSON *normalized = member(item, "normalized");
+        token->normalized = normalized ? cJSON_IsTrue(normalized) : !token->special;
         t->added[t->added_count++] = id;
         t->added_first[(unsigned char)*content] = true;
     }
     for (int rank = 0; rank < t->merges.count; rank++) {
         const Token *token = &t->tokens[t->merges.merges[rank].result];
         if (token->added && !is_ascii_text(token->text)) {
-            return fail(r, "its token '%.60s' is added, and so that text, but also what merge %d makes of other bytes",
-                        token->text, rank);
+            return reader_fail(
+                r, "its token '%.60s' is added, and so that text, but also what merge %d makes of other bytes",
+                token->text, rank);
         }
     }
     return true;
@@ -338,7 +322,7 @@ static bool list_bytes(Reader *r) {
     int byte_of[CHARACTERS];
     list_characters(byte_of);
     if (!table_open(&t->by_bytes, &t->by_bytes_slots, t->vocab)) {
-        return no_memory(r);
+        return reader_no_memory(r);
     }
     memset(t->byte_id, 0xff, sizeof t->byte_id);
     for (int id = 0; id < t->vocab; id++) {
@@ -349,15 +333,15 @@ static bool list_bytes(Reader *r) {
         token->length = strlen(token->text);
         token->bytes = malloc(token->length + 1);
         if (!token->bytes) {
-            return no_memory(r);
+            return reader_no_memory(r);
         }
         strcpy(token->bytes, token->text);
         if (token->added) {
             continue;
         }
         if (!text_bytes(byte_of, token->text, token->bytes, &token->length)) {
-            return fail(r, "it is not byte-level: its token '%.60s' holds a character that stands for no byte",
-                        token->text);
+            return reader_fail(r, "it is not byte-level: its token '%.60s' holds a character that stands for no byte",
+                               token->text);
         }
         if (token->length == 1) {
             t->byte_id[(unsigned char)*token->bytes] = id;
@@ -369,129 +353,6 @@ static bool list_bytes(Reader *r) {
         t->by_bytes[slot] = id;
     }
     return true;
-}
-
-int tokenizer_find(const Tokenizer *t, const char *bytes, size_t length) {
-    size_t slot = bytes_hash(bytes, length) & (t->by_bytes_slots - 1);
-    for (; t->by_bytes[slot] >= 0; slot = (slot + 1) & (t->by_bytes_slots - 1)) {
-        const Token *token = &t->tokens[t->by_bytes[slot]];
-        if (token->length == length && memcmp(token->bytes, bytes, length) == 0) {
-            return t->by_bytes[slot];
-        }
-    }
-    return -1;
-}
-
-/* ---- normalizer, pre-tokenizer, decoder ---- */
-
-static bool read_normalizer(Reader *r, const cJSON *normalizer) {
-    const cJSON *list = member(normalizer, "normalizers");
-    if (normalizer && !strcmp(type_of(normalizer), "Sequence") && cJSON_GetArraySize(list) <= 1) {
-        normalizer = cJSON_GetArrayItem(list, 0);
-    }
-    if (normalizer && strcmp(type_of(normalizer), "NFC") != 0) {
-        return fail(r, "its normalizer is '%.40s', but only NFC is known", type_of(normalizer));
-    }
-    r->t->nfc = normalizer;
-    return true;
-}
-
-static bool add_pattern(Reader *r, const char *pattern) {
-    if (r->pattern_count == PRETOKENIZER_MOST_PATTERNS) {
-        return fail(r, "its pre_tokenizer has more than %d patterns", PRETOKENIZER_MOST_PATTERNS);
-    }
-    r->patterns[r->pattern_count] = strdup(pattern);
-    return r->patterns[r->pattern_count++] || no_memory(r);
-}
-
-/* A text as the pattern that matches it alone. */
-static bool add_literal(Reader *r, const char *text) {
-    char *quoted = malloc(2 * strlen(text) + 1), *out = quoted;
-    if (!quoted) {
-        return no_memory(r);
-    }
-    for (; *text; text++) {
-        if ((unsigned char)*text < 0x80 &&
-            !strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_", *text)) {
-            *out++ = '\\';
-        }
-        *out++ = *text;
-    }
-    *out = '\0';
-    bool added = add_pattern(r, quoted);
-    free(quoted);
-    return added;
-}
-
-static bool read_split(Reader *r, const cJSON *split) {
-    const cJSON *pattern = member(split, "pattern");
-    const char *regex = cJSON_GetStringValue(member(pattern, "Regex"));
-    const char *text = cJSON_GetStringValue(member(pattern, "String"));
-    const char *behavior = cJSON_GetStringValue(member(split, "behavior"));
-    bool isolated = behavior && !strcmp(behavior, "Isolated");
-    /* What does not match is removed: the same pieces, as these patterns match all of a text. */
-    bool kept = behavior && !strcmp(behavior, "Removed") && is_true(split, "invert");
-    if (!isolated && !kept) {
-        return fail(r, "its pre_tokenizer splits with behavior '%.40s', but only Isolated is known",
-                    behavior ? behavior : "");
-    }
-    if (!regex == !text || (text && !*text)) {
-        return fail(r, "its pre_tokenizer splits by something that is no Regex and no String");
-    }
-    return regex ? add_pattern(r, regex) : add_literal(r, text);
-}
-
-static bool read_pre_tokenizer(Reader *r, const cJSON *item, bool *byte_level) {
-    const char *type = type_of(item);
-    if (*byte_level) {
-        return fail(r, "its pre_tokenizer goes on after ByteLevel");
-    }
-    if (!strcmp(type, "ByteLevel")) {
-        *byte_level = true;
-        if (is_true(item, "add_prefix_space")) {
-            return fail(r,
-                        "it puts a blank in front of a text (add_prefix_space), so texts would not come back as they "
-                        "were: set that to false");
-        }
-        const cJSON *use_regex = member(item, "use_regex");
-        return (use_regex && !cJSON_IsTrue(use_regex)) || add_pattern(r, PATTERN_GPT2);
-    }
-    if (!strcmp(type, "Split")) {
-        return read_split(r, item);
-    }
-    if (!strcmp(type, "Digits")) {
-        return add_pattern(r, is_true(item, "individual_digits") ? "\\p{N}" : "\\p{N}+");
-    }
-    return fail(r, "its pre_tokenizer is '%.40s', but only ByteLevel, Split and Digits are known", type);
-}
-
-static bool read_pre_tokenizers(Reader *r, const cJSON *item) {
-    bool byte_level = false;
-    if (!strcmp(type_of(item), "Sequence")) {
-        const cJSON *part;
-        cJSON_ArrayForEach(part, member(item, "pretokenizers")) {
-            if (!read_pre_tokenizer(r, part, &byte_level)) {
-                return false;
-            }
-        }
-    } else if (item && !read_pre_tokenizer(r, item, &byte_level)) {
-        return false;
-    }
-    if (!byte_level) {
-        return fail(r, "it is not byte-level: its pre_tokenizer has no ByteLevel");
-    }
-    char reason[400];
-    r->t->pretokenizer = pretokenizer_open((const char *const *)r->patterns, r->pattern_count, reason, sizeof reason);
-    return r->t->pretokenizer || fail(r, "%s", reason);
-}
-
-static bool read_decoder(Reader *r, const cJSON *decoder) {
-    const cJSON *list = member(decoder, "decoders");
-    if (!strcmp(type_of(decoder), "Sequence") && cJSON_GetArraySize(list) == 1) {
-        decoder = cJSON_GetArrayItem(list, 0);
-    }
-    return !strcmp(type_of(decoder), "ByteLevel") ||
-           fail(r, "its decoder is '%.40s', but a byte-level tokenizer has ByteLevel", type_of(decoder));
 }
 
 /* ---- the whole ---- */
@@ -536,9 +397,10 @@ static uint32_t hash_of(const Tokenizer *t) {
         const Token *token = &t->tokens[id];
         if (token->text) {
             crc = sum_int(sum_int(crc, id), (int)token->length);
-            crc = crc32c(sum_int(crc, token->added), token->bytes, token->length);
+            crc = crc32c(sum_int(crc, token->added | token->normalized << 1), token->bytes, token->length);
         }
     }
+    crc = sum_int(sum_int(crc, t->vocab), t->merges.count);
     for (int rank = 0; rank < t->merges.count; rank++) {
         crc = sum_int(sum_int(crc, t->merges.merges[rank].left), t->merges.merges[rank].right);
     }
@@ -553,9 +415,7 @@ static bool parse(Reader *r, const cJSON *root) {
     Tokenizer *t = r->t;
     const cJSON *model = member(root, "model"), *added = member(root, "added_tokens"), *vocab = member(model, "vocab");
     bool good = check_model(r, model) && size_vocabulary(r, vocab, added) && read_vocabulary(r, vocab) &&
-                read_merges(r, member(model, "merges")) && read_added(r, added) && list_bytes(r) &&
-                read_normalizer(r, member(root, "normalizer")) &&
-                read_pre_tokenizers(r, member(root, "pre_tokenizer")) && read_decoder(r, member(root, "decoder"));
+                read_merges(r, member(model, "merges")) && read_added(r, added) && list_bytes(r) && read_cuts(r, root);
     if (good) {
         qsort_r(t->added, (size_t)t->added_count, sizeof *t->added, longer_first, t->tokens);
         t->end_of_text = find_end_of_text(t);
@@ -572,10 +432,10 @@ static bool check_characters(Reader *r, const char *json, size_t bytes) {
         const utf8proc_uint8_t *here = (const utf8proc_uint8_t *)json + at;
         utf8proc_ssize_t used = utf8proc_iterate(here, (utf8proc_ssize_t)(bytes - at), &character);
         if (used <= 0 || character == 0) {
-            return fail(r, "byte %zu is not UTF-8 text: it is damaged", at);
+            return reader_fail(r, "byte %zu is not UTF-8 text: it is damaged", at);
         }
         if (character == '\\' && bytes - at >= 6 && memcmp(here, "\\u0000", 6) == 0) {
-            return fail(r, "a text in it holds the character \\u0000, which is not supported");
+            return reader_fail(r, "a text in it holds the character \\u0000, which is not supported");
         }
         at += (size_t)used + (character == '\\' && at + 1 < bytes && (here[1] == '\\' || here[1] == '"'));
     }
@@ -588,16 +448,17 @@ Tokenizer *tokenizer_parse(const char *json, size_t bytes, const char *name, cha
     const char *end = NULL;
     bool good = false;
     if (!r.t || !copy) {
-        no_memory(&r);
+        reader_no_memory(&r);
     } else {
         memcpy(copy, json, bytes);
         copy[bytes] = '\0';
         bool readable = check_characters(&r, copy, bytes);
         cJSON *root = readable ? cJSON_ParseWithLengthOpts(copy, bytes, &end, false) : NULL;
         size_t rest = root ? strspn(end, " \t\r\n") : 0;
-        good = !readable                                            ? false
-               : cJSON_IsObject(root) && end + rest == copy + bytes ? parse(&r, root)
-                                                                    : fail(&r, "it is not one whole JSON object");
+        good = !readable ? false
+               : cJSON_IsObject(root) && end + rest == copy + bytes
+                   ? parse(&r, root)
+                   : reader_fail(&r, "it is not one whole JSON object");
         cJSON_Delete(root);
     }
     for (int i = 0; i < r.pattern_count; i++) {
@@ -625,9 +486,9 @@ Tokenizer *tokenizer_open(const char *path, char *error, size_t error_size) {
     char *text = NULL;
     size_t length = 0;
     if (fstat(fd, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size > LONGEST_FILE) {
-        fail(&r, "it is not a file of at most %d MB", LONGEST_FILE >> 20);
+        reader_fail(&r, "it is not a file of at most %d MB", LONGEST_FILE >> 20);
     } else if (!(text = malloc((size_t)status.st_size + 1))) {
-        no_memory(&r);
+        reader_no_memory(&r);
     } else {
         for (ssize_t got = 1; got > 0 && length<(size_t)status.st_size; length += got> 0 ? (size_t)got : 0) {
             got = read(fd, text + length, (size_t)status.st_size - length);
@@ -637,24 +498,4 @@ Tokenizer *tokenizer_open(const char *path, char *error, size_t error_size) {
     Tokenizer *tokenizer = text ? tokenizer_parse(text, length, path, error, error_size) : NULL;
     free(text);
     return tokenizer;
-}
-
-Tokenizer *tokenizer_bytes(void) {
-    static const char head[] =
-        "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[],\"normalizer\":null,\n"
-        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,"
-        "\"use_regex\":false},\n\"post_processor\":null,\n"
-        "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"trim_offsets\":true,\"use_regex\":true},\n"
-        "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,"
-        "\"end_of_word_suffix\":null,\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":false,\n\"vocab\":{";
-    enum { LONGEST_ENTRY = 12 }; /* ,"\\":255 */
-    char json[sizeof head + 256 * LONGEST_ENTRY + 32], error[256], *out = json;
-    out += sprintf(out, "%s", head);
-    for (int byte = 0; byte < 256; byte++) {
-        const char *character = byte_character((unsigned char)byte);
-        const char *escape = byte == '"' || byte == '\\' ? "\\" : "";
-        out += sprintf(out, "%s\"%s%s\":%d", byte ? "," : "", escape, character, byte);
-    }
-    out += sprintf(out, "},\"merges\":[]}}\n");
-    return tokenizer_parse(json, (size_t)(out - json), "bytes", error, sizeof error);
 }

@@ -14,6 +14,7 @@ typedef struct {
     char *bytes;   /* what it stands for, zero-terminated. Owned */
     size_t length; /* of bytes */
     bool added, special;
+    bool normalized; /* an added token that is looked for in normalised text, not before */
 } Token;
 
 struct Tokenizer {

@@ -11,6 +11,9 @@
 #define ADDED(id, content, special) \
     "{\"id\":" #id ",\"content\":\"" content "\",\"normalized\":false,\"special\":" #special "}"
 
+#define ADDED_NORMALIZED(id, content) \
+    "{\"id\":" #id ",\"content\":\"" content "\",\"normalized\":true,\"special\":false}"
+
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
 
 /* ---- bytes ---- */
@@ -247,6 +250,25 @@ static void test_added_tokens(void **state) {
     assert_string_equal(text, "<|endoftext|>a");
     assert_int_equal(bytes, 14);
     free(text);
+    tokenizer_close(t);
+}
+
+/* Tokens that are looked for in the raw text come first, those of the normalised text between them. */
+static void test_raw_and_normalized(void **state) {
+    /* 302 is b with a dot above, 303 d with a dot above; the dot alone is CC 87 */
+    static const char added[] = ADDED(300, "ab", true) "," ADDED_NORMALIZED(301, "xa") "," ADDED_NORMALIZED(
+        302, "\xe1\xb8\x83") "," ADDED(303, "\xe1\xb8\x8b", true);
+    Tokenizer *t = open_parts(&(JsonParts){.normalizer = "{\"type\":\"NFC\"}", .added = added});
+    assert_ids(t, "xab", IDS('x', 300));
+    assert_ids(t, "xac\xc3\xbc", IDS(301, 'c', 0xc3, 0xbc));
+    assert_ids_and_text(t, "b\xcc\x87\xe1\xb8\x83", IDS(302, 302), "\xe1\xb8\x83\xe1\xb8\x83");
+    assert_ids_and_text(t, "d\xcc\x87\xe1\xb8\x8b", IDS(0xe1, 0xb8, 0x8b, 303), /* the first is not in the raw text */
+                        "\xe1\xb8\x8b\xe1\xb8\x8b");
+    tokenizer_close(t);
+    t = open_parts(&(JsonParts){.added = added});
+    assert_ids(t, "xab", IDS('x', 300));
+    assert_ids(t, "xac", IDS(301, 'c'));
+    assert_ids(t, "b\xcc\x87\xe1\xb8\x83\xe1\xb8\x8b", IDS('b', 0xcc, 0x87, 302, 303));
     tokenizer_close(t);
 }
 
@@ -497,6 +519,7 @@ int main(void) {
         cmocka_unit_test(test_ignore_merges),
         cmocka_unit_test(test_byte_without_token),
         cmocka_unit_test(test_added_tokens),
+        cmocka_unit_test(test_raw_and_normalized),
         cmocka_unit_test(test_end_of_text),
         cmocka_unit_test(test_nfc),
         cmocka_unit_test(test_threads),

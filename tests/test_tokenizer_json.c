@@ -209,6 +209,8 @@ static void test_refused_parts(void **state) {
                          "a",
                          "")},
          "merge 0"}, /* " a" by the merge */
+        {{.normalizer = "{\"type\":\"NFC\"}", .added = ADDED(300, "b\xcc\x87", ",\"normalized\":true")},
+         "normal form C"},
         {{.vocab = ",\"zz\":97"}, "zz"},
         {{.vocab = ",\"a\":300"}, "a"},
         {{.vocab = ",\"zz\":1048576"}, "2^20"},

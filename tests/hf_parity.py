@@ -380,7 +380,7 @@ def check_tensorboard(work):
 
 def main():
     global out, commit
-    commit = run("git", "rev-parse", "--short=12", "HEAD").strip() if os.path.isdir(".git") else os.environ["COMMIT"]
+    commit = os.environ.get("COMMIT") or run("git", "rev-parse", "--short=12", "HEAD").strip()
     torch.set_num_threads(4)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

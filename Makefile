@@ -111,7 +111,7 @@ NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
 
 BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev stb/stb_ds.h:libstb-dev pcre2.h:libpcre2-dev \
               utf8proc.h:libutf8proc-dev
-TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3
+TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3 curl:curl
 FUZZ_NEEDS = $(BUILD_NEEDS) clang:clang libfuzzer:libclang-rt-dev
 
 # Packages to install so that the headers in $1 can be included and its programs run; empty when all is there.

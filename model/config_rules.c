@@ -112,6 +112,8 @@ static void check_objective(const Config *config) {
           "--mask-share hides tokens for --objective mlm: add that, or drop it");
     CHECK(!masked || config->train.sample == 0,
           "--sample with --objective mlm: a model of masked tokens does not write from left to right; drop --sample");
+    CHECK(!masked || !config->train.choices[0],
+          "--choices with --objective mlm: the model would see the answer it is to find; drop --choices");
     CHECK(!masked || model->vocab >= 3,
           "--vocab %d leaves nothing to predict beside the mask, its last token: raise it", model->vocab);
 }

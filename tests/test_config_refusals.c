@@ -151,6 +151,7 @@ static void test_objectives(void **state) {
         {"--mask-share 0.2", "--mask-share hides tokens for --objective mlm: add that, or drop it"},
         {"--objective mlm --sample 5", "--sample with --objective mlm"},
         {"--objective mlm --sample 5", "drop --sample"},
+        {"--objective mlm --choices a.bin", "drop --choices"},
         {"--objective mlm --vocab 2", "--vocab 2 leaves nothing to predict beside the mask"},
         {"--router soft", "--router soft looks at later tokens"},
         {"--router soft", "use --objective mlm, or add --allow-leak"},

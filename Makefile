@@ -7,10 +7,12 @@
 #     double       for gradient checks          build/double/...           real_t is double
 #     asan         with sanitizers, for tests   build/asan/...
 #     asan-double  both                         build/asan-double/...
-#     cuda         where there are .cu files    build/cuda/...             op.cu takes the place of op.c -> train_cuda
+#     cuda         the program for GPUs         build/cuda/...             op.cu takes the place of op.c -> train_cuda
+#     cuda-fp32    the same in float            build/cuda-fp32/...        for comparisons with the CPU
 #
 # Variables you may set on the command line, e.g. `make CC=clang OPENMP=0`:
-#     CC, ARCH (native), PRECISION (fp32|double), OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
+#     CC, ARCH (native), PRECISION (double: ./train in double; fp32: train_cuda in float, not bf16), CUDA_ARCHS,
+#     OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
 #     DEMO_OPTIONS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
 #     V (1: print commands)
 
@@ -21,7 +23,7 @@ ifeq ($(origin CC),default)
 CC = gcc
 endif
 ARCH = native
-PRECISION = fp32
+PRECISION =
 CLANG_FORMAT = clang-format
 NVCC = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 HASH := \#
@@ -50,14 +52,20 @@ FLAGS_cpu = $(FLAGS_common) -O3
 FLAGS_double = $(FLAGS_cpu) -DREAL_DOUBLE
 FLAGS_asan = $(FLAGS_common) $(FLAGS_sanitize)
 FLAGS_asan-double = $(FLAGS_asan) -DREAL_DOUBLE
-FLAGS_cuda = $(FLAGS_cpu)
+FLAGS_cuda = $(FLAGS_cpu) -DREAL_BF16
+FLAGS_cuda-fp32 = $(FLAGS_cpu)
 # sm_80 is Ampere; compute_90a (Hopper) cannot be had from the -arch=sm_90a shorthand when code uses wgmma.
-FLAGS_nvcc = -O3 -std=c++17 -lineinfo -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+CUDA_ARCHS = -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+CUDA_WARNINGS = -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Wno-missing-field-initializers -Werror all-warnings
+FLAGS_nvcc = -O3 -std=c++17 -lineinfo $(CUDA_WARNINGS) $(CUDA_ARCHS)
+FLAGS_nvcc-cuda = $(FLAGS_nvcc) -DREAL_BF16
+FLAGS_nvcc-cuda-fp32 = $(FLAGS_nvcc)
 
 LIBS = -lcjson -lpcre2-8 -lutf8proc -lm
 
-VARIANT := $(or $(if $(filter fp32,$(PRECISION)),cpu),$(if $(filter double,$(PRECISION)),double),\
-             $(error PRECISION=$(PRECISION): choose fp32 or double))
+VARIANT := $(or $(if $(filter double,$(PRECISION)),double),$(if $(filter-out fp32,$(PRECISION)),\
+             $(error PRECISION=$(PRECISION): choose fp32, double or nothing)),cpu)
+CUDA_VARIANT = cuda$(if $(filter fp32,$(PRECISION)),-fp32)
 
 # ---- sources
 
@@ -67,7 +75,7 @@ CUDA_SOURCES := $(wildcard kernels/*.cu)
 WITHOUT_CUDA := $(filter-out $(CUDA_SOURCES:.cu=.c),$(SOURCES))
 
 # $1 variant
-objects_of = $(patsubst %,build/$1/%.o,$(basename $(if $(filter cuda,$1),$(CUDA_SOURCES) $(WITHOUT_CUDA),$(SOURCES))))
+objects_of = $(patsubst %,build/$1/%.o,$(basename $(if $(filter cuda%,$1),$(CUDA_SOURCES) $(WITHOUT_CUDA),$(SOURCES))))
 
 # ---- what a bare `make` does
 
@@ -82,6 +90,7 @@ help:
 	@echo "make test      check, build and run every test, sanitizers included"
 	@echo "make fuzz      $(FUZZ_SECONDS) s of made-up input for each reader of files (FUZZ_SECONDS)"
 	@echo "make check     include direction, headers that compile alone, formatting (seconds)"
+	@echo "make ladder    build the rungs of experiments/ladder, kernels from the simplest to the fastest (needs nvcc)"
 	@echo "make bench     measure the speed of the kernels and of training on this machine"
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
 	@echo "make format    apply .clang-format"
@@ -160,7 +169,7 @@ write_if_changed = mkdir -p $(dir $1) && { $2; } >$1.$$$$ && { cmp -s $1.$$$$ $1
 
 # Compiler and flags: another CC or ARCH rebuilds everything.
 build/%/flags: FORCE
-	@$(call write_if_changed,$@,echo '$(CC) $(FLAGS_$*) $(CPPFLAGS) $(if $(filter cuda,$*),$(NVCC) $(FLAGS_nvcc))')
+	@$(call write_if_changed,$@,echo '$(CC) $(FLAGS_$*) $(CPPFLAGS) $(if $(filter cuda%,$*),$(NVCC) $(FLAGS_nvcc-$*))')
 
 # The commit that the log's first line names, as compiler arguments (read with @file by model/log.c alone).
 GIT_SHA = $(if $(wildcard .git),$(shell git rev-parse --short=12 --verify --quiet HEAD 2>/dev/null))
@@ -220,16 +229,29 @@ NO_NVCC = nvcc is not found: install the CUDA Toolkit, or name it with NVCC=/pat
 NO_CUDA_PROGRAM = this version has no CUDA program; without CUDA=1 the CPU is used
 
 ifeq ($(CUDA_PROGRAM),train_cuda)
-$(eval $(call VARIANT_RULES,cuda,test-cuda))
+define CUDA_RULES
+build/$1/%.o: %.cu build/$1/flags
+	@mkdir -p $$(@D)
+	@echo "NVCC $$@"
+	$(Q)$$(NVCC) $$(FLAGS_nvcc-$1) $$(CPPFLAGS) -MMD -c $$< -o $$@
+endef
+# The rule for op.cu comes first: make takes it before the one for op.c.
+$(foreach variant,cuda cuda-fp32,$(eval $(call CUDA_RULES,$(variant))) \
+    $(eval $(call VARIANT_RULES,$(variant),test-$(variant))))
 
-build/cuda/%.o: %.cu build/cuda/flags
-	@mkdir -p $(@D)
-	@echo "NVCC $@"
-	$(Q)$(NVCC) $(FLAGS_nvcc) $(CPPFLAGS) -MMD -c $< -o $@
+# nvcc links: it knows where its own libraries are.
+LINK_CUDA = $(NVCC) $(CUDA_ARCHS) $(if $(OPENMP_DATE),-Xcompiler -fopenmp) $(filter %.o %.a,$^) $(LDFLAGS) -lcublas \
+            $(LIBS)
 
-train_cuda: build/cuda/train.o build/cuda/libmoelab.a
+train_cuda: build/$(CUDA_VARIANT)/train.o build/$(CUDA_VARIANT)/libmoelab.a build/train_cuda.variant
 	@echo "LD  $@"
-	$(Q)$(NVCC) $(FLAGS_nvcc) $(if $(OPENMP_DATE),-Xcompiler -fopenmp) $^ $(LDFLAGS) $(LIBS) -o $@
+	$(Q)$(LINK_CUDA) -o $@
+
+build/train_cuda_fp32: build/cuda-fp32/train.o build/cuda-fp32/libmoelab.a
+	$(Q)$(LINK_CUDA) -o $@
+
+build/train_cuda.variant: FORCE
+	@$(call write_if_changed,$@,echo $(CUDA_VARIANT))
 else
 train_cuda: no_cuda
 endif
@@ -261,12 +283,17 @@ TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(DOUBLE_TESTS:%=build/test-
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 
+# With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
+CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
+             build/parity_cpu build/parity_cuda build/parity_cuda_fp32 build/bench_layer_cuda build/bench_train_cuda))
+
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
-test:
+test: $(if $(filter 1,$(CUDA)),$(filter no_cuda,$(CUDA_PROGRAM)))
 	@$(MAKE) setup-tests
-	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) || build=failed; \
+	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) $(CUDA_TESTS) || build=failed; \
 	    BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
-	    tests/run_tests.sh tests/check_tree.sh $(PROGRAMS) $(TEST_SCRIPTS) $(TEST_PROGRAMS)
+	    tests/run_tests.sh tests/check_tree.sh $(PROGRAMS) $(CUDA_TESTS) $(TEST_SCRIPTS) $(TEST_PROGRAMS) \
+	        $(if $(CUDA_TESTS),$(if $(wildcard /dev/nvidia0),tests/cuda.sh))
 
 check:
 	@CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' tests/check_tree.sh
@@ -277,14 +304,37 @@ fuzz:
 	@$(MAKE) setup-fuzz
 	@tests/fuzz.sh $(FUZZ_SECONDS)
 
-bench: $(patsubst experiments/%.c,build/%,$(wildcard experiments/bench_cpu.c))
-	@$(if $^,build/bench_cpu $(BENCH_OPTIONS),echo "moelab: experiments/bench_cpu.c is not there" >&2; exit 1)
+bench: build/bench_train
+	@build/bench_train $(BENCH_OPTIONS)
 
-# Programs of the tests and experiments that are built on demand: build/NAME.
-build/bench_cpu: build/cpu/experiments/bench_cpu.o
+# Programs of the tests and experiments that are built on demand: build/NAME, and build/NAME_cuda for a GPU.
+build/bench_train: build/cpu/experiments/bench_train.o
+build/bench_layer: build/cpu/experiments/bench_layer.o
 build/hf_logits: build/cpu/tests/hf_logits.o
-build/bench_cpu build/hf_logits: build/cpu/libmoelab.a
+build/bench_train build/bench_layer build/hf_logits: build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
+
+build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
+	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
+
+$(foreach name,tests/parity experiments/bench_train experiments/bench_layer tests/hf_logits,\
+    $(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
+build/parity_cuda_fp32: build/cuda-fp32/tests/parity.o build/cuda-fp32/libmoelab.a
+$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda hf_logits_cuda):
+	$(Q)$(LINK_CUDA) -o $@
+
+# The rungs of experiments/ladder, each one file: build/ladder/LADDER_level_N_NAME. experiments/ladder/run.sh runs them.
+LADDER = $(foreach source,$(wildcard experiments/ladder/*/level_*.cu),\
+         build/ladder/$(notdir $(patsubst %/,%,$(dir $(source))))_$(basename $(notdir $(source))))
+.PHONY: ladder
+ladder: $(LADDER)
+define LADDER_RULE
+build/ladder/$(notdir $1)_%: $1/%.cu experiments/ladder/ladder.cuh
+	@mkdir -p $$(@D)
+	@echo "NVCC $$@"
+	$(Q)$$(NVCC) -O3 -std=c++17 $$(CUDA_WARNINGS) $$(CUDA_ARCHS) $$< -lcublas -o $$@
+endef
+$(foreach folder,$(patsubst %/,%,$(wildcard experiments/ladder/*/)),$(eval $(call LADDER_RULE,$(folder))))
 
 format:
 	find train.c model kernels data tests experiments -regex '.*\.\(c\|h\|cu\|cuh\)' -exec $(CLANG_FORMAT) -i {} +

@@ -1,16 +1,37 @@
 /* AdamW on the CPU: one sweep for the norm of the gradient, one for the update; memory bandwidth is what both cost.
  *
- * Squares are added in double, in at most CHUNKS ranges per tensor whose borders follow from its size alone, and the
- * ranges are added in order: the norm, and with it every clipped step, has the same bits for any number of threads.
- * Called by model/optimizer.c.
+ * A thread takes whole chunks. Squares are added in double, the sums of a piece's chunks in order: the norm, and with
+ * it every clipped step, has the same bits for any number of threads. Called by model/optimizer.c.
  */
 #include "adamw.h"
 
+#include <stdbool.h>
+#include <string.h>
 #include <tgmath.h> /* sqrt of acc_t */
 
 #include "vector.h"
 
-enum { CHUNKS = 256, CHUNK_MIN = 4096, UPDATE_BLOCK = 4096 };
+/* The part of a piece that one chunk is. */
+typedef struct {
+    const AdamPiece *piece;
+    size_t begin, count; /* in the flat buffers */
+} Chunk;
+
+/* The chunk's piece is the last one that does not start after it. */
+static Chunk find_chunk(const AdamPiece *pieces, int count, int chunk) {
+    int low = 0, high = count;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (pieces[middle].first_chunk <= chunk) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    const AdamPiece *piece = pieces + low;
+    size_t done = (size_t)(chunk - piece->first_chunk) * ADAM_CHUNK, rest = piece->count - done;
+    return (Chunk){piece, piece->offset + done, rest < ADAM_CHUNK ? rest : ADAM_CHUNK};
+}
 
 /* sum g^2; float squares are exact in double */
 static double square_sum(const acc_t *g, size_t count) {
@@ -31,34 +52,30 @@ static double square_sum(const acc_t *g, size_t count) {
     return sum;
 }
 
-void adamw_square_sums(double *sums, const acc_t *grads, const size_t *offset, const size_t *count, int pieces,
-                       Stream *stream) {
-    for (int piece = 0; piece < pieces; piece++) {
-        const acc_t *g = grads + offset[piece];
-        size_t size = (count[piece] + CHUNKS - 1) / CHUNKS;
-        size = size < CHUNK_MIN ? CHUNK_MIN : size;
-        int chunks = (int)((count[piece] + size - 1) / size);
-        double partial[CHUNKS];
+void adamw_square_sums(double *sums, double *partial, const acc_t *grads, const AdamPiece *pieces, int count,
+                       int chunks, Stream *stream) {
 #pragma omp parallel for schedule(static) if (chunks > 1)
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            size_t begin = chunk * size;
-            partial[chunk] = square_sum(g + begin, count[piece] - begin < size ? count[piece] - begin : size);
+    for (int i = 0; i < chunks; i++) {
+        Chunk chunk = find_chunk(pieces, count, i);
+        partial[i] = chunk.piece->trained ? square_sum(grads + chunk.begin, chunk.count) : 0;
+    }
+    for (int i = 0; i < count; i++) {
+        int end = i + 1 < count ? pieces[i + 1].first_chunk : chunks;
+        sums[i] = 0;
+        for (int chunk = pieces[i].first_chunk; chunk < end; chunk++) {
+            sums[i] += partial[chunk];
         }
-        double sum = 0;
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            sum += partial[chunk];
-        }
-        sums[piece] = sum;
     }
 }
 
-void adamw_begin(AdamState *state, const double *sums, int pieces, const acc_t *loss, AdamOptions options,
-                 Stream *stream) {
+void adamw_begin(AdamState *state, const double *sums, int count, const acc_t *loss, const double *lr,
+                 AdamOptions options, Stream *stream) {
     double sum = 0;
-    for (int piece = 0; piece < pieces; piece++) {
-        sum += sums[piece];
+    for (int i = 0; i < count; i++) {
+        sum += sums[i];
     }
     state->norm = sqrt(sum);
+    state->lr = *lr;
     if (!isfinite(state->norm) || !isfinite(*loss)) {
         state->skipped++;
         state->skipped_in_row++;
@@ -72,16 +89,16 @@ void adamw_begin(AdamState *state, const double *sums, int pieces, const acc_t *
     state->correction2 = 1 - pow(options.beta2, (double)state->updates);
 }
 
-/* The formula of adamw.h for one block; its factors are the same for every element of a piece. */
-static void update_block(acc_t *restrict master, acc_t *restrict m, acc_t *restrict v, const acc_t *restrict grads,
-                         size_t count, const AdamState *state, AdamOptions options) {
+/* The formula of adamw.h for one chunk; its factors are the same for every element of a piece. */
+static void update_chunk(acc_t *restrict master, acc_t *restrict m, acc_t *restrict v, const acc_t *restrict grads,
+                         size_t count, double decay, const AdamState *state, AdamOptions options) {
     const acc_t scale = (acc_t)state->scale;
     const acc_t beta1 = (acc_t)options.beta1, rest1 = (acc_t)(1 - options.beta1);
     const acc_t beta2 = (acc_t)options.beta2, rest2 = (acc_t)(1 - options.beta2);
-    const acc_t step = (acc_t)(options.lr / state->correction1);
+    const acc_t step = (acc_t)(state->lr / state->correction1);
     const acc_t inverse2 = (acc_t)(1 / state->correction2);
     const acc_t eps = (acc_t)options.eps;
-    const acc_t shrink = (acc_t)(options.lr * options.decay);
+    const acc_t shrink = (acc_t)(state->lr * decay);
     for (size_t i = 0; i < count; i++) {
         acc_t g = scale * grads[i];
         acc_t first = beta1 * m[i] + rest1 * g;
@@ -92,19 +109,19 @@ static void update_block(acc_t *restrict master, acc_t *restrict m, acc_t *restr
     }
 }
 
-void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, const acc_t *grads, size_t count,
-                  const AdamState *state, AdamOptions options, Stream *stream) {
-    if (state->scale == 0) {
-        return; /* only a skipped step: a clip is a positive number over a finite norm */
-    }
-#pragma omp parallel for schedule(static) if (count > UPDATE_BLOCK)
-    for (size_t begin = 0; begin < count; begin += UPDATE_BLOCK) {
-        size_t size = count - begin < UPDATE_BLOCK ? count - begin : UPDATE_BLOCK;
-        update_block(master + begin, m + begin, v + begin, grads + begin, size, state, options);
-        if ((void *)weights != (void *)master) {
-            for (size_t i = begin; i < begin + size; i++) {
-                weights[i] = (real_t)master[i];
+void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, acc_t *grads, const AdamPiece *pieces, int count,
+                  int chunks, const AdamState *state, AdamOptions options, Stream *stream) {
+    bool skipped = state->scale == 0; /* only then: a clip is a positive number over a finite norm */
+#pragma omp parallel for schedule(static) if (chunks > 1)
+    for (int i = 0; i < chunks; i++) {
+        Chunk chunk = find_chunk(pieces, count, i);
+        size_t at = chunk.begin;
+        if (chunk.piece->trained && !skipped) {
+            update_chunk(master + at, m + at, v + at, grads + at, chunk.count, chunk.piece->decay, state, options);
+            for (size_t j = at; j < at + chunk.count && (void *)weights != (void *)master; j++) {
+                weights[j] = (real_t)master[j];
             }
         }
+        memset(grads + at, 0, chunk.count * sizeof *grads);
     }
 }

@@ -20,24 +20,48 @@ typedef struct {
     double norm;                     /* of this step's gradient, before clipping */
     double scale;                    /* c; 0 when this step is skipped */
     double correction1, correction2; /* 1 - b1^t, 1 - b2^t */
+    double lr;                       /* of this step */
 } AdamState;
 
 typedef struct {
-    double lr, beta1, beta2, eps, decay, clip; /* clip 0: off */
+    double beta1, beta2, eps, clip; /* clip 0: off */
 } AdamOptions;
 
-/* sums[i] = sum of squares of grads[offset[i] .. offset[i] + count[i]) in a fixed order; sums (pieces) on the device,
- * offset and count (pieces) on the host */
-void adamw_square_sums(double *sums, const acc_t *grads, const size_t *offset, const size_t *count, int pieces,
-                       Stream *stream);
+/* A tensor's run of the flat buffers. A piece is worked on in chunks of ADAM_CHUNK elements, the last one shorter; the
+ * chunks of all pieces are numbered through. */
+typedef struct {
+    size_t offset, count; /* elements */
+    int first_chunk;
+    int trained; /* 0: frozen, only its gradient is cleared */
+    double decay;
+} AdamPiece;
 
-/* state from the sums and the loss (skips as well when *loss is not finite); state, sums, loss on the device */
-void adamw_begin(AdamState *state, const double *sums, int pieces, const acc_t *loss, AdamOptions options,
-                 Stream *stream);
+enum { ADAM_CHUNK = 16384 };
 
-/* One piece of `count` parameters: master, m, v updated; weights (the compute copy) written from master unless it is
- * the same array. */
-void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, const acc_t *grads, size_t count,
-                  const AdamState *state, AdamOptions options, Stream *stream);
+/* Numbers the chunks of pieces whose count is set, and returns how many there are. pieces (count) on the host; what
+ * follows takes them on the device. */
+static inline int adamw_number_chunks(AdamPiece *pieces, int count) {
+    int chunks = 0;
+    for (int i = 0; i < count; i++) {
+        pieces[i].first_chunk = chunks;
+        chunks += (int)((pieces[i].count + ADAM_CHUNK - 1) / ADAM_CHUNK);
+    }
+    return chunks;
+}
+
+/* sums[i] = sum of squares of the gradient of piece i in a fixed order, 0 where the piece is frozen; sums (count),
+ * partial (chunks) scratch */
+void adamw_square_sums(double *sums, double *partial, const acc_t *grads, const AdamPiece *pieces, int count,
+                       int chunks, Stream *stream);
+
+/* state from the sums (count), the loss (skips as well when *loss is not finite) and the learning rate *lr, all on the
+ * device: a recorded step can be repeated with another rate */
+void adamw_begin(AdamState *state, const double *sums, int count, const acc_t *loss, const double *lr,
+                 AdamOptions options, Stream *stream);
+
+/* All pieces of the flat buffers: master, m, v updated; weights (the compute copy) written from master unless it is the
+ * same array; grads read and cleared, those of frozen pieces and of a skipped step too. */
+void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, acc_t *grads, const AdamPiece *pieces, int count,
+                  int chunks, const AdamState *state, AdamOptions options, Stream *stream);
 
 #endif

@@ -30,8 +30,8 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
                         AttentionShape shape, Stream *stream);
 
 /* One token of generation: writes the key and value of qkv (B, ..) into keys and values (B,T,NKV,HS) at `position`,
- * then attends to 0 .. position. out (B, NH*HS). The same bits as row `position` of attention_forward. Causal shapes
- * only. */
+ * then attends to 0 .. position. out (B, NH*HS). Row `position` of attention_forward: the same bits on the CPU, equal
+ * but for rounding on the GPU, where one query makes no tile. Causal shapes only. */
 void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, AttentionShape shape,
                       Stream *stream);
 

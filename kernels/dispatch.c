@@ -1,11 +1,14 @@
-/* Copies by index, a row to a thread. copy_rows is both dispatch and the backward of combine; gather_sum is both
+/* Copies by index, a row to a thread. dispatch_copy is both dispatch and the backward of combine; gather_sum is both
  * combine and the backward of dispatch, which differ by the weights. */
 #include "dispatch.h"
 
 #include <string.h>
 
-/* rows[r] = x[entry[r] / K] */
-static void copy_rows(real_t *rows, const real_t *x, const Plan *plan, int C) {
+bool dispatch_copies(void) {
+    return true;
+}
+
+void dispatch_copy(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
     int computed = plan->offset[plan->E];
 #pragma omp parallel for
     for (int r = 0; r < computed; r++) {
@@ -40,8 +43,9 @@ static void gather_sum(real_t *y, const real_t *rows, const acc_t *weight, const
     }
 }
 
-void dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
-    copy_rows(rows, x, plan, C);
+RowSource dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
+    dispatch_copy(rows, x, plan, C, stream);
+    return (RowSource){rows, NULL, 0};
 }
 
 void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C, int accumulate, Stream *stream) {
@@ -52,6 +56,6 @@ void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int
     gather_sum(y, rows, plan->weight, plan, C, accumulate);
 }
 
-void combine_backward(real_t *drows, const real_t *dy, const Plan *plan, int C, Stream *stream) {
-    copy_rows(drows, dy, plan, C);
+RowSource combine_backward(real_t *drows, const real_t *dy, const Plan *plan, int C, Stream *stream) {
+    return dispatch_forward(drows, dy, plan, C, stream);
 }

@@ -3,6 +3,8 @@
  * (expert, rows of W) with one owner. The pieces divide the work; they do not change bits (tile.h). */
 #include "experts.h"
 
+#include <assert.h>
+
 #include "device.h"
 #include "tile.h"
 
@@ -108,8 +110,10 @@ static int piece_rows(int rows) {
     return size > MOST_ROWS ? MOST_ROWS : size;
 }
 
-void experts_forward(real_t *y, real_t *a, real_t *h, const real_t *x, const real_t *w1, const real_t *w2,
+void experts_forward(real_t *y, real_t *a, real_t *h, RowSource source, const real_t *w1, const real_t *w2,
                      const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+    assert(!source.entry && "the CPU's dispatch writes rows out");
+    const real_t *x = source.x;
     size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
     int size = piece_rows(offset[shape.E]);
     int pieces = count_pieces(offset, shape.E, size);
@@ -126,15 +130,30 @@ void experts_forward(real_t *y, real_t *a, real_t *h, const real_t *x, const rea
     }
 }
 
+void experts_forward_again(real_t *a, real_t *h, RowSource source, const real_t *w1, const int *offset,
+                           ExpertShape shape, Stream *stream) {
+    assert(!source.entry && "the CPU's dispatch writes rows out");
+    size_t C = shape.C, A = experts_a_width(shape);
+    int size = piece_rows(offset[shape.E]);
+    int pieces = count_pieces(offset, shape.E, size);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < pieces; i++) {
+        Piece p = find_piece(offset, size, i);
+        block_multiply(a + p.first * A, A, source.x + p.first * C, C, 1, w1 + p.expert * A * C, 1, C, p.rows, A, C, 0);
+    }
+}
+
 /* dw (M,N) of one expert += left (rows,M)^T right (rows,N), the WEIGHT_ROWS rows of dw from `first` on. */
 static void weight_gradient(acc_t *dw, const real_t *left, const real_t *right, int first, int M, int N, int rows) {
     int count = M - first < WEIGHT_ROWS ? M - first : WEIGHT_ROWS;
     block_multiply(dw + (size_t)first * N, N, left + first, 1, M, right, N, 1, count, N, rows, 1);
 }
 
-void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, const real_t *dy,
-                      const real_t *x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
-                      const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da,
+                      RowSource dy_source, RowSource source, const real_t *a, const acc_t *row_weight, const real_t *w1,
+                      const real_t *w2, const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+    assert(!source.entry && !dy_source.entry && "the CPU's dispatch writes rows out");
+    const real_t *x = source.x, *dy = dy_source.x;
     size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
     int size = piece_rows(offset[shape.E]);
     int pieces = count_pieces(offset, shape.E, size);

@@ -12,7 +12,7 @@
 #ifndef KERNELS_EXPERTS_H
 #define KERNELS_EXPERTS_H
 
-#include "types.h"
+#include "plan.h"
 
 typedef struct {
     int E, C, H;
@@ -24,15 +24,20 @@ typedef struct {
 int experts_a_width(ExpertShape shape);
 
 /* y (rows,C) = the experts' outputs, unweighted, added to y when accumulate is 1; a (rows, 2H or H) is saved for the
- * backward; h (rows,H) is scratch; x (rows,C); w1 (E, 2H or H, C); w2 (E,C,H); offset (E+1). */
-void experts_forward(real_t *y, real_t *a, real_t *h, const real_t *x, const real_t *w1, const real_t *w2,
+ * backward; h (rows,H) is scratch; x: rows (rows,C), by index only where dispatch_forward gives such (dispatch.h);
+ * w1 (E, 2H or H, C); w2 (E,C,H); offset (E+1), on the device. */
+void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
                      const int *offset, ExpertShape shape, int accumulate, Stream *stream);
+
+/* a again, the same bits as experts_forward's, where it was not kept; h (rows,H) is scratch. */
+void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,
+                           Stream *stream);
 
 /* dx (rows,C) overwritten, or added to when accumulate is 1; drow_weight (rows) overwritten, NULL with row_weight NULL
  * (all weights 1); dw1, dw2 accumulate, those of an expert without rows keep their bits; h (rows,H) and da (rows, 2H or
- * H) are scratch; dy (rows,C); row_weight (rows); x, a, w1, w2, offset as in the forward. */
-void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, const real_t *dy,
-                      const real_t *x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
+ * H) are scratch; dy: rows (rows,C), as x; row_weight (rows); x, a, w1, w2, offset as in the forward. */
+void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, RowSource dy,
+                      RowSource x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
                       const int *offset, ExpertShape shape, int accumulate, Stream *stream);
 
 #endif

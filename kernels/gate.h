@@ -1,5 +1,8 @@
 /* The router's linear map in full precision: logits = x w^T. (Switch Transformer, arXiv 2101.03961, "selective
- * precision".) */
+ * precision".)
+ *
+ * On the CPU, and on a GPU for bf16 activations, C a multiple of 8 and up to 16 experts, a token's logits have the same
+ * bits in any company. Elsewhere a library multiplies, which may sum in another order for another N. */
 #ifndef KERNELS_GATE_H
 #define KERNELS_GATE_H
 

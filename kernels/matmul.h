@@ -2,8 +2,9 @@
  *
  *     y = x w^T          dx = dy w          dw += dy^T x
  *
- * Each element of a result is one chain of fused multiply-adds in order of the inner index, whatever the number of
- * threads and however rows are batched: the same row gives the same bits alone or among others.
+ * On the CPU each element of a result is one chain of fused multiply-adds in order of the inner index, whatever the
+ * number of threads and however rows are batched: the same row gives the same bits alone or among others. On a GPU
+ * cuBLAS multiplies: the same sizes give the same bits.
  */
 #ifndef KERNELS_MATMUL_H
 #define KERNELS_MATMUL_H

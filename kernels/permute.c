@@ -5,30 +5,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "plan_rows.h"
+
 enum { NO_ROW = -1, ACCEPTED = 0 };
 
-static int least(int a, int b) {
-    return a < b ? a : b;
-}
-
-static int whole_tiles(int rows) {
-    return (rows + PLAN_TILE - 1) / PLAN_TILE * PLAN_TILE;
-}
-
 int plan_rows(int N, int E, int K, int capacity, Layout layout) {
-    int entries = N * K;
-    if (layout == LAYOUT_PADDED) {
-        return E * (capacity > 0 ? capacity : N);
-    }
-    if (layout == LAYOUT_COMPACT) {
-        int64_t places = (int64_t)E * (capacity > 0 ? capacity : N);
-        return places < entries ? (int)places : entries;
-    }
-    /* An expert's first row takes a tile of its own, its next PLAN_TILE - 1 rows are free: the most tiles come from as
-     * many experts as can have a row. What one expert may hold is the other limit. */
-    int used = least(E, entries);
-    int most = capacity > 0 ? least(capacity, N) : N;
-    return least((entries + used * (PLAN_TILE - 1)) / PLAN_TILE * PLAN_TILE, E * whole_tiles(most));
+    return most_rows(N, E, K, capacity, layout);
 }
 
 /* Accepts an entry if it is there and its expert has a place left; plan->row says so until the rows are known. */

@@ -69,4 +69,12 @@ typedef struct {
     acc_t *mix;       /* (N,K) share of the token in what the slot reads; written by the router, as weight */
 } Plan;
 
+/* Where the rows of a dispatched buffer are found: row r is row entry[r] / K of x (N,C), all zero where entry[r] is -1.
+ * With entry NULL, x (rows,C) is the buffer itself. */
+typedef struct {
+    const real_t *x;
+    const int *entry;
+    int K;
+} RowSource;
+
 #endif

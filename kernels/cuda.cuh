@@ -1,0 +1,152 @@
+/* What every .cu of this folder starts from: checked calls, the stream, scratch memory, packs of numbers, sums in a
+ * fixed order.
+ *
+ *     #include "cuda.cuh"                 first: the C++ headers must not be seen inside extern "C"
+ *     extern "C" {
+ *     #include "op.h"                     the contract, shared with op.c
+ *     }
+ *
+ * A launch is followed by CUDA_LAUNCHED(). Nothing here waits for the device, allocates while a step runs, or copies to
+ * the host. Only .cu and .cuh files of kernels/, tests/ and experiments/ include it.
+ */
+#ifndef KERNELS_CUDA_CUH
+#define KERNELS_CUDA_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern "C" {
+#include "check.h"
+#include "device.h"
+#include "types.h"
+}
+
+/* ---- calls ---- */
+
+#define CUDA_CHECK(call)                                                                   \
+    do {                                                                                   \
+        cudaError_t cuda_error = (call);                                                   \
+        CHECK(cuda_error == cudaSuccess, "%s: %s", #call, cudaGetErrorString(cuda_error)); \
+    } while (0)
+
+#define CUDA_LAUNCHED() CUDA_CHECK(cudaGetLastError())
+
+/* The CUDA stream behind a Stream; NULL stands for the program's one stream, which is not the legacy default stream, so
+ * that a graph can be captured from it. */
+cudaStream_t cuda_stream(Stream *stream);
+
+/* At least `bytes` of device memory, 256-byte aligned, for the call that asks: the next operation that is queued may
+ * overwrite it. Grows when more is asked for than ever before (a step that ran once never makes it grow again); what it
+ * grew out of stays allocated, because a recorded step may hold its address. */
+void *cuda_workspace(size_t bytes);
+
+int cuda_multiprocessors(void);
+int cuda_capability(void); /* 90 for Hopper, 80 for Ampere */
+
+static inline int ceil_div(int64_t a, int64_t b) {
+    return (int)((a + b - 1) / b);
+}
+
+/* ---- numbers: stored as real_t, computed in float ---- */
+
+__host__ __device__ static inline float to_float(float x) {
+    return x;
+}
+__host__ __device__ static inline float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+
+/* to_real<real_t>(x): rounds to nearest even */
+template <class T>
+__host__ __device__ static inline T to_real(float x);
+template <>
+__host__ __device__ inline float to_real<float>(float x) {
+    return x;
+}
+template <>
+__host__ __device__ inline __nv_bfloat16 to_real<__nv_bfloat16>(float x) {
+    return __float2bfloat16(x);
+}
+
+/* 16 bytes of numbers, moved by one instruction: 8 of bf16, 4 of float. The address must be a multiple of 16. */
+template <class T>
+struct alignas(16) Pack {
+    enum { COUNT = 16 / sizeof(T) };
+    T v[COUNT];
+};
+
+template <class T>
+__device__ static inline Pack<T> load_pack(const T *from) {
+    Pack<T> pack;
+    *reinterpret_cast<int4 *>(&pack) = *reinterpret_cast<const int4 *>(from);
+    return pack;
+}
+
+template <class T>
+__device__ static inline void store_pack(T *to, const Pack<T> &pack) {
+    *reinterpret_cast<int4 *>(to) = *reinterpret_cast<const int4 *>(&pack);
+}
+
+/* Whether rows of `width` numbers can be moved in packs: then every row starts at a multiple of 16 bytes. */
+template <class T>
+static inline bool packs_fit(const T *p, int width) {
+    return width % Pack<T>::COUNT == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+/* ---- reductions: butterflies and trees of fixed shape, so that the same numbers give the same bits ---- */
+
+__device__ static inline float warp_sum(float x) {
+    for (int lane = 16; lane > 0; lane /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, lane);
+    }
+    return x;
+}
+
+__device__ static inline double warp_sum(double x) {
+    for (int lane = 16; lane > 0; lane /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, lane);
+    }
+    return x;
+}
+
+__device__ static inline float warp_max(float x) {
+    for (int lane = 16; lane > 0; lane /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+    }
+    return x;
+}
+
+/* The sum over a block of whole warps, at most 1024 threads, in every thread. All threads call it; two calls in a row
+ * are safe. */
+template <class T>
+__device__ static inline T block_sum(T x) {
+    __shared__ T part[32];
+    int warp = threadIdx.x / 32, warps = (blockDim.x + 31) / 32;
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        part[warp] = x;
+    }
+    __syncthreads();
+    return warp_sum((int)(threadIdx.x % 32) < warps ? part[threadIdx.x % 32] : (T)0);
+}
+
+__device__ static inline float block_max(float x) {
+    __shared__ float part[32];
+    int warp = threadIdx.x / 32, warps = (blockDim.x + 31) / 32;
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        part[warp] = x;
+    }
+    __syncthreads();
+    return warp_max((int)(threadIdx.x % 32) < warps ? part[threadIdx.x % 32] : -INFINITY);
+}
+
+#endif

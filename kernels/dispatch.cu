@@ -1,0 +1,213 @@
+/* Rows by index. The expert products fetch rows of x themselves, so dispatch and the backward of combine hand over the
+ * index and move nothing; what is left are sums over a token's rows, and dispatch_copy for who sends rows elsewhere.
+ *
+ * Both kernels go by token: blockDim.x threads take one, blockDim.y tokens make a block. Copying, a row of x is read
+ * once however many experts it goes to; summing, the rows of a token are all on their way before the first is used.
+ * Columns go in packs of 16 bytes, or one at a time where rows do not begin at such addresses.
+ *
+ * Called by model/moe.c and model/exchange.c. Read next: experts.cu.
+ */
+#include "cuda.cuh"
+
+extern "C" {
+#include "dispatch.h"
+}
+
+enum {
+    THREADS = 256,
+    IN_FLIGHT = 8, /* loads of a thread before it uses the first */
+};
+
+/* A column: as many neighbouring numbers as one instruction moves. */
+template <bool PACKED>
+struct Column {
+    enum { WIDTH = PACKED ? Pack<real_t>::COUNT : 1 };
+    Pack<real_t> pack; /* the first WIDTH of it */
+};
+
+template <bool PACKED>
+__device__ static inline Column<PACKED> load_column(const real_t *from) {
+    Column<PACKED> column;
+    if constexpr (PACKED) {
+        column.pack = load_pack(from);
+    } else {
+        column.pack.v[0] = *from;
+    }
+    return column;
+}
+
+template <bool PACKED>
+__device__ static inline void store_column(real_t *to, const Column<PACKED> &column) {
+    if constexpr (PACKED) {
+        store_pack(to, column.pack);
+    } else {
+        *to = column.pack.v[0];
+    }
+}
+
+/* Blocks and blockDim.y replace the loop over tokens, blockDim.x and COLUMNS that over the C numbers of a row. Blocks
+ * beyond the tokens' do the same for the rows, of which they clear those without an entry. */
+template <bool PACKED, int COLUMNS>
+__global__ static void __launch_bounds__(THREADS)
+    copy_kernel(real_t *rows, const real_t *x, const int *row, const int *entry, const int *computed, int token_blocks,
+                int N, int K, int C) {
+    enum { WIDTH = Column<PACKED>::WIDTH };
+    int n = blockIdx.x * blockDim.y + threadIdx.y, r = n - token_blocks * (int)blockDim.y;
+    bool clears = (int)blockIdx.x >= token_blocks;
+    if (clears ? r >= *computed || entry[r] >= 0 : n >= N) {
+        return;
+    }
+    int columns = C / WIDTH, step = blockDim.x;
+    for (int first = threadIdx.x; first < columns; first += COLUMNS * step) {
+        Column<PACKED> column[COLUMNS] = {};
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++) {
+            if (!clears && first + i * step < columns) {
+                column[i] = load_column<PACKED>(x + (size_t)n * C + (first + i * step) * WIDTH);
+            }
+        }
+        for (int j = 0; j < (clears ? 1 : K); j++) {
+            int target = clears ? r : row[(size_t)n * K + j];
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                if (target >= 0 && first + i * step < columns) {
+                    store_column<PACKED>(rows + (size_t)target * C + (first + i * step) * WIDTH, column[i]);
+                }
+            }
+        }
+    }
+}
+
+/* A block of THREADS: enough threads for a token's columns, `each` per thread, and as many tokens as fill it. */
+static dim3 token_block(int columns, int each) {
+    unsigned threads = 1;
+    while (threads < THREADS && threads * each < (unsigned)columns) {
+        threads *= 2;
+    }
+    return dim3(threads, THREADS / threads);
+}
+
+template <bool PACKED>
+static void copy_rows(real_t *rows, const real_t *x, const Plan *plan, int C, cudaStream_t stream) {
+    enum { COLUMNS = 4 };
+    dim3 block = token_block(C / Column<PACKED>::WIDTH, COLUMNS);
+    int token_blocks = ceil_div(plan->N, block.y);
+    int row_blocks = plan->layout == LAYOUT_COMPACT ? 0 : ceil_div(plan->rows, block.y); /* compact rows have entries */
+    copy_kernel<PACKED, COLUMNS><<<token_blocks + row_blocks, block, 0, stream>>>(
+        rows, x, plan->row, plan->entry, plan->offset + plan->E, token_blocks, plan->N, plan->K, C);
+    CUDA_LAUNCHED();
+}
+
+/* y[n] (+)= sum_j weight[n,j] rows[row[n,j]], a weight of 1 when there are none; ROWS of the sum at a time. Blocks and
+ * blockDim.y replace the loop over tokens, blockDim.x and the columns of a thread that over the C numbers of a row. */
+template <bool PACKED, int ROWS>
+__global__ static void __launch_bounds__(THREADS)
+    gather_sum_kernel(real_t *y, const real_t *rows, const float *weight, const int *row, int N, int K, int C,
+                      int accumulate) {
+    enum { WIDTH = Column<PACKED>::WIDTH, COLUMNS = IN_FLIGHT / ROWS };
+    int n = blockIdx.x * blockDim.y + threadIdx.y;
+    if (n >= N) {
+        return;
+    }
+    y += (size_t)n * C;
+    row += (size_t)n * K;
+    int columns = C / WIDTH, step = blockDim.x;
+    for (int first = threadIdx.x; first < columns; first += COLUMNS * step) {
+        float sum[COLUMNS][WIDTH] = {};
+        for (int i = 0; accumulate && i < COLUMNS; i++) {
+            if (first + i * step < columns) {
+                Column<PACKED> before = load_column<PACKED>(y + (first + i * step) * WIDTH);
+                for (int k = 0; k < WIDTH; k++) {
+                    sum[i][k] = to_float(before.pack.v[k]);
+                }
+            }
+        }
+        for (int j0 = 0; j0 < K; j0 += ROWS) {
+            Column<PACKED> column[ROWS][COLUMNS] = {};
+            float w[ROWS];
+#pragma unroll
+            for (int j = 0; j < ROWS; j++) {
+                int from = j0 + j < K ? row[j0 + j] : -1;
+                w[j] = from < 0 ? 0.0f : weight ? weight[(size_t)n * K + j0 + j] : 1.0f;
+#pragma unroll
+                for (int i = 0; i < COLUMNS; i++) {
+                    if (from >= 0 && first + i * step < columns) {
+                        column[j][i] = load_column<PACKED>(rows + (size_t)from * C + (first + i * step) * WIDTH);
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < ROWS; j++) {
+#pragma unroll
+                for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+                    for (int k = 0; k < WIDTH; k++) {
+                        sum[i][k] += w[j] * to_float(column[j][i].pack.v[k]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++) {
+            if (first + i * step < columns) {
+                Column<PACKED> column;
+                for (int k = 0; k < WIDTH; k++) {
+                    column.pack.v[k] = to_real<real_t>(sum[i][k]);
+                }
+                store_column<PACKED>(y + (first + i * step) * WIDTH, column);
+            }
+        }
+    }
+}
+
+template <bool PACKED, int ROWS>
+static void gather_rows(real_t *y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
+                        cudaStream_t stream) {
+    dim3 block = token_block(C / Column<PACKED>::WIDTH, IN_FLIGHT / ROWS);
+    gather_sum_kernel<PACKED, ROWS>
+        <<<ceil_div(plan->N, block.y), block, 0, stream>>>(y, rows, weight, plan->row, plan->N, plan->K, C, accumulate);
+    CUDA_LAUNCHED();
+}
+
+static void gather_sum(real_t *y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
+                       cudaStream_t stream) {
+    if (!packs_fit(y, C) || !packs_fit(rows, C)) {
+        gather_rows<false, 4>(y, rows, weight, plan, C, accumulate, stream);
+    } else if (plan->K == 1) {
+        gather_rows<true, 1>(y, rows, weight, plan, C, accumulate, stream);
+    } else if (plan->K == 2) {
+        gather_rows<true, 2>(y, rows, weight, plan, C, accumulate, stream);
+    } else if (plan->K <= 4) {
+        gather_rows<true, 4>(y, rows, weight, plan, C, accumulate, stream);
+    } else {
+        gather_rows<true, 8>(y, rows, weight, plan, C, accumulate, stream);
+    }
+}
+
+bool dispatch_copies(void) {
+    return false;
+}
+
+void dispatch_copy(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
+    if (packs_fit(rows, C) && packs_fit(x, C)) {
+        copy_rows<true>(rows, x, plan, C, cuda_stream(stream));
+    } else {
+        copy_rows<false>(rows, x, plan, C, cuda_stream(stream));
+    }
+}
+
+RowSource dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
+    return {x, plan->entry, plan->K};
+}
+
+void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C, int accumulate, Stream *stream) {
+    gather_sum(dx, drows, NULL, plan, C, accumulate, cuda_stream(stream));
+}
+
+void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int accumulate, Stream *stream) {
+    gather_sum(y, rows, plan->weight, plan, C, accumulate, cuda_stream(stream));
+}
+
+RowSource combine_backward(real_t *drows, const real_t *dy, const Plan *plan, int C, Stream *stream) {
+    return dispatch_forward(drows, dy, plan, C, stream);
+}

@@ -1,0 +1,117 @@
+/* The grouped products on Hopper. One persistent block per multiprocessor takes tiles of the result, 128 rows by 128 or
+ * 256 columns, one after the other. Its 384 threads are three warp groups with two jobs, joined by a ring of stages in
+ * shared memory; a stage holds 64 steps of the inner width for one tile:
+ *
+ *     warp group 0     loads      wait(empty[s])   copy A and B into stage s    -> full[s]      s + 1, ..., next tile
+ *     warp groups 1, 2 multiply   wait(full[s])    64 rows each: sum += A B     -> empty[s]     s + 1, ...
+ *                                 end of the tile: activation, store; the next tile's loads run meanwhile
+ *
+ *     shared memory    | stage 0 | stage 1 | ...  192 KB | full[] | empty[] | row tiles before each expert |
+ *     stage            | A of group 1, 8 KB | A of group 2, 8 KB | B, read by both, 16 or 32 KB |
+ *
+ * Barriers. full[s] ends its phase when everything of the stage has arrived: the bytes that TMA was told to bring, and,
+ * where rows are fetched by index, one arrival from each of the 128 loading threads, which the hardware makes when that
+ * thread's cp.async are done. empty[s] ends when one thread of each multiplying group has arrived; it does so when the
+ * group's wgmma on the stage are finished, which is asked one stage late, so that the tensor cores always have the next
+ * batch queued. Nothing else has to meet: a tile's sums stay in registers, and each warp stores its own 16 rows.
+ *
+ * Operands. Weights come by TMA from one map over (E, rows, columns), as do rows that lie in order; both arrive
+ * swizzled (wgmma.cuh). A box that runs past the expert's last row brings rows of the next one: each row makes only its
+ * own row of the result, which is not stored. Rows by index are fetched by threads, 16 bytes a copy, into the same
+ * layout; missing ones are zeros. Those copies and wgmma see shared memory by different paths: the reader's
+ * fence_async, after full[s], makes the one visible to the other. Where the inner width is not the contiguous one
+ * (hidden, input, weight) the operand lies "across", which wgmma reads as it is: nothing is transposed.
+ *
+ * The end of a tile reads, too: hidden needs a, the weight gradient its dW. The loading group sends them through the
+ * ring, as further stages after the tile's last, so that they have arrived when the sums are complete.
+ *
+ * Tiles of an expert go in bands: 16 row tiles by all column tiles, then the next 16. What the multiprocessors work on
+ * at the same time then shares rows and weights, and L2 serves them.
+ *
+ * The sum of an element runs over the inner width in ascending order, 16 at a time, into one register, whatever the
+ * tile: a row's bits depend on nothing but the row.
+ *
+ * Called by experts.cu. Read next: wgmma.cuh, wgmma_ring.cuh, grouped_wgmma_rows.cuh, grouped_wgmma_weight.cuh. */
+#ifndef KERNELS_GROUPED_WGMMA_CUH
+#define KERNELS_GROUPED_WGMMA_CUH
+
+#include "grouped_wgmma_rows.cuh"
+#include "grouped_wgmma_weight.cuh"
+
+/* Arrays must begin at multiples of 16 bytes as well. */
+static bool wgmma_fits(Grouped g) {
+    return cuda_capability() == 90 && g.shape.E <= MOST_EXPERTS && g.shape.C % 8 == 0 && g.shape.H % 8 == 0;
+}
+
+static void wgmma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g) {
+    RowsProduct p = {};
+    p.a = x;
+    p.inner = g.shape.C;
+    p.width = g.shape.H;
+    p.out = a;
+    p.h = h;
+    if (g.shape.gelu) {
+        rows_product<FINISH_UP, true, 0>(p, w1, g.shape.H, g);
+    } else {
+        rows_product<FINISH_UP, false, 0>(p, w1, 2 * g.shape.H, g);
+    }
+}
+
+static void wgmma_down(real_t *y, const real_t *h, const real_t *w2, int accumulate, Grouped g) {
+    RowsProduct p = {};
+    p.a.x = h;
+    p.inner = g.shape.H;
+    p.width = g.shape.C;
+    p.out = y;
+    p.accumulate = accumulate;
+    rows_product<FINISH_STORE, false, 0>(p, w2, g.shape.C, g);
+}
+
+static void wgmma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
+                         const acc_t *row_weight, const real_t *w2, Grouped g) {
+    RowsProduct p = {};
+    int parts = ceil_div(g.shape.H, PART);
+    p.a = dy;
+    p.inner = g.shape.C;
+    p.width = g.shape.H;
+    p.h = h;
+    p.da = da;
+    p.saved = a;
+    p.row_weight = row_weight;
+    p.part = drow_weight ? (float *)cuda_workspace(sizeof(float) * parts * g.shape.rows) : NULL;
+    if (g.shape.gelu) {
+        rows_product<FINISH_HIDDEN, true, 1>(p, w2, g.shape.C, g);
+    } else {
+        rows_product<FINISH_HIDDEN, false, 1>(p, w2, g.shape.C, g);
+    }
+    sum_parts(drow_weight, p.part, parts, g);
+}
+
+static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g) {
+    RowsProduct p = {};
+    p.a.x = da;
+    p.inner = experts_a_width(g.shape);
+    p.width = g.shape.C;
+    p.out = dx;
+    p.accumulate = accumulate;
+    rows_product<FINISH_STORE, false, 1>(p, w1, experts_a_width(g.shape), g);
+}
+
+/* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes
+ * two, less what it saves by reading A once. */
+static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g) {
+    WeightProduct p = {left, right, dw, g.offset, g.shape.E, M, N};
+    if (g.shape.rows == 0) {
+        return;
+    }
+    int64_t down = (int64_t)g.shape.E * ceil_div(M, WGMMA_ROWS);
+    int64_t wide = down * ceil_div(N, 256), narrow = down * ceil_div(N, 128);
+    int blocks = cuda_multiprocessors();
+    if (ceil_div(wide, blocks) * 18 <= ceil_div(narrow, blocks) * 10) {
+        launch_weight<256>(p, wide, g);
+    } else {
+        launch_weight<128>(p, narrow, g);
+    }
+}
+
+#endif

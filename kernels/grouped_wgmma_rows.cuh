@@ -1,0 +1,372 @@
+/* The products whose result has the rows of their left operand: up, down, hidden, input. A tile is 128 rows of one
+ * expert and 128 or 256 columns. Read first: grouped_wgmma.cuh. */
+#ifndef KERNELS_GROUPED_WGMMA_ROWS_CUH
+#define KERNELS_GROUPED_WGMMA_ROWS_CUH
+
+#include "grouped_tile.cuh"
+#include "wgmma_ring.cuh"
+
+enum {
+    PART = 128, /* columns that one partial sum of <u, h> covers */
+    MOST_EXPERTS = 4096,
+};
+
+enum Finish { FINISH_UP, FINISH_HIDDEN, FINISH_STORE };
+
+typedef struct {
+    RowSource a;       /* left operand; its rows are `inner` wide */
+    const int *offset; /* (E+1) */
+    int E, rows;
+    int inner, width; /* of the sum; of the result */
+    int columns;      /* of the result a tile makes: half of B's, where they are pairs of gate and up */
+    int second;       /* column in B of the tile's second half, counted from its first */
+    int accumulate;
+    real_t *out, *h, *da; /* up: a, h; down, input: the result; hidden: h, da */
+    const real_t *saved;  /* hidden: a */
+    const acc_t *row_weight;
+    float *part; /* hidden: (parts, rows) sums of <u, h> over PART columns each, or NULL */
+} RowsProduct;
+
+/* Rows `row` .. row + 127 (fewer, where `end` cuts) of an expert, columns from `column` on. */
+typedef struct {
+    int expert, row, end, column;
+} Tile;
+
+/* first_tile[e] = row tiles of the experts before e, by the first warp of the block. */
+__device__ static inline void count_tiles(int *first_tile, const int *offset, int E) {
+    int lane = threadIdx.x, before = 0;
+    for (int base = 0; base < E; base += 32) {
+        int e = base + lane;
+        int through = e < E ? (offset[e + 1] - offset[e] + WGMMA_ROWS - 1) / WGMMA_ROWS : 0;
+        for (int step = 1; step < 32; step *= 2) {
+            int below = __shfl_up_sync(0xffffffffu, through, step);
+            through += lane >= step ? below : 0;
+        }
+        if (e < E) {
+            first_tile[e + 1] = before + through;
+        }
+        before += __shfl_sync(0xffffffffu, through, 31);
+    }
+    if (lane == 0) {
+        first_tile[0] = 0;
+    }
+}
+
+/* Tile number `id`, for ids that grow from call to call; false past the last. Within an expert BAND row tiles by all
+ * column tiles, then the next band: what runs at the same time shares rows and weights in L2. */
+__device__ static inline bool find_tile(Tile *tile, int id, const int *first_tile, const RowsProduct &p) {
+    int across = (p.width + p.columns - 1) / p.columns, e = tile->expert;
+    while (e < p.E && id >= first_tile[e + 1] * across) {
+        e++;
+    }
+    tile->expert = e;
+    if (e == p.E) {
+        return false;
+    }
+    id -= first_tile[e] * across;
+    int band = id / (BAND * across), in_band = id - band * BAND * across;
+    int height = min((int)BAND, first_tile[e + 1] - first_tile[e] - band * BAND);
+    tile->row = p.offset[e] + (band * BAND + in_band % height) * WGMMA_ROWS;
+    tile->end = p.offset[e + 1];
+    tile->column = in_band / height * p.columns;
+    return true;
+}
+
+/* The loading warp group: all its threads where rows are fetched by index, one thread where TMA brings everything. */
+template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
+__device__ static inline void load_tiles(Ring<COLUMNS> ring, const int *first_tile, const CUtensorMap *a_map,
+                                         const CUtensorMap *b_map, const CUtensorMap *saved_map, const RowsProduct &p) {
+    int t = threadIdx.x, piece = t % 8;
+    Tile tile = {0};
+    for (int id = blockIdx.x; find_tile(&tile, id, first_tile, p); id += gridDim.x) {
+        uint32_t from[WGMMA_ROWS / (LOADERS / 8)];
+        if (INDEXED) {
+            int entry[WGMMA_ROWS / (LOADERS / 8)], row = tile.row + t / 8;
+#pragma unroll
+            for (int i = 0; i < WGMMA_ROWS / (LOADERS / 8); i++) {
+                entry[i] = p.a.entry[min(row + LOADERS / 8 * i, tile.end - 1)];
+            }
+#pragma unroll
+            for (int i = 0; i < WGMMA_ROWS / (LOADERS / 8); i++) {
+                from[i] = row + LOADERS / 8 * i < tile.end ? row_of_entry(entry[i], p.a, p.inner) : NO_ROW;
+            }
+        }
+        for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
+            barrier_wait(ring.empty(), ring.parity ^ 1);
+            if (t == 0) {
+                barrier_arrive_expect(ring.full(), INDEXED ? ring.B_BYTES : ring.STAGE_BYTES);
+                if (!INDEXED) {
+                    copy_box(ring.a(), a_map, k, tile.row, 0, ring.full());
+                }
+                if (ACROSS_B) {
+                    for (int i = 0; i < COLUMNS / 64; i++) {
+                        copy_box(ring.b() + i * BOX_BYTES, b_map, tile.column + i * 64, k, tile.expert, ring.full());
+                    }
+                } else {
+                    copy_box(ring.b(), b_map, k, tile.column, tile.expert, ring.full());
+                    copy_box(ring.b() + ring.B_BYTES / 2, b_map, k, tile.column + p.second, tile.expert, ring.full());
+                }
+            }
+            if (INDEXED) {
+                const char *x = (const char *)(p.a.x + k + piece * 8);
+                bool inside = k + piece * 8 < p.inner;
+                uint32_t to = swizzled(ring.a(), t / 8, piece);
+#pragma unroll
+                for (int i = 0; i < WGMMA_ROWS / (LOADERS / 8); i++) {
+                    copy_16_if(to + LOADERS / 8 * 128 * i, x + (size_t)from[i] * 16, inside && from[i] != NO_ROW);
+                }
+                barrier_arrive_copied(ring.full());
+            }
+        }
+        for (int c = 0; FINISH == FINISH_HIDDEN && c < COLUMNS; c += 64, ring.next()) {
+            barrier_wait(ring.empty(), ring.parity ^ 1);
+            if (t == 0) {
+                barrier_arrive_expect(ring.full(), GELU ? ring.A_BYTES : 2 * ring.A_BYTES);
+                copy_box(ring.a(), saved_map, tile.column + c, tile.row, 0, ring.full());
+                if (!GELU) {
+                    copy_box(ring.b(), saved_map, p.width + tile.column + c, tile.row, 0, ring.full());
+                }
+            }
+            if (INDEXED) {
+                barrier_arrive_copied(ring.full());
+            }
+        }
+    }
+}
+
+/* up: a, rounded, and the activation of what was rounded, so that the backward makes the same h again. */
+template <bool GELU, int COUNT>
+__device__ static inline void finish_up(const float (&sum)[COUNT], const RowsProduct &p, const Tile &tile, int row) {
+    int a_width = GELU ? p.width : 2 * p.width, column = tile.column + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++, row += 8) {
+        real_t *a = p.out + (size_t)row * a_width, *h = p.h + (size_t)row * p.width;
+        if (GELU) {
+#pragma unroll
+            for (int i = 0; i < COUNT / 16; i++) {
+                Pack<real_t> in = row_pack(sum, 4 * i, half), out;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    out.v[j] = to_real<real_t>(gelu(to_float(in.v[j])));
+                }
+                bool inside = row < tile.end && column + 32 * i < p.width;
+                store_pack_if(a + column + 32 * i, in, inside);
+                store_pack_if(h + column + 32 * i, out, inside);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT / 32; i++) {
+                Pack<real_t> gate = row_pack(sum, 4 * i, half), up = row_pack(sum, COUNT / 8 + 4 * i, half), out;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    out.v[j] = to_real<real_t>(swiglu(to_float(gate.v[j]), to_float(up.v[j])));
+                }
+                bool inside = row < tile.end && column + 32 * i < p.width;
+                store_pack_if(a + column + 32 * i, gate, inside);
+                store_pack_if(a + p.width + column + 32 * i, up, inside);
+                store_pack_if(h + column + 32 * i, out, inside);
+            }
+        }
+    }
+}
+
+/* down, input */
+template <int COUNT>
+__device__ static inline void finish_store(const float (&sum)[COUNT], const RowsProduct &p, const Tile &tile, int row) {
+    int column = tile.column + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++, row += 8) {
+        real_t *out = p.out + (size_t)row * p.width;
+        if (p.accumulate) {
+#pragma unroll
+            for (int i = 0; i < COUNT / 16; i++) {
+                int c = column + 32 * i;
+                float value[8];
+                row_floats(value, sum, 4 * i, half);
+                if (row < tile.end && c < p.width) {
+                    Pack<real_t> pack = load_pack(out + c);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        pack.v[j] = to_real<real_t>(to_float(pack.v[j]) + value[j]);
+                    }
+                    store_pack(out + c, pack);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT / 16; i++) {
+                int c = column + 32 * i;
+                store_pack_if(out + c, row_pack(sum, 4 * i, half), row < tile.end && c < p.width);
+            }
+        }
+    }
+}
+
+/* hidden: from u to w h, da and, for every PART columns, this row's share of <u, h>. The ring brings a, 64 columns a
+ * stage: gate (GELU: all there is) where A lies, up where B lies. */
+template <bool GELU, int COLUMNS, int COUNT>
+__device__ static inline void finish_hidden(const float (&sum)[COUNT], Ring<COLUMNS> &ring, const RowsProduct &p,
+                                            const Tile &tile, int row) {
+    int a_width = GELU ? p.width : 2 * p.width, q = threadIdx.x % 4, group = (threadIdx.x - LOADERS) / GROUP;
+    float weight[2], total[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        weight[half] = p.row_weight ? p.row_weight[min(row + 8 * half, tile.end - 1)] : 1;
+    }
+#pragma unroll
+    for (int box = 0; box < COLUMNS / 64; box++, ring.next()) {
+        Pack<real_t> gate[4], up[4];
+        barrier_wait(ring.full(), ring.parity);
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* half i / 2 of the rows, half i % 2 of the columns */
+            int at = row - tile.row + i / 2 * 8, piece = i % 2 * 4 + q;
+            reinterpret_cast<uint4 &>(gate[i]) = load_16(swizzled(ring.a(), at, piece));
+            if (!GELU) {
+                reinterpret_cast<uint4 &>(up[i]) = load_16(swizzled(ring.b(), at, piece));
+            }
+        }
+        group_sync(1 + group);
+        if (threadIdx.x % GROUP == 0) {
+            barrier_arrive(ring.empty());
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int half = i / 2, r = row + 8 * half, c = tile.column + box * 64 + i % 2 * 32 + q * 8;
+            bool inside = r < tile.end && c < p.width;
+            float u[8], share = 0;
+            Pack<real_t> out, da, da_up;
+            row_floats(u, sum, box * 8 + i % 2 * 4, half);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float g = to_float(gate[i].v[j]);
+                HiddenBack back = GELU ? gelu_back(g, weight[half] * u[j])
+                                       : swiglu_back(g, to_float(up[i].v[j]), weight[half] * u[j]);
+                share += u[j] * back.h;
+                out.v[j] = to_real<real_t>(weight[half] * back.h);
+                da.v[j] = to_real<real_t>(back.da);
+                da_up.v[j] = to_real<real_t>(back.da_up);
+            }
+            total[half] = (box % 2 == 0 && i % 2 == 0 ? 0 : total[half]) + (inside ? share : 0);
+            store_pack_if(p.h + (size_t)r * p.width + c, out, inside);
+            store_pack_if(p.da + (size_t)r * a_width + c, da, inside);
+            if (!GELU) {
+                store_pack_if(p.da + (size_t)r * a_width + p.width + c, da_up, inside);
+            }
+        }
+        for (int half = 0; half < 2 && box % 2 == 1; half++) { /* PART columns are complete */
+            int r = row + 8 * half, part = tile.column / PART + box / 2;
+            total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
+            total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+            if (p.part && q == 0 && r < tile.end && part * PART < p.width) {
+                p.part[(size_t)part * p.rows + r] = total[half];
+            }
+        }
+    }
+}
+
+/* A multiplying warp group. */
+template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
+__device__ static inline void multiply_tiles(Ring<COLUMNS> ring, const int *first_tile, const RowsProduct &p) {
+    int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
+    float sum[COLUMNS / 2];
+    Tile tile = {0};
+    for (int id = blockIdx.x; find_tile(&tile, id, first_tile, p); id += gridDim.x) {
+        int first = tile.row + 64 * group;
+        uint32_t used = 0;
+        for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
+            barrier_wait(ring.full(), ring.parity);
+            if (INDEXED) {
+                fence_async();
+            }
+            multiply_stage<0, ACROSS_B>(sum, ring.a() + group * BOX_BYTES, ring.b(), k > 0);
+            wgmma_wait<1>();
+            if (t == 0 && k > 0) {
+                barrier_arrive(used);
+            }
+            used = ring.empty();
+        }
+        wgmma_wait<0>();
+        wgmma_settle(sum);
+        if (t == 0) {
+            barrier_arrive(used);
+        }
+        int row = first + t / 32 * 16 + t % 32 / 4;
+        if (FINISH == FINISH_UP) {
+            finish_up<GELU>(sum, p, tile, row);
+        } else if (FINISH == FINISH_HIDDEN) {
+            finish_hidden<GELU>(sum, ring, p, tile, row);
+        } else {
+            finish_store(sum, p, tile, row);
+        }
+    }
+}
+
+/* The loops over pieces of experts.c, one product of theirs: a block takes every gridDim.x-th tile. */
+template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
+static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
+    rows_product_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                        const __grid_constant__ CUtensorMap saved_map, const __grid_constant__ RowsProduct p) {
+#ifdef HOPPER_CODE
+    extern __shared__ char memory[];
+    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1);
+    int *first_tile = reinterpret_cast<int *>(memory + (ring.base - shared_address(memory)) + ring.BYTES);
+    if (threadIdx.x < 32) {
+        count_tiles(first_tile, p.offset, p.E);
+    }
+    __syncthreads();
+    if (threadIdx.x < LOADERS) {
+        registers_release<LOADER_REGISTERS>();
+        if (INDEXED || threadIdx.x == 0) {
+            load_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, first_tile, &a_map, &b_map, &saved_map, p);
+        }
+    } else {
+        registers_claim<MULTIPLIER_REGISTERS>();
+        multiply_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, first_tile, p);
+    }
+#endif
+}
+
+/* ---- the host's side ---- */
+
+template <int FINISH, bool GELU, int ACROSS_B, int COLUMNS>
+static void launch_rows(RowsProduct p, const real_t *weights, int weight_rows, Grouped g) {
+    bool pairs = FINISH == FINISH_UP && !GELU;
+    p.columns = pairs ? COLUMNS / 2 : COLUMNS;
+    p.second = pairs ? p.width : COLUMNS / 2;
+    CUtensorMap b_map = tensor_map(weights, sizeof(real_t), ACROSS_B ? p.width : p.inner, weight_rows, p.E,
+                                   ACROSS_B ? DEEP : COLUMNS / 2);
+    CUtensorMap a_map = p.a.entry ? b_map : tensor_map(p.a.x, sizeof(real_t), p.inner, p.rows, 1, WGMMA_ROWS);
+    CUtensorMap saved_map = FINISH != FINISH_HIDDEN ? b_map
+                                                    : tensor_map(p.saved, sizeof(real_t), GELU ? p.width : 2 * p.width,
+                                                                 p.rows, 1, WGMMA_ROWS);
+    size_t extra = (p.E + 1) * sizeof(int);
+    int64_t tiles = (int64_t)most_row_tiles(g.shape, WGMMA_ROWS) * ceil_div(p.width, p.columns);
+    if (FINISH != FINISH_STORE && p.a.entry) {
+        launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, FINISH != FINISH_STORE, COLUMNS>, extra,
+                              tiles, g.stream, a_map, b_map, saved_map, p);
+    } else {
+        launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, false, COLUMNS>, extra, tiles, g.stream,
+                              a_map, b_map, saved_map, p);
+    }
+}
+
+/* Tiles of 256 columns, unless narrower ones waste fewer columns or are needed to keep every multiprocessor busy. */
+template <int FINISH, bool GELU, int ACROSS_B>
+static void rows_product(RowsProduct p, const real_t *weights, int weight_rows, Grouped g) {
+    p.offset = g.offset;
+    p.E = g.shape.E;
+    p.rows = g.shape.rows;
+    if (p.rows == 0) {
+        return;
+    }
+    int width = FINISH == FINISH_UP && !GELU ? 2 * p.width : p.width;
+    int wide = ceil_div(width, 256), narrow = ceil_div(width, 128);
+    bool few = (int64_t)ceil_div(p.rows, WGMMA_ROWS) * wide < cuda_multiprocessors();
+    if (few || 2 * wide * 10 > narrow * 11) {
+        launch_rows<FINISH, GELU, ACROSS_B, 128>(p, weights, weight_rows, g);
+    } else {
+        launch_rows<FINISH, GELU, ACROSS_B, 256>(p, weights, weight_rows, g);
+    }
+}
+
+#endif

@@ -1,0 +1,226 @@
+/* Hopper's own instructions, one small function each: asynchronous copies, the barriers they report to, the product of
+ * a warp group. Meanings and limits are in the PTX manual under the instruction's name; here stands what is used.
+ *
+ * Swizzled tiles. A tile in shared memory is made of rows of 128 bytes, 64 numbers. The 16-byte piece c of row r lies
+ * at place c ^ (r % 8) of the row: 8 rows that are read at the same c then meet all 32 banks. The tensor copy engine
+ * (TMA) writes this order, wgmma reads it, and swizzled() is for threads that write or read it themselves. Tiles start
+ * at multiples of 1024 bytes.
+ *
+ *     operand A, 64 rows of the result, or B, 64 to 256 columns, k numbers deep; a tile row holds
+ *     "deep"     64 consecutive k of one row of the result:    8 rows are 1024 bytes; 16 k further is 32 bytes further
+ *     "across"   64 consecutive rows (columns) at one k:       8 k are 1024 bytes; 16 k further is 2048 bytes further;
+ *                                                              the next 64 columns follow after 64 k, 8192 bytes
+ *
+ * Two worlds of shared memory. TMA and wgmma see it through their own path (the async proxy). What ordinary stores or
+ * cp.async wrote must pass fence_async() after it is known to have arrived and before wgmma reads it.
+ */
+#ifndef KERNELS_WGMMA_CUH
+#define KERNELS_WGMMA_CUH
+
+#include "cuda.cuh"
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+__device__ static inline uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* ---- barriers: 8 bytes of shared memory that count arrivals and bytes; a phase ends when both are complete ---- */
+
+__device__ static inline void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+/* Makes initialised barriers visible to the copy engine. */
+__device__ static inline void barrier_init_fence(void) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ static inline void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Arrives, and the phase does not end before the copy engine has written `bytes`. */
+__device__ static inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+/* Arrives when all copy_16 of the calling thread so far have arrived. */
+__device__ static inline void barrier_arrive_copied(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Waits for the end of the phase of this parity: 0 for the first, 1 for the second, 0 for the third, ... */
+__device__ static inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile(
+            "{\n.reg .pred done;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+/* ---- copies to shared memory ---- */
+
+/* One box of a tensor map, at coordinates x (innermost), y, z. What lies outside of the tensor arrives as zeros. */
+__device__ static inline void copy_box(uint32_t to, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+        : "memory");
+}
+
+/* 16 bytes by the calling thread. */
+__device__ static inline void copy_16(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+/* The same, or 16 zeros where `there` is false (then nothing is read). */
+__device__ static inline void copy_16_if(uint32_t to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+/* 16 bytes of shared memory. */
+__device__ static inline uint4 load_16(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ static inline void store_16(uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+/* Where 16-byte piece `piece` of row `row` lies in the swizzled tile at `tile`. */
+__device__ static inline uint32_t swizzled(uint32_t tile, int row, int piece) {
+    return tile + row * 128 + ((piece ^ (row & 7)) << 4);
+}
+
+__device__ static inline void fence_async(void) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* The 128 threads of one warp group meet; `id` 1 to 15 names the barrier. */
+__device__ static inline void group_sync(int id) {
+    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+/* ---- registers: a warp group hands back or takes some of the multiprocessor's 64K ---- */
+
+template <int COUNT>
+__device__ static inline void registers_release(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ static inline void registers_claim(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+/* ---- the product of a warp group ---- */
+
+/* How a swizzled tile is described to wgmma: address, distance of blocks of 64 ("across" alone), distance of 8 rows,
+ * all in units of 16 bytes; the top bits name the swizzle. A distance of x bytes within the tile adds x >> 4. */
+__device__ static inline uint64_t tile_description(uint32_t address) {
+    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)(8192 >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+
+/* Before the first wgmma that uses registers or shared memory which this warp group has touched. */
+__device__ static inline void wgmma_begin(void) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/* Closes a batch of wgmma; wgmma_wait<n>() waits until at most the n latest batches are unfinished. */
+__device__ static inline void wgmma_commit(void) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int UNFINISHED>
+__device__ static inline void wgmma_wait(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(UNFINISHED) : "memory");
+}
+
+/* Keeps the compiler from reading sums before the wait above this. */
+template <int COUNT>
+__device__ static inline void wgmma_settle(float (&sum)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        asm volatile("" : "+f"(sum[i])::"memory");
+    }
+}
+
+#define SUMS_4(sum, i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define SUMS_16(sum, i) SUMS_4(sum, i), SUMS_4(sum, i + 4), SUMS_4(sum, i + 8), SUMS_4(sum, i + 12)
+
+/* sum (64 x N) = or += A (64 x 16) B (16 x N), bf16 to float; a, b: tile_description. ACROSS_A, ACROSS_B: 1 for tiles
+ * that lie "across", 0 "deep". Thread t of the warp group holds, for every block j of 8 columns and half = 0, 1,
+ *     row 16 (t/32) + 8 half + t%32 / 4,   columns 8j + 2 (t%4) and + 1   in   sum[4j + 2 half] and + 1 */
+template <int ACROSS_A, int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[128], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "%128, %129, add, 1, 1, %131, %132;\n}"
+        : SUMS_16(sum, 0), SUMS_16(sum, 16), SUMS_16(sum, 32), SUMS_16(sum, 48), SUMS_16(sum, 64), SUMS_16(sum, 80),
+          SUMS_16(sum, 96), SUMS_16(sum, 112)
+        : "l"(a), "l"(b), "r"(add), "n"(ACROSS_A), "n"(ACROSS_B));
+}
+
+template <int ACROSS_A, int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[64], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, add, 1, 1, %67, %68;\n}"
+        : SUMS_16(sum, 0), SUMS_16(sum, 16), SUMS_16(sum, 32), SUMS_16(sum, 48)
+        : "l"(a), "l"(b), "r"(add), "n"(ACROSS_A), "n"(ACROSS_B));
+}
+
+/* ---- the host's side ---- */
+
+/* A tensor (outer, rows, inner), contiguous, of bf16 or float (`size` 2 or 4 bytes), fetched in boxes of 128 bytes x
+ * box_rows x 1, swizzled. Base and row length must be multiples of 16 bytes. The driver's function is asked for by
+ * name, so that nothing links with it. */
+static CUtensorMap tensor_map(const void *base, int size, int inner, int rows, int outer, int box_rows) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
+                                                    cudaEnableDefault, &found));
+        CHECK(found == cudaDriverEntryPointSuccess, "the NVIDIA driver has no tensor maps: update it");
+    }
+    CUtensorMap map;
+    cuuint64_t extent[3] = {(cuuint64_t)inner, (cuuint64_t)rows, (cuuint64_t)outer};
+    cuuint64_t pitch[2] = {(cuuint64_t)inner * size, (cuuint64_t)inner * rows * size};
+    cuuint32_t box[3] = {128 / (cuuint32_t)size, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
+    CUtensorMapDataType type = size == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    CUresult result =
+        encode(&map, type, 3, (void *)base, extent, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CHECK(result == CUDA_SUCCESS, "no tensor map for (%d, %d, %d): error %d", outer, rows, inner, (int)result);
+    return map;
+}
+
+#endif

@@ -1,0 +1,172 @@
+/* What the products on Hopper are made of: the ring of stages, one stage's product, and the way from a thread's sums to
+ * rows in memory. How they work together: grouped_wgmma.cuh. */
+#ifndef KERNELS_WGMMA_RING_CUH
+#define KERNELS_WGMMA_RING_CUH
+
+#include "grouped.cuh"
+#include "wgmma.cuh"
+
+/* wgmma exists in the build for Hopper alone: for other cards the kernels are empty, and never launched. */
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER_CODE
+#endif
+
+enum {
+    GROUP = 128, /* threads of a warp group */
+    LOADERS = GROUP,
+    WGMMA_THREADS = LOADERS + 2 * GROUP,
+    WGMMA_ROWS = 128, /* of a tile */
+    DEEP = 64,        /* steps of the inner width in a stage: 128 bytes */
+    BOX_BYTES = 64 * DEEP * 2,
+    BAND = 16, /* row tiles that take turns before the next column tile */
+    LOADER_REGISTERS = 56,
+    MULTIPLIER_REGISTERS = 224, /* 56 + 2 * 224 = 65536 / 128 */
+};
+
+#define NO_ROW 0xffffffffu
+
+/* The ring, at one of its stages. COLUMNS is the width of the tiles. */
+template <int COLUMNS>
+struct Ring {
+    enum {
+        A_BYTES = WGMMA_ROWS * DEEP * 2,
+        B_BYTES = COLUMNS * DEEP * 2,
+        STAGE_BYTES = A_BYTES + B_BYTES,
+        STAGES = 192 * 1024 / STAGE_BYTES,
+        BYTES = STAGES * STAGE_BYTES + 2 * STAGES * 8,
+    };
+    uint32_t base; /* a multiple of 1024 */
+    int stage;
+    uint32_t parity; /* of the ring's lap */
+
+    __device__ uint32_t a(void) const {
+        return base + stage * STAGE_BYTES;
+    }
+    __device__ uint32_t b(void) const {
+        return a() + A_BYTES;
+    }
+    __device__ uint32_t full(void) const {
+        return base + STAGES * STAGE_BYTES + stage * 8;
+    }
+    __device__ uint32_t empty(void) const {
+        return full() + STAGES * 8;
+    }
+    __device__ void next(void) {
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        parity ^= stage == 0;
+    }
+};
+
+/* The block's ring at its first stage, the barriers ready once the block has met. */
+template <int COLUMNS>
+__device__ static inline Ring<COLUMNS> ring_open(uint32_t shared, int full_arrivals) {
+    Ring<COLUMNS> ring = {(shared + 1023) & ~1023u, 0, 0};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < ring.STAGES; i++) {
+            barrier_init(ring.full() + i * 8, full_arrivals);
+            barrier_init(ring.empty() + i * 8, 2);
+        }
+        barrier_init_fence();
+    }
+    return ring;
+}
+
+/* sum (+)= A B over one stage; a, b: this warp group's tiles. */
+template <int ACROSS_A, int ACROSS_B, int COUNT>
+__device__ static inline void multiply_stage(float (&sum)[COUNT], uint32_t a, uint32_t b, bool add) {
+    uint64_t left = tile_description(a), right = tile_description(b);
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < DEEP / 16; k++) {
+        wgmma<ACROSS_A, ACROSS_B>(sum, left + k * (ACROSS_A ? 2048 >> 4 : 32 >> 4),
+                                  right + k * (ACROSS_B ? 2048 >> 4 : 32 >> 4), add || k > 0);
+    }
+    wgmma_commit();
+}
+
+/* Where the row of this entry begins in a source of that width, in packs of 16 bytes; NO_ROW: it is all zero. */
+__device__ static inline uint32_t row_of_entry(int entry, RowSource source, int width) {
+    return entry < 0 ? NO_ROW : (uint32_t)entry / (uint32_t)source.K * (uint32_t)(width / 8);
+}
+
+/* ---- from a thread's sums to rows ----
+ *
+ * The four threads of a quad hold two columns each of a block of 8 (wgmma.cuh). Over four blocks they trade, so that
+ * each gets one block's 8 columns: 16 bytes of bf16, which the quad stores as 64 bytes in a run. */
+
+/* Thread q of a quad gives value i to thread i and gets that thread's value q in its place. */
+__device__ static inline void quad_transpose(uint32_t (&v)[4]) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+        bool upper = threadIdx.x & bit;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (!(i & bit)) {
+                uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? v[i] : v[i + bit], bit);
+                v[i] = upper ? got : v[i];
+                v[i + bit] = upper ? v[i + bit] : got;
+            }
+        }
+    }
+}
+
+/* Columns 8 (block + q) .. + 7 of the thread's row of this half, rounded; q is the thread's place in its quad. */
+template <int COUNT>
+__device__ static inline Pack<__nv_bfloat16> row_pack(const float (&sum)[COUNT], int block, int half) {
+    union {
+        uint32_t v[4];
+        Pack<__nv_bfloat16> pack;
+    } row;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *pair = sum + 4 * (block + i) + 2 * half;
+        __nv_bfloat162 rounded = __floats2bfloat162_rn(pair[0], pair[1]);
+        row.v[i] = *reinterpret_cast<uint32_t *>(&rounded);
+    }
+    quad_transpose(row.v);
+    return row.pack;
+}
+
+/* The same, not rounded. */
+template <int COUNT>
+__device__ static inline void row_floats(float (&row)[8], const float (&sum)[COUNT], int block, int half) {
+    uint32_t even[4], odd[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        even[i] = __float_as_uint(sum[4 * (block + i) + 2 * half]);
+        odd[i] = __float_as_uint(sum[4 * (block + i) + 2 * half + 1]);
+    }
+    quad_transpose(even);
+    quad_transpose(odd);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        row[2 * i] = __uint_as_float(even[i]);
+        row[2 * i + 1] = __uint_as_float(odd[i]);
+    }
+}
+
+/* No branch: the compiler may weave the stores of one group of columns into the trade of the next. */
+template <class T>
+__device__ static inline void store_pack_if(T *to, const Pack<T> &pack, bool inside) {
+    const uint4 &v = reinterpret_cast<const uint4 &>(pack);
+    asm volatile(
+        "{\n.reg .pred inside;\nsetp.ne.b32 inside, %0, 0;\n"
+        "@inside st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"((int)inside),
+        "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
+}
+
+/* ---- the host's side ---- */
+
+/* Runs `kernel` with the ring and `extra` bytes of shared memory. */
+template <int COLUMNS, class... Arguments>
+static void launch_wgmma(void (*kernel)(Arguments...), size_t extra, int64_t tiles, cudaStream_t stream,
+                         Arguments... arguments) {
+    size_t bytes = 1024 + Ring<COLUMNS>::BYTES + extra;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    int blocks = tiles < cuda_multiprocessors() ? (int)tiles : cuda_multiprocessors();
+    kernel<<<blocks, WGMMA_THREADS, bytes, stream>>>(arguments...);
+    CUDA_LAUNCHED();
+}
+
+#endif

@@ -40,14 +40,21 @@
 #include "model/vocabulary.h"
 
 /* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains, floors
- * and bytes of text. */
+ * and bytes of text. On the device lie those of all slices of a step. */
 typedef struct {
     int *host_tokens, *host_targets;
-    int *tokens, *targets; /* device */
+    int *tokens, *targets; /* (slices,N) device */
     unsigned char *domain;
     double *floor;
     int *bytes;
 } BatchBuffers;
+
+/* Figures of a step that were asked for and not yet read: on a GPU they are read when the next step is under way. */
+typedef struct {
+    Readback readback;
+    bool due;
+    int64_t step;
+} Asked;
 
 typedef struct {
     Config config;
@@ -66,7 +73,12 @@ typedef struct {
     Trace trace;     /* with --dump-routing */
     Profile profile;
     Progress at;
-    double val_loss; /* of the last evaluation */
+    Recording recording; /* of a training step */
+    Asked asked;
+    double clock;          /* until when training time is booked, seconds_now */
+    double since_log;      /* training seconds since the last line of the log */
+    int64_t logged, waits; /* step of that line; waits of the host inside training steps */
+    double val_loss;       /* of the last evaluation */
 } Run;
 
 /* ---- signals: the first asks the loop to save and stop, a second ends at once ---- */
@@ -170,7 +182,7 @@ static void open_corpus(Run *run) {
     }
 }
 
-static void open_batch(BatchBuffers *batch, size_t N, Arena *arena) {
+static void open_batch(BatchBuffers *batch, size_t N, int slices, Arena *arena) {
     batch->host_tokens = calloc(N, sizeof(int));
     batch->host_targets = calloc(N, sizeof(int));
     batch->domain = calloc(N, 1);
@@ -178,8 +190,8 @@ static void open_batch(BatchBuffers *batch, size_t N, Arena *arena) {
     batch->bytes = calloc(N, sizeof(int));
     CHECK(batch->host_tokens && batch->host_targets && batch->domain && batch->floor && batch->bytes,
           "out of memory for a batch of %zu tokens", N);
-    arena_reserve(arena, (void **)&batch->tokens, N * sizeof(int), MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&batch->targets, N * sizeof(int), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&batch->tokens, slices * N * sizeof(int), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&batch->targets, slices * N * sizeof(int), MEMORY_ACTIVATIONS);
 }
 
 static void free_batch(BatchBuffers *batch) {
@@ -210,10 +222,11 @@ static void open_model(Run *run) {
     const Config *c = &run->config;
     int slices = c->train.grad_accum, batch = c->train.batch / slices;
     transformer_reserve(&run->model, c, batch, slices, USE_TRAIN, NULL, &run->arena);
-    optimizer_reserve(&run->optimizer, &run->model.tensors, c->train.freeze, &run->arena);
-    open_batch(&run->batch, (size_t)batch * c->model.seq, &run->arena);
+    optimizer_reserve(&run->optimizer, &run->model.tensors, &run->arena);
+    open_batch(&run->batch, (size_t)batch * c->model.seq, slices, &run->arena);
     arena_commit(&run->arena);
     transformer_connect(&run->model);
+    optimizer_connect(&run->optimizer, &run->model.tensors, &c->train);
     run->model.predicted = batch * corpus_masked_tokens(run->corpus);
     if (c->train.resume[0]) {
         run->at = training_load(c, &run->model, &run->optimizer);
@@ -256,39 +269,59 @@ static void open_log(Run *run) {
 
 /* ---- one step ---- */
 
-static void batch_to_device(Run *run) {
+static void batch_to_device(Run *run, int slice) {
     BatchBuffers *b = &run->batch;
-    device_from_host(b->tokens, b->host_tokens, run->model.N * sizeof(int), NULL);
-    device_from_host(b->targets, b->host_targets, run->model.N * sizeof(int), NULL);
+    size_t N = run->model.N, bytes = N * sizeof(int);
+    device_from_host(b->tokens + slice * N, b->host_tokens, bytes, NULL);
+    device_from_host(b->targets + slice * N, b->host_targets, bytes, NULL);
 }
 
-/* Reads one slice of a step to the device. */
-static void read_batch(Run *run, Split split, int64_t step, int slice) {
+/* Reads slice `slice` of a step to place `place` on the device. */
+static void read_batch(Run *run, Split split, int64_t step, int slice, int place) {
     BatchBuffers *b = &run->batch;
     bool evaluation = split == SPLIT_VAL;
     Batch batch = {b->host_tokens, b->host_targets, evaluation ? b->domain : NULL, evaluation ? b->floor : NULL,
                    evaluation ? b->bytes : NULL};
     int count = run->model.B;
     corpus_batch(run->corpus, split, step, slice * count, count, &batch);
-    batch_to_device(run);
+    batch_to_device(run, place);
+}
+
+/* What a step computes, from tokens, targets and learning rate that lie on the device: the same calls in every step. */
+static void queue_step(Run *run) {
+    Transformer *model = &run->model;
+    for (int slice = 0; slice < model->slices; slice++) {
+        size_t first = (size_t)slice * model->N;
+        transformer_forward(model, run->batch.tokens + first, slice, NULL);
+        transformer_loss(model, run->batch.targets + first, slice, true, NULL);
+        transformer_backward(model, run->batch.tokens + first, NULL);
+        recorder_add(&run->trace, model);
+    }
+    optimizer_step(&run->optimizer, model, &run->config.train, NULL);
+    transformer_update_routers(model, run->optimizer.state, NULL);
 }
 
 static void train_step(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
+    bool record = t->graph && !t->profile && !t->dump_routing[0] && transformer_steps_are_alike(model);
+    int64_t waits = device_waits();
     model->profile = t->profile ? &run->profile : NULL;
     profile_start(model->profile, NULL);
     transformer_set_step(model, run->at.step);
-    for (int slice = 0; slice < t->grad_accum; slice++) {
-        read_batch(run, SPLIT_TRAIN, run->at.step, slice);
-        profile_lap(model->profile, STAGE_OTHER, NULL);
-        transformer_forward(model, run->batch.tokens, slice, NULL);
-        transformer_loss(model, run->batch.targets, slice, true, NULL);
-        transformer_backward(model, run->batch.tokens, NULL);
-        recorder_add(&run->trace, model);
+    optimizer_set_rate(&run->optimizer, t, run->at.step, NULL);
+    for (int slice = 0; slice < model->slices; slice++) {
+        read_batch(run, SPLIT_TRAIN, run->at.step, slice, slice);
     }
-    optimizer_step(&run->optimizer, model, t, run->at.step, NULL);
-    transformer_update_routers(model, run->optimizer.state, NULL);
+    profile_lap(model->profile, STAGE_OTHER, NULL);
+    if (!record) {
+        queue_step(run);
+    } else if (!recording_replay(&run->recording, NULL)) {
+        recording_begin(&run->recording, NULL);
+        queue_step(run);
+        recording_end(&run->recording, NULL);
+    }
+    run->waits += device_waits() - waits;
     model->profile = NULL;
     run->at.step++;
     run->at.tokens += (int64_t)t->batch * run->config.model.seq;
@@ -303,15 +336,13 @@ static void write_report(const Run *run) {
     }
 }
 
-/* Reports a step that was skipped because something was not finite; ends the run after --max-skips in a row. */
-static void guard(Run *run) {
-    AdamState adam;
-    host_from_device(&adam, run->optimizer.state, sizeof adam, NULL);
+/* Reports steps that were skipped because something was not finite; ends the run after --max-skips in a row. */
+static void guard(Run *run, AdamState adam, int64_t step) {
     if (adam.skipped > run->at.skipped) {
         run->at.skipped = adam.skipped;
         printf("%sstep %lld: loss or gradient is not finite; step skipped (%lld in a row)\n", console_line_start(),
-               (long long)run->at.step, (long long)adam.skipped_in_row);
-        log_line(&run->log, "{\"event\":\"skip\",\"step\":%lld,\"in_a_row\":%lld}", (long long)run->at.step,
+               (long long)step, (long long)adam.skipped_in_row);
+        log_line(&run->log, "{\"event\":\"skip\",\"step\":%lld,\"in_a_row\":%lld}", (long long)step,
                  (long long)adam.skipped_in_row);
     }
     if (adam.skipped_in_row >= run->config.train.max_skips) {
@@ -345,7 +376,7 @@ static void run_evaluation(Run *run) {
     transformer_set_training(model, false, t->eval_drop);
     int64_t forwards = evaluation_batches(run) * t->grad_accum;
     for (int64_t i = 0; i < forwards; i++) {
-        read_batch(run, SPLIT_VAL, i / t->grad_accum, i % t->grad_accum);
+        read_batch(run, SPLIT_VAL, i / t->grad_accum, i % t->grad_accum, 0);
         transformer_forward(model, run->batch.tokens, 0, NULL);
         transformer_loss(model, run->batch.targets, 0, false, NULL);
         evaluation_add(&e, model, run->batch.host_targets, run->batch.domain, run->batch.floor, run->batch.bytes, NULL);
@@ -371,43 +402,81 @@ static bool is_due(const Run *run, int every) {
     return every > 0 && run->at.step % every == 0;
 }
 
+/* Asks for the figures of the step just queued, if somebody wants to see them. Where the device runs ahead of the host,
+ * not every step: only for a line of the log, or when so many could have been skipped that the run must end. */
+static void ask(Run *run) {
+    const TrainConfig *t = &run->config.train;
+    int most = t->max_skips < t->log_every ? t->max_skips : t->log_every;
+    run->asked.step = run->at.step;
+    run->asked.due = !device_runs_ahead() || is_due(run, most) || is_due(run, t->log_every) || run->at.step == 1 ||
+                     run->at.step == t->steps;
+    if (run->asked.due) {
+        figures_request(&run->asked.readback, &run->model, &run->optimizer, NULL);
+    }
+}
+
+/* Training time goes on until now, or begins now after something else took place. */
+static void book_time(Run *run) {
+    double now = seconds_now();
+    run->at.seconds += now - run->clock;
+    run->since_log += now - run->clock;
+    run->clock = now;
+}
+
+/* Reads the figures that were asked for and says what they tell. */
+static void report(Run *run) {
+    const TrainConfig *t = &run->config.train;
+    Progress at = run->at;
+    at.step = run->asked.step;
+    StepFigures figures = figures_read(&run->asked.readback, &run->model, &run->optimizer);
+    run->asked.due = false;
+    book_time(run);
+    guard(run, figures.adam, at.step);
+    if (at.step == 1) {
+        console_first_gradients(&figures);
+        figures_log_gradients(&figures, &run->log, at.step);
+    }
+    if (at.step % t->log_every == 0 || at.step == t->steps) {
+        double mean = run->since_log / (at.step - run->logged);
+        figures_log(&figures, &run->log, &run->config, at.step, mean);
+        console_progress(&run->config, &at, &figures, mean, run->val_loss);
+        alarms_check(&run->alarms, &figures, &run->model, at.step, &run->log, console_line_start());
+        run->since_log = 0;
+        run->logged = at.step;
+    }
+    figures_free(&figures);
+}
+
 static void train(Run *run) {
     const TrainConfig *t = &run->config.train;
-    double since_log = 0;
-    int64_t logged = run->at.step;
+    run->logged = run->at.step;
     if (run->at.step == 0 && t->eval_every > 0 && !t->resume[0]) {
         run_evaluation(run);
     }
+    run->clock = seconds_now();
     while (run->at.step < t->steps && !stop_signal) {
-        double start = seconds_now();
         train_step(run);
-        double seconds = seconds_now() - start;
-        run->at.seconds += seconds;
-        since_log += seconds;
+        if (run->asked.due) {
+            report(run); /* of the step before, while this one runs */
+        }
+        ask(run);
         bool last = run->at.step == t->steps;
-        guard(run);
-        if (run->at.step == 1) {
-            StepFigures figures = figures_read(&run->model, &run->optimizer, NULL);
-            console_first_gradients(&figures);
-            figures_log_gradients(&figures, &run->log, run->at.step);
-            figures_free(&figures);
+        bool pause = is_due(run, t->eval_every) || is_due(run, t->save_every) || last || stop_signal;
+        if (run->asked.due && (pause || !device_runs_ahead())) {
+            report(run);
         }
-        if (is_due(run, t->log_every) || last) {
-            StepFigures figures = figures_read(&run->model, &run->optimizer, NULL);
-            double mean = since_log / (run->at.step - logged);
-            figures_log(&figures, &run->log, &run->config, run->at.step, mean);
-            console_progress(&run->config, &run->at, &figures, mean, run->val_loss);
-            alarms_check(&run->alarms, &figures, &run->model, run->at.step, &run->log, console_line_start());
-            figures_free(&figures);
-            since_log = 0;
-            logged = run->at.step;
+        if (!pause) {
+            continue;
         }
+        device_wait(NULL);
+        book_time(run);
         if (is_due(run, t->eval_every) || last) {
             run_evaluation(run);
         }
         if (is_due(run, t->save_every) && !last) {
             save(run);
         }
+        run->clock = seconds_now();
     }
 }
 
@@ -436,7 +505,7 @@ static void answer_choices(Run *run) {
     transformer_set_training(model, false, run->config.train.eval_drop);
     for (int first = 0; first < rows && !stop_signal; first += B) {
         choices_batch(file, first, B, T, run->batch.host_tokens, run->batch.host_targets);
-        batch_to_device(run);
+        batch_to_device(run, 0);
         transformer_forward(model, run->batch.tokens, 0, NULL);
         transformer_loss(model, run->batch.targets, 0, false, NULL);
         host_from_device(losses, model->losses, model->N * sizeof(acc_t), NULL);
@@ -468,6 +537,7 @@ int main(int argc, char **argv) {
     config_finish(&run.config);
     export_check(&run.config, &run.vocabulary);
     catch_signals();
+    device_open(0);
     open_corpus(&run);
     open_model(&run);
     open_log(&run);
@@ -487,10 +557,16 @@ int main(int argc, char **argv) {
         answer_choices(&run);
     }
     bool exported = interrupted || export_write(&run.config, &run.model, &run.vocabulary);
+    if (run.config.train.trace_syncs) {
+        printf("%ssyncs    the host waited for the device %lld times inside %lld training steps\n",
+               console_line_start(), (long long)run.waits, (long long)run.at.step);
+        log_line(&run.log, "{\"event\":\"syncs\",\"waits\":%lld}", (long long)run.waits);
+    }
     log_line(&run.log, "{\"event\":\"end\",\"step\":%lld,\"train_seconds\":%.6g,\"peak_bytes\":%zu}",
              (long long)run.at.step, run.at.seconds, device_peak_memory());
     write_report(&run);
     log_close(&run.log);
+    profile_finish(run.config.train.profile ? &run.profile : NULL);
     if (!interrupted) {
         console_end(&run.config, &run.model, &run.arena, &run.profile, &run.at);
     } else if (saved) {
@@ -500,7 +576,8 @@ int main(int argc, char **argv) {
     choices_close(run.choices_file);
     tokenizer_close(run.tokenizer);
     transformer_free(&run.model);
-    optimizer_free(&run.optimizer);
+    readback_free(&run.asked.readback);
+    recording_free(&run.recording);
     alarms_free(&run.alarms);
     choices_free(&run.choices);
     trace_close(&run.trace);

@@ -19,6 +19,7 @@ typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
 typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
 typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
 typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER } Freeze;
+typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORMS, RECOMPUTE_EXPERTS } Recompute;
 
 enum {
     CONFIG_TEXT = 256,
@@ -66,6 +67,7 @@ typedef struct {
     int eval_every, eval_batches, log_every, save_every;
     int max_skips; /* stop after this many non-finite steps in a row */
     int freeze;    /* Freeze */
+    int recompute; /* Recompute */
     char init_from[CONFIG_TEXT];
     int upcycle;
     /* parallel */
@@ -81,7 +83,7 @@ typedef struct {
     int choices_most;          /* of them; 0: all */
     /* measure */
     char dump_routing[CONFIG_TEXT];
-    int profile, trace_syncs;
+    int profile, trace_syncs, graph;
 } TrainConfig;
 
 typedef struct {

@@ -89,7 +89,6 @@ static const char *nearest_router(const char *typed) {
 /* Names that parse everywhere but whose feature this program does not have. */
 static void check_available(const TrainConfig *train) {
     CHECK(train->ep == 1, "--ep %d: this version keeps all experts on one rank; use --ep 1", train->ep);
-    CHECK(!train->trace_syncs, "--trace-syncs: on the CPU there is no device to wait for; drop the option");
 }
 
 /* Before head_dim is derived. */

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "../kernels/check.h"
 
@@ -12,22 +13,50 @@ static double square(double x) {
     return x * x;
 }
 
-StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, Stream *stream) {
+/* What a readback holds, in this order: step_loss, the optimizer's state, its sums, load, demand. */
+void figures_request(Readback *readback, const Transformer *model, const Optimizer *optimizer, Stream *stream) {
+    size_t places = (size_t)model->slices * model->moe_count;
+    size_t sums = optimizer->count * sizeof(double), load = places * LOAD_VALUES * sizeof(acc_t);
+    size_t demand = places * model->config->experts * sizeof(int);
+    if (readback->capacity == 0) {
+        readback_reserve(readback, sizeof(acc_t) + sizeof(AdamState) + sums + load + demand);
+    }
+    readback_add(readback, model->step_loss, sizeof(acc_t), stream);
+    readback_add(readback, optimizer->state, sizeof(AdamState), stream);
+    readback_add(readback, optimizer->sums, sums, stream);
+    readback_add(readback, model->load, load, stream);
+    readback_add(readback, model->demand, demand, stream);
+    readback_queued(readback, stream);
+}
+
+/* The next `bytes` of what came back. */
+static void take(void *to, const char **from, size_t bytes) {
+    memcpy(to, *from, bytes);
+    *from += bytes;
+}
+
+StepFigures figures_read(Readback *readback, const Transformer *model, const Optimizer *optimizer) {
     int layers = model->moe_count, slices = model->slices, E = model->config->experts;
-    StepFigures f = {.norms = optimizer_norms(optimizer, &model->tensors, stream), .moe_count = layers, .E = E};
+    StepFigures f = {.moe_count = layers, .E = E, .flops_per_token = transformer_flops_per_token(model)};
     size_t places = (size_t)slices * layers;
     acc_t step_loss, *load = calloc(places * LOAD_VALUES + 1, sizeof(acc_t));
     int *demand = calloc(places * E + 1, sizeof(int));
+    double *sums = calloc(optimizer->count + 1, sizeof(double));
     f.counts = calloc((size_t)layers * E + 1, sizeof(double));
     f.layer_entropy = calloc(4 * layers + 1, sizeof(double)); /* the four (moe_count) arrays in one piece */
-    CHECK(load && demand && f.counts && f.layer_entropy, "out of memory for the statistics of %d layers", layers);
+    CHECK(load && demand && sums && f.counts && f.layer_entropy, "out of memory for the statistics of %d layers",
+          layers);
     f.layer_main_norm = f.layer_entropy + layers;
     f.layer_balance_norm = f.layer_entropy + 2 * layers;
     f.layer_margin = f.layer_entropy + 3 * layers;
-    host_from_device(&step_loss, model->step_loss, sizeof step_loss, stream);
-    host_from_device(&f.adam, optimizer->state, sizeof f.adam, stream);
-    host_from_device(load, model->load, places * LOAD_VALUES * sizeof(acc_t), stream);
-    host_from_device(demand, model->demand, places * E * sizeof(int), stream);
+    readback_wait(readback);
+    const char *from = readback->host;
+    take(&step_loss, &from, sizeof step_loss);
+    take(&f.adam, &from, sizeof f.adam);
+    take(sums, &from, optimizer->count * sizeof(double));
+    take(load, &from, places * LOAD_VALUES * sizeof(acc_t));
+    take(demand, &from, places * E * sizeof(int));
+    f.norms = optimizer_norms(optimizer, &model->tensors, sums);
     f.loss = step_loss;
     for (size_t i = 0; i < places; i++) { /* slices first, layers within */
         const acc_t *values = load + i * LOAD_VALUES;
@@ -63,6 +92,7 @@ StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, S
     f.balance_gradient = sqrt(f.balance_gradient);
     free(load);
     free(demand);
+    free(sums);
     return f;
 }
 
@@ -135,7 +165,8 @@ void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t s
     print_value(out, "router_grad_norm", f->norms.router);
     print_value(out, "router_main_norm", f->main_gradient);
     print_value(out, "router_balance_norm", f->balance_gradient);
-    fprintf(out, ",\"ms\":%.4g,\"tok_s\":%.0f,\"mfu\":null", 1e3 * seconds, tokens / seconds);
+    fprintf(out, ",\"ms\":%.4g,\"tok_s\":%.0f", 1e3 * seconds, tokens / seconds);
+    print_value(out, "mfu", f->flops_per_token * tokens / seconds / device_peak_flops()); /* null: no known peak */
     print_value(out, "drop", f->dropped);
     print_value(out, "token_drop", f->tokens_dropped);
     print_value(out, "padding", f->padding);

@@ -24,6 +24,7 @@ typedef struct {
     GradientNorms norms;     /* before clipping */
     AdamState adam;
     int moe_count, E;
+    double flops_per_token;
     double *counts;        /* (moe_count, E) entries that chose each expert */
     double *layer_entropy; /* (moe_count) each, as the means above */
     double *layer_main_norm;
@@ -31,9 +32,13 @@ typedef struct {
     double *layer_margin;
 } StepFigures;
 
-/* Reads the last step's figures from the device. The arrays are the caller's
+/* Queues the copies of the last step's figures to the host, behind the step; the device goes on. `readback` is reserved
+ * by the first call and freed by the caller. */
+void figures_request(Readback *readback, const Transformer *model, const Optimizer *optimizer, Stream *stream);
+
+/* The figures of the last request, waiting for them where they are not there yet. The arrays are the caller's
  * (figures_free). */
-StepFigures figures_read(const Transformer *model, const Optimizer *optimizer, Stream *stream);
+StepFigures figures_read(Readback *readback, const Transformer *model, const Optimizer *optimizer);
 void figures_free(StepFigures *figures);
 
 /* The line of a run's first step that has the norms of each router's gradients (see log.h). */

@@ -14,7 +14,7 @@ void generator_open(Generator *generator, const Config *config, Transformer *sou
     generator->config.model.layout = LAYOUT_COMPACT;
     int V = config->model.vocab;
     generator->work = calloc(2 * (size_t)V, sizeof(acc_t));
-    generator->logits = calloc(V, sizeof(real_t));
+    generator->logits = calloc(V, sizeof(acc_t));
     CHECK(generator->work && generator->logits, "out of memory for a vocabulary of %d", V);
     transformer_reserve(&generator->model, &generator->config, 1, 1, USE_GENERATE, source, &generator->arena);
     arena_reserve(&generator->arena, (void **)&generator->tokens, sizeof(int), MEMORY_ACTIVATIONS);
@@ -51,7 +51,7 @@ static acc_t least_kept(const acc_t *probs, acc_t *sorted, int V, SampleOptions 
     return sorted[most - 1];
 }
 
-int sample_token(const real_t *logits, int V, SampleOptions options, double uniform, acc_t *work) {
+int sample_token(const acc_t *logits, int V, SampleOptions options, double uniform, acc_t *work) {
     int best = 0;
     for (int v = 1; v < V; v++) {
         best = logits[v] > logits[best] ? v : best;
@@ -106,7 +106,7 @@ int generate(Generator *generator, int *out, int length, const int *prompt, int 
     uint64_t key = random_key(options.seed, RANDOM_SAMPLE, 0);
     int written = 0;
     while (written < length) {
-        host_from_device(generator->logits, generator->model.logits, sizeof(real_t) * V, NULL);
+        host_from_device(generator->logits, generator->model.logits_acc, sizeof(acc_t) * V, NULL);
         int token = sample_token(generator->logits, V, options, random_uniform(key, written), generator->work);
         out[written++] = token;
         if ((each && !each(token, user)) || written == length) {

@@ -9,9 +9,9 @@ typedef struct {
     Config config;     /* its own copy: always dropless */
     Transformer model; /* one token at a time, weights of the source */
     Arena arena;
-    int *tokens;    /* (B) device */
-    acc_t *work;    /* (2V) host */
-    real_t *logits; /* (V) host */
+    int *tokens;   /* (B) device */
+    acc_t *work;   /* (2V) host */
+    acc_t *logits; /* (V) host */
 } Generator;
 
 /* What is drawn: temperature 0 takes the most probable token; otherwise softmax(logits / temperature), cut to the top_k
@@ -34,6 +34,6 @@ int generate(Generator *generator, int *out, int length, const int *prompt, int 
              bool (*each)(int token, void *user), void *user);
 
 /* One draw from logits (V); work (2V) is scratch; uniform in [0,1). */
-int sample_token(const real_t *logits, int V, SampleOptions options, double uniform, acc_t *work);
+int sample_token(const acc_t *logits, int V, SampleOptions options, double uniform, acc_t *work);
 
 #endif

@@ -147,13 +147,19 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
         size->soft |= moe->plan.slots > 0;
     }
     size_t rows = moe->experts.rows, width = experts_a_width(moe->experts);
-    arena_reserve(arena, (void **)&moe->a, rows * width * sizeof(real_t), MEMORY_ACTIVATIONS);
+    bool keep = config->train.recompute != RECOMPUTE_EXPERTS;
+    if (keep) {
+        arena_reserve(arena, (void **)&moe->a, rows * width * sizeof(real_t), MEMORY_ACTIVATIONS);
+    }
+    size->a_again |= !keep;
     grow(&size->h, rows * moe->experts.H);
     grow(&size->a, rows * width);
     if (moe->router && c->shared_experts > 0) {
         moe->shared = expert_shape(c, 1, c->shared_experts * c->expert_dim, N);
         size_t shared_width = experts_a_width(moe->shared);
-        arena_reserve(arena, (void **)&moe->shared_a, N * shared_width * sizeof(real_t), MEMORY_ACTIVATIONS);
+        if (keep) {
+            arena_reserve(arena, (void **)&moe->shared_a, N * shared_width * sizeof(real_t), MEMORY_ACTIVATIONS);
+        }
         grow(&size->h, (size_t)N * moe->shared.H);
         grow(&size->a, N * shared_width);
     }
@@ -169,13 +175,21 @@ void moe_free(MoeLayer *moe) {
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena) {
     size_t row_bytes = size.rows * config->dim * sizeof(real_t);
-    arena_reserve(arena, (void **)&scratch->in_rows, row_bytes, MEMORY_ACTIVATIONS);
+    bool copies = dispatch_copies() || size.soft;
+    if (copies) {
+        arena_reserve(arena, (void **)&scratch->in_rows, row_bytes, MEMORY_ACTIVATIONS);
+    }
     arena_reserve(arena, (void **)&scratch->out_rows, row_bytes, MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&scratch->mean_prob, config->experts * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&scratch->h, size.h * sizeof(real_t), MEMORY_ACTIVATIONS);
+    if (size.a_again) {
+        arena_reserve(arena, (void **)&scratch->a, size.a * sizeof(real_t), MEMORY_ACTIVATIONS);
+    }
     arena_reserve(arena, (void **)&scratch->all_rows, 2 * sizeof(int), MEMORY_ACTIVATIONS);
     if (backward) {
-        arena_reserve(arena, (void **)&scratch->dy_rows, row_bytes, MEMORY_ACTIVATIONS);
+        if (copies) {
+            arena_reserve(arena, (void **)&scratch->dy_rows, row_bytes, MEMORY_ACTIVATIONS);
+        }
         arena_reserve(arena, (void **)&scratch->da, size.a * sizeof(real_t), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->drow_weight, size.rows * sizeof(acc_t), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->dweight, size.entries * sizeof(acc_t), MEMORY_ACTIVATIONS);
@@ -233,10 +247,31 @@ static void measure(MoeLayer *moe, acc_t *load, int *demand, Stream *stream) {
     device_copy(demand, plan->demand, plan->E * sizeof(int), stream);
 }
 
+/* Rows that lie in x as they are. */
+static RowSource rows_of(const real_t *x) {
+    return (RowSource){x, NULL, 0};
+}
+
+/* Where a forward puts its pre-activations: where they are kept, or where all layers put theirs. */
+static real_t *a_of(real_t *kept, MoeScratch *scratch) {
+    return kept ? kept : scratch->a;
+}
+
+/* The forward's pre-activations, made again where they were not kept. */
+static const real_t *a_again(const real_t *kept, MoeScratch *scratch, RowSource x, const real_t *w1, const int *offset,
+                             ExpertShape shape, Stream *stream) {
+    if (!kept) {
+        experts_forward_again(scratch->a, scratch->h, x, w1, offset, shape, stream);
+        return scratch->a;
+    }
+    return kept;
+}
+
 void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
                  Profile *profile, Stream *stream) {
     if (!moe->router) {
-        experts_forward(y, moe->a, scratch->h, x, moe->w1, moe->w2, scratch->all_rows, moe->experts, 0, stream);
+        experts_forward(y, a_of(moe->a, scratch), scratch->h, rows_of(x), moe->w1, moe->w2, scratch->all_rows,
+                        moe->experts, 0, stream);
         profile_lap(profile, STAGE_EXPERTS, stream);
         return;
     }
@@ -251,13 +286,14 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     plan_build(plan, stream);
     measure(moe, load, demand, stream);
     profile_lap(profile, STAGE_PERMUTE, stream);
+    RowSource rows = rows_of(scratch->in_rows);
     if (soft) {
         soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     } else {
-        dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
+        rows = dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     }
     profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_forward(out_rows, moe->a, scratch->h, scratch->in_rows, moe->w1, moe->w2, plan->offset, moe->experts, 0,
+    experts_forward(out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, plan->offset, moe->experts, 0,
                     stream);
     profile_lap(profile, STAGE_EXPERTS, stream);
     if (soft) {
@@ -267,8 +303,8 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     }
     profile_lap(profile, STAGE_COMBINE, stream);
     if (moe->shared.H > 0) {
-        experts_forward(y, moe->shared_a, scratch->h, x, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared,
-                        1, stream);
+        experts_forward(y, a_of(moe->shared_a, scratch), scratch->h, rows_of(x), moe->shared_w1, moe->shared_w2,
+                        scratch->all_rows, moe->shared, 1, stream);
         profile_lap(profile, STAGE_EXPERTS, stream);
     }
 }
@@ -281,8 +317,10 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
     profile_lap(profile, STAGE_COMBINE, stream);
     soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, scratch->dy_rows,
-                     scratch->in_rows, moe->a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
+    RowSource rows = rows_of(scratch->in_rows);
+    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
+    experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(scratch->dy_rows),
+                     rows, a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
     profile_lap(profile, STAGE_EXPERTS, stream);
     soft_dispatch_backward(dx, scratch->dmix, scratch->din_rows, x, plan, moe->C, moe->shared.H > 0, stream);
     profile_lap(profile, STAGE_DISPATCH, stream);
@@ -292,13 +330,14 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
 static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
                             Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
-    combine_backward(scratch->dy_rows, dy, plan, moe->C, stream);
+    RowSource dy_rows = combine_backward(scratch->dy_rows, dy, plan, moe->C, stream);
     profile_lap(profile, STAGE_COMBINE, stream);
-    dispatch_forward(scratch->in_rows, x, plan, moe->C, stream); /* again: cheaper than keeping it for every layer */
+    /* again: cheaper than keeping it for every layer */
+    RowSource rows = dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     profile_lap(profile, STAGE_DISPATCH, stream);
-    experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da,
-                     scratch->dy_rows, scratch->in_rows, moe->a, plan->row_weight, moe->w1, moe->w2, plan->offset,
-                     moe->experts, 0, stream);
+    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
+    experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows,
+                     rows, a, plan->row_weight, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
     profile_lap(profile, STAGE_EXPERTS, stream);
     dispatch_backward(dx, scratch->din_rows, plan, moe->C, moe->shared.H > 0, stream);
     profile_lap(profile, STAGE_DISPATCH, stream);
@@ -308,14 +347,17 @@ static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, cons
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
                   Stream *stream) {
     if (!moe->router) {
-        experts_backward(dx, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, dy, x, moe->a, NULL, moe->w1, moe->w2,
-                         scratch->all_rows, moe->experts, 0, stream);
+        const real_t *a = a_again(moe->a, scratch, rows_of(x), moe->w1, scratch->all_rows, moe->experts, stream);
+        experts_backward(dx, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(dy), rows_of(x), a, NULL,
+                         moe->w1, moe->w2, scratch->all_rows, moe->experts, 0, stream);
         profile_lap(profile, STAGE_EXPERTS, stream);
         return;
     }
     if (moe->shared.H > 0) {
-        experts_backward(dx, NULL, moe->dshared_w1, moe->dshared_w2, scratch->h, scratch->da, dy, x, moe->shared_a,
-                         NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, stream);
+        const real_t *a =
+            a_again(moe->shared_a, scratch, rows_of(x), moe->shared_w1, scratch->all_rows, moe->shared, stream);
+        experts_backward(dx, NULL, moe->dshared_w1, moe->dshared_w2, scratch->h, scratch->da, rows_of(dy), rows_of(x),
+                         a, NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, stream);
         profile_lap(profile, STAGE_EXPERTS, stream);
     }
     if (moe->plan.slots > 0) {

@@ -27,18 +27,19 @@ typedef struct {
     const real_t *w1, *w2, *shared_w1, *shared_w2;
     acc_t *dw1, *dw2, *dshared_w1, *dshared_w2;
     /* saved by forward */
-    real_t *a;        /* (rows, 2H or H) of the experts before the activation */
-    real_t *shared_a; /* (N, ..) of the shared ones */
+    real_t *a;        /* (rows, 2H or H) of the experts before the activation; NULL: made again in scratch->a */
+    real_t *shared_a; /* (N, ..) of the shared ones; likewise */
     real_t *out_rows; /* (rows,C) what the experts made; kept with a soft plan alone */
 } MoeLayer;
 
 /* Buffers that all layers take turns in. */
 typedef struct {
-    real_t *in_rows;    /* (rows,C) what the experts read */
+    real_t *in_rows;    /* (rows,C) what the experts read; NULL where they fetch it by index (dispatch.h) */
     real_t *out_rows;   /* (rows,C) forward: what the experts made of it */
     real_t *din_rows;   /* (rows,C) backward: the gradient of in_rows; the same memory as out_rows */
-    real_t *dy_rows;    /* (rows,C) the gradient of the layer's output, in row order */
+    real_t *dy_rows;    /* (rows,C) the gradient of the layer's output, in row order; NULL likewise */
     real_t *h, *da;     /* (rows,H), (rows, 2H or H) */
+    real_t *a;          /* (rows, 2H or H) with --recompute experts: all layers take turns in it */
     acc_t *drow_weight; /* (rows) */
     acc_t *dweight;     /* (N,K of the plan) */
     acc_t *dmix;        /* (N,K of the plan), soft */
@@ -49,7 +50,7 @@ typedef struct {
 /* What the layers need of those: rows, elements of h, elements of da, entries of a plan. */
 typedef struct {
     size_t rows, h, a, entries;
-    bool soft;
+    bool soft, a_again;
 } ScratchSize;
 
 /* Describes layer `layer`'s experts; appends them to the list. (Routers are listed by chain.c, one for each step.) */

@@ -12,32 +12,38 @@ static bool is_frozen(const Tensor *tensor, Freeze freeze) {
            (freeze == FREEZE_ROUTER && tensor->kind == TENSOR_ROUTER);
 }
 
-void optimizer_reserve(Optimizer *optimizer, const TensorList *tensors, Freeze freeze, Arena *arena) {
-    *optimizer = (Optimizer){0};
-    optimizer->trained = calloc(tensors->count, sizeof(int));
-    optimizer->offset = calloc(tensors->count, sizeof(size_t));
-    optimizer->size = calloc(tensors->count, sizeof(size_t));
-    CHECK(optimizer->trained && optimizer->offset && optimizer->size, "out of memory for a list of %d tensors",
-          tensors->count);
+/* Pieces of the tensors (host, the caller frees), their chunks numbered. */
+static AdamPiece *list_pieces(const TensorList *tensors, int *chunks) {
+    AdamPiece *pieces = calloc(tensors->count, sizeof *pieces);
+    CHECK(pieces, "out of memory for a list of %d tensors", tensors->count);
     for (int i = 0; i < tensors->count; i++) {
-        if (!is_frozen(&tensors->items[i], freeze)) {
-            int k = optimizer->count++;
-            optimizer->trained[k] = i;
-            optimizer->offset[k] = tensors->items[i].offset;
-            optimizer->size[k] = tensors->items[i].count;
-        }
+        pieces[i].offset = tensors->items[i].offset;
+        pieces[i].count = tensors->items[i].count;
     }
+    *chunks = adamw_number_chunks(pieces, tensors->count);
+    return pieces;
+}
+
+void optimizer_reserve(Optimizer *optimizer, const TensorList *tensors, Arena *arena) {
+    *optimizer = (Optimizer){.count = tensors->count};
+    free(list_pieces(tensors, &optimizer->chunks));
     arena_reserve(arena, (void **)&optimizer->m, tensors->total * sizeof(acc_t), MEMORY_OPTIMIZER);
     arena_reserve(arena, (void **)&optimizer->v, tensors->total * sizeof(acc_t), MEMORY_OPTIMIZER);
     arena_reserve(arena, (void **)&optimizer->state, sizeof(AdamState), MEMORY_OPTIMIZER);
+    arena_reserve(arena, (void **)&optimizer->lr, sizeof(double), MEMORY_OPTIMIZER);
+    arena_reserve(arena, (void **)&optimizer->pieces, optimizer->count * sizeof(AdamPiece), MEMORY_OPTIMIZER);
     arena_reserve(arena, (void **)&optimizer->sums, optimizer->count * sizeof(double), MEMORY_OPTIMIZER);
+    arena_reserve(arena, (void **)&optimizer->partial, optimizer->chunks * sizeof(double), MEMORY_OPTIMIZER);
 }
 
-void optimizer_free(Optimizer *optimizer) {
-    free(optimizer->trained);
-    free(optimizer->offset);
-    free(optimizer->size);
-    *optimizer = (Optimizer){0};
+void optimizer_connect(Optimizer *optimizer, const TensorList *tensors, const TrainConfig *train) {
+    AdamPiece *pieces = list_pieces(tensors, &optimizer->chunks);
+    for (int i = 0; i < tensors->count; i++) {
+        pieces[i].trained = !is_frozen(&tensors->items[i], train->freeze);
+        pieces[i].decay = tensors->items[i].decay ? train->weight_decay : 0;
+    }
+    device_from_host(optimizer->pieces, pieces, optimizer->count * sizeof *pieces, NULL);
+    free(pieces);
 }
 
 double learning_rate(const TrainConfig *train, int step) {
@@ -54,33 +60,26 @@ double learning_rate(const TrainConfig *train, int step) {
     return train->lr * (train->min_lr + (1 - train->min_lr) * share);
 }
 
-void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, int step, Stream *stream) {
-    AdamOptions options = {.lr = learning_rate(train, step),
-                           .beta1 = train->beta1,
-                           .beta2 = train->beta2,
-                           .eps = 1e-8,
-                           .clip = train->clip};
-    adamw_square_sums(optimizer->sums, model->grads, optimizer->offset, optimizer->size, optimizer->count, stream);
-    adamw_begin(optimizer->state, optimizer->sums, optimizer->count, model->step_loss, options, stream);
-    for (int i = 0; i < optimizer->count; i++) {
-        const Tensor *t = &model->tensors.items[optimizer->trained[i]];
-        options.decay = t->decay ? train->weight_decay : 0;
-        adamw_update(model->master + t->offset, model->weights + t->offset, optimizer->m + t->offset,
-                     optimizer->v + t->offset, model->grads + t->offset, t->count, optimizer->state, options, stream);
-    }
-    device_zero(model->grads, model->tensors.total * sizeof(acc_t), stream);
+void optimizer_set_rate(Optimizer *optimizer, const TrainConfig *train, int step, Stream *stream) {
+    double lr = learning_rate(train, step);
+    device_from_host(optimizer->lr, &lr, sizeof lr, stream);
+}
+
+void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, Stream *stream) {
+    Optimizer *o = optimizer;
+    AdamOptions options = {.beta1 = train->beta1, .beta2 = train->beta2, .eps = 1e-8, .clip = train->clip};
+    adamw_square_sums(o->sums, o->partial, model->grads, o->pieces, o->count, o->chunks, stream);
+    adamw_begin(o->state, o->sums, o->count, model->step_loss, o->lr, options, stream);
+    adamw_update(model->master, model->weights, o->m, o->v, model->grads, o->pieces, o->count, o->chunks, o->state,
+                 options, stream);
     profile_lap(model->profile, STAGE_OPTIMIZER, stream);
 }
 
-GradientNorms optimizer_norms(const Optimizer *optimizer, const TensorList *tensors, Stream *stream) {
-    GradientNorms norms = {0};
-    double *sums = calloc(optimizer->count, sizeof(double));
-    CHECK(sums, "out of memory for %d gradient norms", optimizer->count);
-    host_from_device(sums, optimizer->sums, optimizer->count * sizeof(double), stream);
+GradientNorms optimizer_norms(const Optimizer *optimizer, const TensorList *tensors, const double *sums) {
+    GradientNorms squares = {0};
     for (int i = 0; i < optimizer->count; i++) {
-        norms.total += sums[i];
-        norms.router += tensors->items[optimizer->trained[i]].kind == TENSOR_ROUTER ? sums[i] : 0;
+        squares.total += sums[i];
+        squares.router += tensors->items[i].kind == TENSOR_ROUTER ? sums[i] : 0;
     }
-    free(sums);
-    return (GradientNorms){sqrt(norms.total), sqrt(norms.router)};
+    return (GradientNorms){sqrt(squares.total), sqrt(squares.router)};
 }

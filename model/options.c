@@ -112,6 +112,8 @@ const Option option_table[] = {
     {"training", "seed", true, TYPE_INT64, TRAIN(seed), "1337", 0, EXACT, "N", "of weights, data and sampling"},
     {"training", "freeze", true, TYPE_CHOICE, TRAIN(freeze), "none", FREEZE_NONE, 0, "none|experts|router",
      "what stays at its initial values"},
+    {"training", "recompute", false, TYPE_CHOICE, TRAIN(recompute), "none", RECOMPUTE_NONE, 0, "none|norms|experts",
+     "made again in the backward, not kept: norms; or also what is inside experts and attention (same bits)"},
     {"training", "max-skips", false, TYPE_INT, TRAIN(max_skips), "10", 1, 1000000, "N",
      "stop after so many non-finite steps in a row"},
     {"training", "eval-every", false, TYPE_INT, TRAIN(eval_every), "100", 0, 1000000000, "N",
@@ -158,7 +160,9 @@ const Option option_table[] = {
      "record which experts every token of every training step went to"},
     {"measure", "profile", false, TYPE_SWITCH, TRAIN(profile), "0", 0, 1, "", "time the stages of the MoE layer"},
     {"measure", "trace-syncs", false, TYPE_SWITCH, TRAIN(trace_syncs), "0", 0, 1, "",
-     "report where the host waits for the device"},
+     "count how often the host waits for the device inside training steps"},
+    {"measure", "graph", false, TYPE_INT, TRAIN(graph), "1", 0, 1, "0|1",
+     "on a GPU, record a training step once and replay it (same bits)"},
 };
 
 enum { OPTIONS = sizeof option_table / sizeof *option_table };

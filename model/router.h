@@ -87,6 +87,7 @@ typedef struct Router {
     bool sees_batch;     /* .. on other sequences of the batch */
     bool across;         /* soft: groups are tokens of equal position, not sequences */
     bool exact_share;    /* experts choose: each takes exactly ceil(N K / E) tokens */
+    bool varies;         /* its calls have other arguments in every step (random numbers, a warm-up) */
     bool learned;        /* has parameters that the main loss trains */
     int renorm_default;
     int fixed_top_k; /* 0: --top-k decides; ROUTER_ALL_EXPERTS: E */

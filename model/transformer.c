@@ -1,7 +1,7 @@
 /* The transformer around the MoE layers: parameters, memory, then forward and backward of each part next to each other.
  * The whole model is forward_from, transformer_loss and transformer_backward at the end of the file.
  *
- * Called by train.c, generate.c and experiments/bench_cpu.c. Read next: moe.c.
+ * Called by train.c, generate.c and experiments/bench_train.c. Read next: moe.c.
  */
 #include "transformer.h"
 
@@ -14,6 +14,7 @@
 
 #include "../kernels/attention.h"
 #include "../kernels/check.h"
+#include "../kernels/convert.h"
 #include "../kernels/cross_entropy.h"
 #include "../kernels/embedding.h"
 #include "../kernels/matmul.h"
@@ -21,7 +22,7 @@
 #include "../kernels/random.h"
 #include "../kernels/rope.h"
 
-enum { MOST_LOGITS = 1 << 22, LEAST_HEAD_ROWS = 256 };
+enum { LEAST_HEAD_ROWS = 256 };
 
 static int qkv_width(const ModelConfig *config) {
     return (config->heads + 2 * config->kv_heads) * config->head_dim;
@@ -55,6 +56,11 @@ void transformer_tensors(TensorList *list, const ModelConfig *c) {
     }
 }
 
+/* Whether the kernels' copy of the weights can be the full-precision one itself. */
+static bool weights_are_master(void) {
+    return sizeof(real_t) == sizeof(acc_t);
+}
+
 /* The parameter of that name, all NULL when the model has none. */
 static Weight find_weight(const Transformer *model, const char *format, ...) {
     char name[64];
@@ -72,12 +78,22 @@ static Weight find_weight(const Transformer *model, const char *format, ...) {
 
 void transformer_connect(Transformer *model) {
     const ModelConfig *c = model->config;
-    model->weights = model->master; /* real_t is acc_t here, so the compute copy is the master itself */
+    if (weights_are_master()) {
+        model->weights = (real_t *)model->master;
+    }
     model->embedding = find_weight(model, "embedding.w");
     model->final_norm = find_weight(model, "final_norm.w");
     model->head = find_weight(model, c->tie ? "embedding.w" : "head.w");
     for (int l = 0; l < c->layers; l++) {
         Layer *layer = &model->layers[l];
+        if (model->recompute) {
+            layer->xn = model->layers[0].xn;
+            layer->qkv_turned = model->layers[0].qkv_turned;
+            layer->mn = model->layers[0].mn;
+        }
+        if (model->recompute == RECOMPUTE_EXPERTS) {
+            layer->qkv_raw = model->layers[0].qkv_raw;
+        }
         layer->attn_norm = find_weight(model, "layers.%d.attn_norm.w", l);
         layer->qkv = find_weight(model, "layers.%d.attn.qkv.w", l);
         layer->q_norm = find_weight(model, "layers.%d.attn.q_norm.w", l);
@@ -108,6 +124,7 @@ void transformer_init(const Transformer *model, acc_t *host, uint64_t seed, cons
 
 void transformer_load(Transformer *model, const acc_t *host) {
     device_from_host(model->master, host, model->tensors.total * sizeof(acc_t), NULL);
+    real_from_acc(model->weights, model->master, model->tensors.total, NULL);
 }
 
 void transformer_store(const Transformer *model, acc_t *host) {
@@ -173,15 +190,20 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
     size_t N = model->N, C = c->dim, width = qkv_width(c);
     MemoryCategory kind = MEMORY_ACTIVATIONS;
     reserve(arena, &layer->x, N * C, sizeof(real_t), kind);
-    reserve(arena, &layer->xn, N * C, sizeof(real_t), kind);
+    bool keep = l == 0 || !model->recompute; /* layers after the first use its buffers (transformer_connect) */
+    if (keep) {
+        reserve(arena, &layer->xn, N * C, sizeof(real_t), kind);
+        reserve(arena, &layer->qkv_turned, N * width, sizeof(real_t), kind);
+        reserve(arena, &layer->mn, N * C, sizeof(real_t), kind);
+    }
     reserve(arena, &layer->x_rstd, N, sizeof(acc_t), kind);
-    reserve(arena, &layer->qkv_raw, N * width, sizeof(real_t), kind);
-    reserve(arena, &layer->qkv_turned, N * width, sizeof(real_t), kind);
+    if (l == 0 || model->recompute != RECOMPUTE_EXPERTS) {
+        reserve(arena, &layer->qkv_raw, N * width, sizeof(real_t), kind);
+    }
     reserve(arena, &layer->qk_rstd, N * (c->heads + c->kv_heads), sizeof(acc_t), kind);
     reserve(arena, &layer->att, N * att_width(c), sizeof(real_t), kind);
     reserve(arena, &layer->lse, N * c->heads, sizeof(acc_t), kind);
     reserve(arena, &layer->mid, N * C, sizeof(real_t), kind);
-    reserve(arena, &layer->mn, N * C, sizeof(real_t), kind);
     reserve(arena, &layer->mid_rstd, N, sizeof(acc_t), kind);
     if (use == USE_GENERATE) {
         size_t cache = (size_t)model->B * c->seq * c->kv_heads * c->head_dim;
@@ -208,6 +230,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     *model = (Transformer){.config = c, .B = batch, .T = use == USE_GENERATE ? 1 : c->seq, .slices = slices};
     model->N = model->B * model->T;
     model->predicted = model->N;
+    model->recompute = use == USE_TRAIN ? config->train.recompute : RECOMPUTE_NONE;
     model->layers = calloc(c->layers, sizeof(Layer));
     model->moe_layers = calloc(c->layers * c->chain_steps, sizeof(int));
     model->moes = calloc(c->layers * c->chain_steps, sizeof(MoeLayer *));
@@ -225,6 +248,9 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
                                      .training = use == USE_TRAIN};
     if (use == USE_TRAIN) {
         reserve(arena, &model->master, model->tensors.total, sizeof(acc_t), MEMORY_WEIGHTS);
+        if (!weights_are_master()) {
+            reserve(arena, &model->weights, model->tensors.total, sizeof(real_t), MEMORY_WEIGHTS);
+        }
     }
     ScratchSize scratch = {0};
     for (int l = 0, site = 0; l < c->layers; l++) {
@@ -235,8 +261,9 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     }
     size_t N = model->N, C = c->dim, statistics = (size_t)slices * model->moe_count;
     MemoryCategory kind = MEMORY_ACTIVATIONS;
-    int rows = MOST_LOGITS / c->vocab > LEAST_HEAD_ROWS ? MOST_LOGITS / c->vocab : LEAST_HEAD_ROWS;
-    model->head_rows = model->N < rows ? model->N : rows;
+    size_t rows = device_logits_at_once() / c->vocab;
+    rows = rows > LEAST_HEAD_ROWS ? rows : LEAST_HEAD_ROWS;
+    model->head_rows = N < rows ? model->N : (int)rows;
     reserve(arena, &model->angles, (size_t)c->seq * c->head_dim, sizeof(acc_t), kind);
     reserve(arena, &model->final_x, N * C, sizeof(real_t), kind);
     reserve(arena, &model->hidden, N * C, sizeof(real_t), kind);
@@ -254,6 +281,8 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
         chain_reserve_scratch(&model->chain_scratch, c, model->N, arena);
     } else {
         model->master = source->master;
+        model->weights = source->weights;
+        reserve(arena, &model->logits_acc, (size_t)model->B * c->vocab, sizeof(acc_t), kind);
     }
 }
 
@@ -281,6 +310,10 @@ void transformer_set_training(Transformer *model, bool training, bool keep_capac
     }
 }
 
+bool transformer_steps_are_alike(const Transformer *model) {
+    return model->moe_count == 0 || !model->moes[0]->router->varies;
+}
+
 /* ---- one layer, forward and backward ---- */
 
 static RopeShape rope_shape(const Transformer *model, int start) {
@@ -306,14 +339,27 @@ static AttentionShape attention_shape(const Transformer *model) {
                             .causal = c->objective == OBJECTIVE_LM};
 }
 
+/* What --recompute left to be made again: the normalised values, for the backward of what read them. */
+static void norm_again(Transformer *model, real_t *y, const real_t *s, acc_t *rstd, Weight w, Stream *stream) {
+    const ModelConfig *c = model->config;
+    if (model->recompute) {
+        norm_forward(NULL, y, rstd, s, NULL, w.w, model->N, c->dim, c->norm_eps, stream);
+        profile_lap(model->profile, STAGE_NORM, stream);
+    }
+}
+
+static void turn(Transformer *model, Layer *layer, int start, Stream *stream) {
+    rope_forward(layer->qkv_turned, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w, layer->k_norm.w, model->angles,
+                 rope_shape(model, start), stream);
+}
+
 /* branch = attention(layer->xn). Rows stand at positions start .. start+T-1; with a cache, earlier ones are read from
  * it. */
 static void attention_block_forward(Transformer *model, Layer *layer, int start, Stream *stream) {
     const ModelConfig *c = model->config;
     int N = model->N, C = c->dim;
     matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
-    rope_forward(layer->qkv_turned, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w, layer->k_norm.w, model->angles,
-                 rope_shape(model, start), stream);
+    turn(model, layer, start, stream);
     if (layer->keys) {
         attention_decode(layer->att, layer->keys, layer->values, layer->qkv_turned, start, attention_shape(model),
                          stream);
@@ -328,6 +374,13 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
 static void attention_block_backward(Transformer *model, Layer *layer, Stream *stream) {
     const ModelConfig *c = model->config;
     int N = model->N, C = c->dim;
+    norm_again(model, layer->xn, layer->x, layer->x_rstd, layer->attn_norm, stream);
+    if (model->recompute == RECOMPUTE_EXPERTS) {
+        matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
+    }
+    if (model->recompute) {
+        turn(model, layer, 0, stream);
+    }
     matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, att_width(c), C, 0, stream);
     matmul_backward_weight(layer->attn_out.grad, model->dx, layer->att, N, att_width(c), C, stream);
     attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qkv_turned, attention_shape(model),
@@ -415,6 +468,7 @@ void transformer_backward(Transformer *model, const int *tokens, Stream *stream)
     norm_block_backward(model, model->final_x, model->final_rstd, model->final_norm, stream);
     for (int l = c->layers - 1; l >= 0; l--) {
         Layer *layer = &model->layers[l];
+        norm_again(model, layer->mn, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
         chain_backward(&layer->chain, &model->chain_scratch, &model->scratch, model->dn, model->dx, layer->mn,
                        model->profile, stream);
         norm_block_backward(model, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
@@ -440,4 +494,5 @@ void transformer_decode(Transformer *model, const int *tokens, int position, Str
     assert(model->T == 1 && position < c->seq);
     forward_from(model, tokens, position, 0, stream);
     matmul_forward(model->logits, model->hidden, model->head.w, model->N, c->dim, c->vocab, stream);
+    acc_from_real(model->logits_acc, model->logits, (size_t)model->N * c->vocab, stream);
 }

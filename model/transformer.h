@@ -51,6 +51,7 @@ typedef struct {
     const ModelConfig *config;
     int B, T, N;           /* sequences, time, rows of one forward */
     int slices;            /* forwards per optimizer step */
+    Recompute recompute;   /* what the backward makes again (--recompute) */
     int predicted;         /* targets of one forward that count: N, or fewer where only masked tokens are predicted */
     RouterContext context; /* what the routers know of the forward at hand */
     TensorList tensors;
@@ -61,7 +62,7 @@ typedef struct {
     int moe_count;
 
     acc_t *master, *grads; /* flat (tensors.total) */
-    real_t *weights;       /* flat; master itself where real_t is acc_t */
+    real_t *weights;       /* flat; what the kernels compute with: master itself where real_t is acc_t, else rounded */
 
     acc_t *angles;            /* (T,HS) table of RoPE */
     real_t *final_x, *hidden; /* (N,C) */
@@ -69,6 +70,7 @@ typedef struct {
     real_t *branch;           /* (N,C) what attention or the experts add to the stream */
     real_t *logits;           /* (head_rows, V): the head works on some rows at a time */
     int head_rows;
+    acc_t *logits_acc; /* (B,V) generation only: the logits as the host reads them */
     acc_t *losses;     /* (N) nats */
     acc_t *slice_loss; /* (slices) mean of losses */
     acc_t *step_loss;  /* mean of slice_loss, after the last slice */
@@ -120,6 +122,9 @@ double transformer_flops_per_token(const Transformer *model);
 void transformer_set_step(Transformer *model, int64_t step);
 void transformer_set_training(Transformer *model, bool training, bool keep_capacity);
 
+/* Whether every training step queues the same calls with the same arguments, so that one can be recorded for all. */
+bool transformer_steps_are_alike(const Transformer *model);
+
 /* tokens (N) on the device -> model->hidden. Books routing statistics under `slice`. */
 void transformer_forward(Transformer *model, const int *tokens, int slice, Stream *stream);
 
@@ -135,8 +140,8 @@ void transformer_backward(Transformer *model, const int *tokens, Stream *stream)
  * keep, unless --freeze router holds them. */
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream);
 
-/* One token per sequence at `position`, after those before it; leaves logits (B,V) in model->logits. USE_GENERATE only.
- */
+/* One token per sequence at `position`, after those before it; leaves logits (B,V) in model->logits_acc. USE_GENERATE
+ * only. */
 void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream);
 
 #endif

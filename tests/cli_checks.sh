@@ -5,7 +5,8 @@
 #     run_tests "$@"
 #
 # Every test runs in a subshell and a directory of its own; it passes when no check in it failed. TRAIN names another
-# program than ./train. Sourced by test_cli_refusals.sh, test_cli_routers.sh and test_cli_runs.sh.
+# program than ./train; AHEAD=1 says that it runs ahead of its device, so that the figures of a step are read when the
+# next is under way. Sourced by test_cli_refusals.sh, test_cli_routers.sh and test_cli_runs.sh.
 set -u
 
 # A full disk is a small tmpfs in a mount namespace of our own, which ends with this script.
@@ -20,6 +21,7 @@ if [ -z "${TEST_CLI_NAMESPACE:-}" ]; then
 fi
 
 TRAIN=$(realpath "${TRAIN:-./train}")
+AHEAD=${AHEAD:-0}
 ROOT=$(mktemp -d "${TMPDIR:-/tmp}/test_cli.XXXXXX")
 trap 'umount "$ROOT"/*/disk 2>/dev/null; rm -rf "$ROOT"' EXIT
 chmod 755 "$ROOT"
@@ -140,7 +142,8 @@ same_state() {
 # The lines of steps and evaluations, or with a pattern those that match, must be the same but for the clock's share.
 same_figures() {
     for run in "$1" "$2"; do
-        grep '^{"step"' "$run/log.jsonl" | grep "${3:-}" | sed 's/"ms":[^,]*,"tok_s":[^,]*,//' >"figures_$run"
+        grep '^{"step"' "$run/log.jsonl" | grep "${3:-}" |
+            sed 's/"ms":[^,]*,"tok_s":[^,]*,"mfu":[^,]*,//' >"figures_$run"
     done
     check "the logs of $1 and $2 differ" diff "figures_$1" "figures_$2"
 }
@@ -168,7 +171,7 @@ step_keys = """step tokens loss aux z lr grad_norm router_grad_norm router_main_
     drop token_drop padding load_cv load_kl max_vio entropy mean_entropy margin dead near_dead leaky skipped counts
     layer_entropy layer_main_norm layer_balance_norm layer_margin""".split()
 val_keys = "step tokens val_loss val_bpb val_floor val_domains domain_expert mi churn".split()
-events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "router_gradient", "choices", "end"}
+events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "router_gradient", "choices", "syncs", "end"}
 assert list(header) == header_keys, f"header {list(header)}"
 config, layers = header["config"], len(header["moe_layers"])
 router, E, tokens = config["router"], config["experts"], config["batch"] * config["seq"]

@@ -1,4 +1,4 @@
-/* The gates with a balance of their own as cases of gradcheck.h: noisy top-k with its importance and load losses,
+/* The gates with a balance of their own as cases of case.h: noisy top-k with its importance and load losses,
  * sigmoid top-k with the loss per sequence.
  *
  * Choices, thresholds and kept groups jump, so a case is made anew until no two values that are compared lie close.
@@ -13,7 +13,7 @@
 #include "../kernels/sigmoid_topk.h"
 
 /* Whether no two values of a row are so close that a perturbation of 1e-5 could change their order. */
-static inline bool rows_are_clear(const real_t *x, int N, int E) {
+static inline bool rows_are_clear(const acc_t *x, int N, int E) {
     for (int n = 0; n < N; n++) {
         for (int a = 0; a < E; a++) {
             for (int b = 0; b < a; b++) {
@@ -33,21 +33,23 @@ static inline void noisy_case_forward(Case *c) { /* N E K */
                   val(c, "raw"), random_key(c->seed, RANDOM_TEST, 5), 1, c->n[0], c->n[1], c->n[2], NULL);
 }
 
-static inline bool make_noisy_arrays(Case *c, Mode mode) {
-    int N = c->n[0], E = c->n[1], K = c->n[2];
-    add_input(c, "clean", (size_t)N * E, mode);
-    add_input(c, "raw", (size_t)N * E, mode);
-    add_output(c, "weight", (size_t)N * K);
-    add_saved(c, "probs", (size_t)N * E);
-    add_saved(c, "noise", (size_t)N * E);
-    add_saved(c, "h", (size_t)N * E);
-    add_plan(c, N, E, K, 0, LAYOUT_COMPACT, DROP_TOKEN);
-    noisy_case_forward(c);
-    return N > 64 || rows_are_clear(val(c, "h"), N, E); /* large shapes are not perturbed */
+static inline bool noisy_suits(Case *c) {
+    return c->n[0] > 64 || rows_are_clear(host_val(c, "h"), c->n[0], c->n[1]); /* large shapes are not perturbed */
 }
 
-static inline bool make_noisy(Case *c) {
-    return make_noisy_arrays(c, OVERWRITTEN);
+static inline void make_noisy_arrays(Case *c, Mode mode) {
+    int N = c->n[0], E = c->n[1], K = c->n[2];
+    add_input(c, "clean", PRECISE, (size_t)N * E, mode);
+    add_input(c, "raw", PRECISE, (size_t)N * E, mode);
+    add_output(c, "weight", PRECISE, (size_t)N * K);
+    add_saved(c, "probs", PRECISE, (size_t)N * E);
+    add_saved(c, "noise", PRECISE, (size_t)N * E);
+    add_saved(c, "h", PRECISE, (size_t)N * E);
+    add_plan(c, N, E, K, 0, LAYOUT_COMPACT, DROP_TOKEN);
+}
+
+static inline void make_noisy(Case *c) {
+    make_noisy_arrays(c, OVERWRITTEN);
 }
 
 static inline void noisy_case_backward(Case *c) {
@@ -55,20 +57,16 @@ static inline void noisy_case_backward(Case *c) {
                    val(c, "weight"), c->n[0], c->n[1], c->n[2], NULL);
 }
 
-static inline bool make_noisy_balance(Case *c) { /* N E K */
-    bool clear = make_noisy_arrays(c, ACCUMULATED);
+static inline void make_noisy_balance(Case *c) { /* N E K */
+    make_noisy_arrays(c, ACCUMULATED);
     array_named(c, "weight")->role = ROLE_SAVED; /* the losses alone are the objective */
-    add_output(c, "load", LOAD_VALUES);
-    for (int i = 0; i < LOAD_VALUES; i++) {
-        grad(c, "load")[i] = (real_t)balance_upstream[i];
-    }
-    add_saved(c, "sums", 2 * (size_t)c->n[1]);
-    return clear;
+    add_load(c);
+    add_saved(c, "sums", PRECISE, 2 * (size_t)c->n[1]);
 }
 
 static inline void noisy_balance_case_forward(Case *c) {
     noisy_case_forward(c);
-    fill_value(val(c, "load"), LOAD_VALUES, 0);
+    device_zero(val(c, "load"), LOAD_VALUES * sizeof(acc_t), NULL);
     noisy_balance_forward(val(c, "load"), val(c, "sums"), val(c, "clean"), val(c, "raw"), val(c, "h"), c->plan.expert,
                           val(c, "weight"), 1, c->n[0], c->n[1], c->n[2], NULL);
 }
@@ -98,15 +96,16 @@ static inline void sigmoid_case_forward(Case *c) {
 }
 
 /* Whether neither the order of s + b nor that of the groups' scores is in danger. */
-static inline bool biased_scores_are_clear(Case *c) {
+static inline bool sigmoid_suits(Case *c) {
     SigmoidShape shape = sigmoid_case_shape(c);
+    const acc_t *scores = host_val(c, "scores"), *bias = host_val(c, "bias");
     int size = shape.E / shape.groups;
     Case scratch = {0};
-    real_t *biased = case_reals(&scratch, (size_t)shape.E), *group = case_reals(&scratch, (size_t)shape.groups);
+    acc_t *biased = case_reals(&scratch, (size_t)shape.E), *group = case_reals(&scratch, (size_t)shape.groups);
     bool clear = true;
-    for (int n = 0; n < shape.N && clear; n++) {
+    for (int n = 0; n < shape.N && shape.N <= 64 && clear; n++) {
         for (int e = 0; e < shape.E; e++) {
-            biased[e] = val(c, "scores")[n * shape.E + e] + val(c, "bias")[e];
+            biased[e] = scores[n * shape.E + e] + bias[e];
         }
         for (int g = 0; g < shape.groups; g++) {
             double first = -INFINITY, second = -INFINITY;
@@ -114,7 +113,7 @@ static inline bool biased_scores_are_clear(Case *c) {
                 second = fmax(second, fmin(first, (double)biased[e]));
                 first = fmax(first, (double)biased[e]);
             }
-            group[g] = (real_t)(first + (size > 1 ? second : 0));
+            group[g] = (acc_t)(first + (size > 1 ? second : 0));
         }
         clear = rows_are_clear(biased, 1, shape.E) && rows_are_clear(group, 1, shape.groups);
     }
@@ -122,24 +121,18 @@ static inline bool biased_scores_are_clear(Case *c) {
     return clear;
 }
 
-static inline bool make_sigmoid_arrays(Case *c, Mode mode) {
+static inline void make_sigmoid_arrays(Case *c, Mode mode) {
     int N = c->n[0], E = c->n[1], K = c->n[2];
-    add_input(c, "logits", (size_t)N * E, mode);
-    add_output(c, "weight", (size_t)N * K);
-    add_saved(c, "scores", (size_t)N * E);
-    add_saved(c, "probs", (size_t)N * E);
-    add_saved(c, "bias", (size_t)E);
-    Array *bias = array_named(c, "bias"); /* given, and nothing differentiates it */
-    bias->mode = ACCUMULATED;
-    fill_normal(bias->before, (size_t)E, 0, 0.3, c->seed, 6);
-    memcpy(bias->value, bias->before, (size_t)E * sizeof *bias->value);
+    add_input(c, "logits", PRECISE, (size_t)N * E, mode);
+    add_output(c, "weight", PRECISE, (size_t)N * K);
+    add_saved(c, "scores", PRECISE, (size_t)N * E);
+    add_saved(c, "probs", PRECISE, (size_t)N * E);
+    fill_normal(add_given(c, "bias", PRECISE, (size_t)E), (size_t)E, 0, 0.3, c->seed, 6);
     add_plan(c, N, E, K, 0, LAYOUT_COMPACT, DROP_TOKEN);
-    sigmoid_case_forward(c);
-    return N > 64 || biased_scores_are_clear(c);
 }
 
-static inline bool make_sigmoid(Case *c) {
-    return make_sigmoid_arrays(c, OVERWRITTEN);
+static inline void make_sigmoid(Case *c) {
+    make_sigmoid_arrays(c, OVERWRITTEN);
 }
 
 static inline void sigmoid_case_backward(Case *c) {
@@ -147,19 +140,15 @@ static inline void sigmoid_case_backward(Case *c) {
                           sigmoid_case_shape(c), NULL);
 }
 
-static inline bool make_sequence_balance(Case *c) {
-    bool clear = make_sigmoid_arrays(c, ACCUMULATED);
+static inline void make_sequence_balance(Case *c) {
+    make_sigmoid_arrays(c, ACCUMULATED);
     array_named(c, "weight")->role = ROLE_SAVED;
-    add_output(c, "load", LOAD_VALUES);
-    for (int i = 0; i < LOAD_VALUES; i++) {
-        grad(c, "load")[i] = (real_t)balance_upstream[i];
-    }
-    return clear;
+    add_load(c);
 }
 
 static inline void sequence_balance_case_forward(Case *c) {
     sigmoid_case_forward(c);
-    fill_value(val(c, "load"), LOAD_VALUES, 0);
+    device_zero(val(c, "load"), LOAD_VALUES * sizeof(acc_t), NULL);
     sequence_balance_forward(val(c, "load"), val(c, "probs"), c->plan.expert, sigmoid_case_shape(c), NULL);
 }
 

@@ -1,4 +1,4 @@
-/* The operations of a soft plan as cases of gradcheck.h: the router, and the mixtures before and after the experts.
+/* The operations of a soft plan as cases of case.h: the router, and the mixtures before and after the experts.
  *
  * Nothing is chosen, so every random input suits. Their shapes are in the table of operations.h; test_soft_mix.c has
  * the values.
@@ -22,28 +22,29 @@ static inline Plan soft_case_plan(const Case *c) {
                   .across = c->n[5]};
 }
 
-static inline bool make_soft_route(Case *c) { /* N C E slots group across */
+static inline void make_soft_route(Case *c) { /* N C E slots group across */
     Plan plan = soft_case_plan(c);
     size_t N = (size_t)plan.N, K = (size_t)plan.K, C = (size_t)c->n[1];
-    add_input(c, "x", N * C, ACCUMULATED);
-    add_input(c, "phi", K * C, ACCUMULATED);
-    add_input(c, "scale", 1, ACCUMULATED);
-    fill_value(val(c, "scale"), 1, 2.5); /* cosines are small: without it both softmaxes would be nearly uniform */
-    add_output(c, "mix", N * K);
-    add_output(c, "weight", N * K);
-    add_saved(c, "logits", N * K);
-    add_saved(c, "x_inverse", N);
-    add_saved(c, "phi_inverse", K);
-    add_scratch(c, "dlogits", N * K);
+    add_input(c, "x", ACTIVATION, N * C, ACCUMULATED);
+    add_input(c, "phi", PRECISE, K * C, ACCUMULATED);
+    add_input(c, "scale", PRECISE, 1, ACCUMULATED);
+    fill_value(host_val(c, "scale"), 1, 2.5); /* cosines are small: without it both softmaxes would be nearly uniform */
+    add_output(c, "mix", PRECISE, N * K);
+    add_output(c, "weight", PRECISE, N * K);
+    add_saved(c, "logits", PRECISE, N * K);
+    add_saved(c, "x_inverse", PRECISE, N);
+    add_saved(c, "phi_inverse", PRECISE, K);
+    add_saved(c, "share", PRECISE, N * plan.E);
+    add_scratch(c, "dlogits", PRECISE, N * K);
     c->plan = plan;
     c->plan.mix = val(c, "mix");
     c->plan.weight = val(c, "weight");
-    return true;
 }
 
 static inline void soft_route_case_forward(Case *c) {
     soft_route_forward(val(c, "logits"), &c->plan, val(c, "x_inverse"), val(c, "phi_inverse"), val(c, "x"),
                        val(c, "phi"), val(c, "scale"), c->n[1], NULL);
+    soft_expert_share(val(c, "share"), &c->plan, NULL);
 }
 
 static inline void soft_route_case_backward(Case *c) {
@@ -53,14 +54,13 @@ static inline void soft_route_case_backward(Case *c) {
                         &c->plan, c->n[1], NULL);
 }
 
-static inline bool make_soft_dispatch(Case *c) { /* N C E slots group across accumulate */
+static inline void make_soft_dispatch(Case *c) { /* N C E slots group across accumulate */
     Plan plan = soft_case_plan(c);
-    add_input(c, "x", (size_t)plan.N * c->n[1], c->n[6] ? ACCUMULATED : OVERWRITTEN);
-    add_input(c, "mix", (size_t)plan.N * plan.K, OVERWRITTEN);
-    add_output(c, "rows", (size_t)plan.rows * c->n[1]);
+    add_input(c, "x", ACTIVATION, (size_t)plan.N * c->n[1], c->n[6] ? ACCUMULATED : OVERWRITTEN);
+    add_input(c, "mix", PRECISE, (size_t)plan.N * plan.K, OVERWRITTEN);
+    add_output(c, "rows", ACTIVATION, (size_t)plan.rows * c->n[1]);
     c->plan = plan;
     c->plan.mix = val(c, "mix");
-    return true;
 }
 
 static inline void soft_dispatch_case_forward(Case *c) {
@@ -72,15 +72,14 @@ static inline void soft_dispatch_case_backward(Case *c) {
                            NULL);
 }
 
-static inline bool make_soft_combine(Case *c) { /* as dispatch; accumulate is of y */
+static inline void make_soft_combine(Case *c) { /* as dispatch; accumulate is of y */
     Plan plan = soft_case_plan(c);
-    add_input(c, "rows", (size_t)plan.rows * c->n[1], OVERWRITTEN);
-    add_input(c, "weight", (size_t)plan.N * plan.K, OVERWRITTEN);
-    add_output(c, "y", (size_t)plan.N * c->n[1]);
+    add_input(c, "rows", ACTIVATION, (size_t)plan.rows * c->n[1], OVERWRITTEN);
+    add_input(c, "weight", PRECISE, (size_t)plan.N * plan.K, OVERWRITTEN);
+    add_output(c, "y", ACTIVATION, (size_t)plan.N * c->n[1]);
     array_named(c, "y")->mode = c->n[6] ? ACCUMULATED : OVERWRITTEN;
     c->plan = plan;
     c->plan.weight = val(c, "weight");
-    return true;
 }
 
 static inline void soft_combine_case_forward(Case *c) {

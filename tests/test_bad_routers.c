@@ -46,12 +46,14 @@ static bool alarm_rings(Subject *s) {
     assert_non_null(file);
     Arena arena = {0};
     Optimizer optimizer;
+    Readback readback = {0};
     Alarms alarms = {0};
     Log log = {.fd = fileno(file)};
-    optimizer_reserve(&optimizer, &s->model.tensors, FREEZE_NONE, &arena);
+    optimizer_reserve(&optimizer, &s->model.tensors, &arena);
     arena_commit(&arena);
     objective_gradient(s, true);
-    StepFigures figures = figures_read(&s->model, &optimizer, NULL);
+    figures_request(&readback, &s->model, &optimizer, NULL);
+    StepFigures figures = figures_read(&readback, &s->model, &optimizer);
     int standing = alarms_check(&alarms, &figures, &s->model, 1, &log, "# ");
     ssize_t length = pread(log.fd, text, sizeof text - 1, 0);
     assert_true(length >= 0);
@@ -59,8 +61,8 @@ static bool alarm_rings(Subject *s) {
     assert_int_equal(standing > 0, strstr(text, "no gradient from the") != NULL);
     assert_true(standing == 0 || standing == s->model.moe_count);
     figures_free(&figures);
+    readback_free(&readback);
     alarms_free(&alarms);
-    optimizer_free(&optimizer);
     arena_free(&arena);
     fclose(file);
     return standing > 0;

@@ -340,7 +340,7 @@ static void test_steps_are_logged_as_routers(void **state) {
         }
     }
     finish_step(&t);
-    StepFigures f = figures_read(&t.model, &t.optimizer, NULL);
+    StepFigures f = read_figures(&t);
     assert_int_equal(f.moe_count, ROUTERS);
     cJSON *line = logged_step(&f, &t.config);
     const cJSON *rows = cJSON_GetObjectItem(line, "counts");

@@ -141,7 +141,6 @@ static void test_contradictions(void **state) {
         {"--upcycle", "name that with --init-from DIR"},
         {"--resume a --init-from b", "drop one of them"},
         {"--init-from /nowhere", "--init-from /nowhere: cannot read /nowhere/config.json"},
-        {"--trace-syncs", "--trace-syncs"},
     };
     assert_all_refused(refusals, sizeof refusals / sizeof *refusals);
 }

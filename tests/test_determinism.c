@@ -44,8 +44,11 @@ static void test_threads_and_repeats(void **state) {
 static void test_adamw_threads(void **state) {
     enum { COUNT = 100003 };
     static const int threads[] = {1, 2, 4};
-    const size_t offset[2] = {0, 70001}, count[2] = {70001, COUNT - 70001};
-    const AdamOptions options = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = 1};
+    AdamPiece pieces[2] = {{.count = 70001, .trained = 1, .decay = 0.1},
+                           {.offset = 70001, .count = COUNT - 70001, .trained = 1, .decay = 0.1}};
+    const AdamOptions options = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .clip = 1};
+    const int chunks = adamw_number_chunks(pieces, 2);
+    const double lr = 1e-2;
     real_t *first[3] = {0};
     double norm = 0;
     Case all = {.seed = 3};
@@ -54,20 +57,18 @@ static void test_adamw_threads(void **state) {
         real_t *piece[3] = {case_normal(&all, 1), NULL, NULL}, *grads = case_normal(&c, COUNT),
                *w = case_normal(&c, COUNT), loss = 1;
         AdamState adam = {0};
-        double sums[2];
+        double sums[2], partial[8];
+        assert_true(chunks <= 8);
         for (int i = 0; i < 3; i++) {
             piece[i] = case_reals(&all, COUNT);
         }
         memcpy(piece[0], w, COUNT * sizeof *w);
         omp_set_num_threads(threads[run]);
         for (int t = 0; t < 3; t++) {
-            adamw_square_sums(sums, grads, offset, count, 2, NULL);
-            adamw_begin(&adam, sums, 2, &loss, options, NULL);
-            for (int i = 0; i < 2; i++) {
-                size_t at = offset[i];
-                adamw_update(piece[0] + at, w + at, piece[1] + at, piece[2] + at, grads + at, count[i], &adam, options,
-                             NULL);
-            }
+            fill_normal(grads, COUNT, 0, 0.1, (uint64_t)t, 3);
+            adamw_square_sums(sums, partial, grads, pieces, 2, chunks, NULL);
+            adamw_begin(&adam, sums, 2, &loss, &lr, options, NULL);
+            adamw_update(piece[0], w, piece[1], piece[2], grads, pieces, 2, chunks, &adam, options, NULL);
         }
         for (int i = 0; i < 3; i++) {
             if (run == 0) {
@@ -177,9 +178,9 @@ static void expert_batch_run(ExpertBatch *b, const real_t *w1, const real_t *w2)
     Case scratch = {0};
     real_t *a = case_reals(&scratch, rows * A), *da = case_reals(&scratch, rows * A),
            *h = case_reals(&scratch, rows * b->shape.H);
-    experts_forward(b->y, a, h, b->x, w1, w2, b->offset, b->shape, 0, NULL);
-    experts_backward(b->dx, b->dweight, b->dw1, b->dw2, h, da, b->dy, b->x, a, b->weight, w1, w2, b->offset, b->shape,
-                     0, NULL);
+    experts_forward(b->y, a, h, (RowSource){b->x, NULL, 0}, w1, w2, b->offset, b->shape, 0, NULL);
+    experts_backward(b->dx, b->dweight, b->dw1, b->dw2, h, da, (RowSource){b->dy, NULL, 0}, (RowSource){b->x, NULL, 0},
+                     a, b->weight, w1, w2, b->offset, b->shape, 0, NULL);
     case_free(&scratch);
 }
 

@@ -252,15 +252,19 @@ static void test_cross_entropy_of_few_rows(void **state) {
 
 /* Five steps of two pieces, one with decay and one without, against the formula of adamw.h in double. */
 static void check_adamw(double clip, bool shared_weights) {
-    enum { COUNT = 5003, FIRST = 4097, PIECES = 2, STEPS = 5 };
-    const size_t offset[PIECES] = {0, FIRST}, count[PIECES] = {FIRST, COUNT - FIRST};
+    enum { COUNT = 20003, FIRST = 16387, PIECES = 2, CHUNKS = 3, STEPS = 5 };
+    AdamPiece pieces[PIECES] = {{.count = FIRST, .trained = 1, .decay = 0.1},
+                                {.offset = FIRST, .count = COUNT - FIRST, .trained = 1}};
+    const int chunks = adamw_number_chunks(pieces, PIECES);
     Case c = {.seed = 10};
     real_t *master = case_normal(&c, COUNT), *m = case_reals(&c, COUNT), *v = case_reals(&c, COUNT);
     real_t *weights = shared_weights ? master : case_poison(&c, COUNT), *grads = case_reals(&c, COUNT), loss = 1;
     double *w_ref = case_doubles(&c, COUNT), *m_ref = case_doubles(&c, COUNT), *v_ref = case_doubles(&c, COUNT),
-           sums[PIECES];
+           sums[PIECES], partial[CHUNKS];
+    const double lr = 1e-2;
     AdamState adam = {0};
-    AdamOptions options = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = clip};
+    AdamOptions options = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .clip = clip};
+    assert_int_equal(chunks, CHUNKS);
     for (int i = 0; i < COUNT; i++) {
         w_ref[i] = (double)master[i];
     }
@@ -271,19 +275,17 @@ static void check_adamw(double clip, bool shared_weights) {
             square[i >= FIRST] += (double)grads[i] * (double)grads[i];
         }
         double norm = sqrt(square[0] + square[1]), scale = clip > 0 && norm > clip ? clip / norm : 1;
-        adamw_square_sums(sums, grads, offset, count, PIECES, NULL);
+        real_t *kept = case_copy(&c, grads, COUNT);
+        adamw_square_sums(sums, partial, grads, pieces, PIECES, chunks, NULL);
         assert_near(sums[0], square[0]);
         assert_near(sums[1], square[1]);
-        adamw_begin(&adam, sums, PIECES, &loss, options, NULL);
+        adamw_begin(&adam, sums, PIECES, &loss, &lr, options, NULL);
         assert_near(adam.norm, norm);
         assert_near(adam.scale, scale);
-        for (int piece = 0; piece < PIECES; piece++) {
-            options.decay = piece == 0 ? 0.1 : 0;
-            size_t at = offset[piece];
-            adamw_update(master + at, weights + at, m + at, v + at, grads + at, count[piece], &adam, options, NULL);
-        }
+        adamw_update(master, weights, m, v, grads, pieces, PIECES, chunks, &adam, options, NULL);
         for (int i = 0; i < COUNT; i++) {
-            double g = scale * (double)grads[i];
+            assert_true(grads[i] == 0);
+            double g = scale * (double)kept[i];
             m_ref[i] = 0.9 * m_ref[i] + (1 - 0.9) * g;
             v_ref[i] = 0.95 * v_ref[i] + (1 - 0.95) * g * g;
             double step = m_ref[i] / (1 - pow(0.9, t)) / (sqrt(v_ref[i] / (1 - pow(0.95, t))) + 1e-8);
@@ -304,39 +306,50 @@ static void test_adamw(void **state) {
     check_adamw(1e9, true);
 }
 
-/* With a gradient of zero only decay moves a weight, and without decay nothing does. */
-static void test_adamw_decay_alone(void **state) {
+/* With a gradient of zero only decay moves a weight, and without decay nothing does. Frozen pieces count for nothing,
+ * stay, and have their gradients cleared. */
+static void test_adamw_decay_and_frozen(void **state) {
     AdamState adam = {0};
-    double sums[1] = {0};
-    real_t loss = 1, zero[2] = {0}, w[2] = {1, -2}, m[2] = {0}, v[2] = {0};
-    AdamOptions options = {.lr = 0.5, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .clip = 1};
-    adamw_begin(&adam, sums, 1, &loss, options, NULL);
-    adamw_update(w, w, m, v, zero, 2, &adam, options, NULL);
-    assert_true(w[0] == 1 && w[1] == -2);
-    options.decay = 0.5;
-    adamw_update(w, w, m, v, zero, 2, &adam, options, NULL);
-    assert_true(w[0] == 0.75 && w[1] == -1.5);
+    AdamPiece pieces[3] = {{.count = 2, .trained = 1},
+                           {.offset = 2, .count = 2, .trained = 1, .decay = 0.5},
+                           {.offset = 5, .count = 2, .decay = 0.5}};
+    const double lr = 0.5;
+    double sums[3], partial[3];
+    real_t loss = 1, grads[7] = {[4] = 8, [5] = 7, [6] = (real_t)NAN}, m[7] = {0}, v[7] = {0};
+    real_t w[7] = {1, -2, 1, -2, 3, 4, 5};
+    AdamOptions options = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .clip = 1};
+    assert_int_equal(adamw_number_chunks(pieces, 3), 3);
+    adamw_square_sums(sums, partial, grads, pieces, 3, 3, NULL);
+    assert_true(sums[0] == 0 && sums[1] == 0 && sums[2] == 0);
+    adamw_begin(&adam, sums, 3, &loss, &lr, options, NULL);
+    assert_true(adam.norm == 0 && adam.lr == lr);
+    adamw_update(w, w, m, v, grads, pieces, 3, 3, &adam, options, NULL);
+    assert_true(w[0] == 1 && w[1] == -2 && w[2] == 0.75 && w[3] == -1.5 && w[4] == 3 && w[5] == 4 && w[6] == 5);
+    assert_true(grads[4] == 8 && grads[5] == 0 && grads[6] == 0); /* 4 is a gap between two pieces */
 }
 
 static void test_adamw_skips_what_is_not_finite(void **state) {
     enum { COUNT = 100 };
-    const size_t offset[1] = {0}, count[1] = {COUNT};
+    const AdamPiece piece = {.count = COUNT, .trained = 1, .decay = 0.1};
+    const double lr = 1;
     Case c = {.seed = 11};
     AdamState adam = {0};
-    AdamOptions options = {.lr = 1, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = 1};
+    AdamOptions options = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .clip = 1};
     real_t *w = case_normal(&c, COUNT), *weights = case_normal(&c, COUNT), *m = case_normal(&c, COUNT),
            *v = case_normal(&c, COUNT);
     real_t *before[4] = {case_copy(&c, w, COUNT), case_copy(&c, weights, COUNT), case_copy(&c, m, COUNT),
                          case_copy(&c, v, COUNT)};
     static const double bad_gradient[] = {NAN, INFINITY, -INFINITY, 0, 0}, bad_loss[] = {1, 1, 1, NAN, INFINITY};
-    real_t *grads = case_normal(&c, COUNT), loss, good = grads[41];
-    double sums[1];
+    real_t *good = case_normal(&c, COUNT), *zero = case_copy(&c, good, COUNT), loss;
+    double sums[1], partial[1];
+    fill_value(zero, COUNT, 0);
     for (int i = 0; i < 5; i++) {
-        grads[41] = i < 3 ? (real_t)bad_gradient[i] : good;
+        real_t *grads = case_copy(&c, good, COUNT);
+        grads[41] = i < 3 ? (real_t)bad_gradient[i] : good[41];
         loss = (real_t)bad_loss[i];
-        adamw_square_sums(sums, grads, offset, count, 1, NULL);
-        adamw_begin(&adam, sums, 1, &loss, options, NULL);
-        adamw_update(w, weights, m, v, grads, COUNT, &adam, options, NULL);
+        adamw_square_sums(sums, partial, grads, &piece, 1, 1, NULL);
+        adamw_begin(&adam, sums, 1, &loss, &lr, options, NULL);
+        adamw_update(w, weights, m, v, grads, &piece, 1, 1, &adam, options, NULL);
         assert_true(adam.scale == 0);
         assert_int_equal(adam.updates, 0);
         assert_int_equal(adam.skipped, i + 1);
@@ -345,9 +358,10 @@ static void test_adamw_skips_what_is_not_finite(void **state) {
         assert_bits(weights, before[1], COUNT);
         assert_bits(m, before[2], COUNT);
         assert_bits(v, before[3], COUNT);
+        assert_bits(grads, zero, COUNT);
     }
     loss = 1;
-    adamw_begin(&adam, sums, 1, &loss, options, NULL); /* the sums of the finite gradient */
+    adamw_begin(&adam, sums, 1, &loss, &lr, options, NULL); /* the sums of the finite gradient */
     assert_int_equal(adam.updates, 1);
     assert_int_equal(adam.skipped, 5);
     assert_int_equal(adam.skipped_in_row, 0);
@@ -366,7 +380,7 @@ int main(void) {
         cmocka_unit_test(test_cross_entropy),
         cmocka_unit_test(test_cross_entropy_of_few_rows),
         cmocka_unit_test(test_adamw),
-        cmocka_unit_test(test_adamw_decay_alone),
+        cmocka_unit_test(test_adamw_decay_and_frozen),
         cmocka_unit_test(test_adamw_skips_what_is_not_finite),
     };
     omp_set_num_threads(1); /* thousands of small calls; test_determinism.c shows that threads change no bit */

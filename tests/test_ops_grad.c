@@ -37,7 +37,8 @@ static void test_gradients(void **state) {
 /* A check that cannot fail proves nothing: one element of one gradient off by 1e-4 of its size must be found. */
 static void spoiled_backward(Case *c) {
     moe_case_backward(c);
-    grad(c, "gate")[3] += 1e-4 * (grad(c, "gate")[3] - array_named(c, "gate")->before[3]);
+    Array *gate = array_named(c, "gate");
+    gate->gradient[3] += 1e-4 * (gate->gradient[3] - gate->before[3]);
 }
 
 static void test_finds_a_wrong_gradient(void **state) {
@@ -55,6 +56,9 @@ int main(void) {
     size_t count = 1;
     for (size_t i = 0; operation_at(i); i++) {
         const Operation *op = operation_at(i);
+        if (!op->backward) {
+            continue;
+        }
         tests[count++] = (struct CMUnitTest){op->name, test_gradients, NULL, NULL, (void *)(uintptr_t)op};
     }
     CHECK(count < sizeof tests / sizeof *tests, "raise the size of tests[]");

@@ -306,7 +306,7 @@ static void test_dispatch_then_combine(void **state) {
 
 /* All results of two runs of the layer, bit for bit, but the share of rows that are padding. */
 static void assert_same_layer(Case *a, Case *b) {
-    val(a, "load")[LOAD_PADDING] = val(b, "load")[LOAD_PADDING] = 0;
+    host_val(a, "load")[LOAD_PADDING] = host_val(b, "load")[LOAD_PADDING] = 0;
     for (int i = 0; i < a->array_count; i++) {
         const Array *x = &a->arrays[i], *y = &b->arrays[i];
         if (x->role == ROLE_INPUT) {
@@ -389,7 +389,7 @@ static void test_no_entries_at_all(void **state) {
             assert_true(c.plan.expert[j] == -1 && c.plan.row[j] == -1 && c.plan.weight[j] == 0);
         }
         for (int j = 0; j < N * 8; j++) {
-            assert_true(val(&c, "y")[j] == 0 && grad(&c, "x")[j] == 0);
+            assert_true(host_val(&c, "y")[j] == 0 && host_grad(&c, "x")[j] == 0);
         }
         assert_bits(grad(&c, "w1"), array_named(&c, "w1")->before, array_named(&c, "w1")->count);
         assert_bits(grad(&c, "w2"), array_named(&c, "w2")->before, array_named(&c, "w2")->count);

@@ -149,7 +149,7 @@ static void test_renormalised_top1_has_no_gradient(void **state) {
     for (int renorm = 0; renorm <= 1; renorm++) {
         Case c;
         case_make(&c, op, (int[EXTENTS]){33, 8, 6, 4, 1, renorm}, 13);
-        grad(&c, "load")[LOAD_BALANCE] = grad(&c, "load")[LOAD_Z] = 0;
+        host_grad(&c, "load")[LOAD_BALANCE] = host_grad(&c, "load")[LOAD_Z] = 0;
         case_forward(op, &c);
         case_backward(op, &c);
         Array *gate = array_named(&c, "gate");
@@ -195,8 +195,8 @@ static void check_experts(int rows, int C, int H, int gelu, const int *offset, i
             }
         }
     }
-    experts_forward(y, a, h, x, w1, w2, offset, shape, 0, NULL);
-    experts_forward(y_sum, a, h, x, w1, w2, offset, shape, 1, NULL);
+    experts_forward(y, a, h, (RowSource){x, NULL, 0}, w1, w2, offset, shape, 0, NULL);
+    experts_forward(y_sum, a, h, (RowSource){x, NULL, 0}, w1, w2, offset, shape, 1, NULL);
     assert_close(y, reference, (size_t)rows * C);
     assert_close(y_sum, sum, (size_t)rows * C);
     case_free(&c);
@@ -227,8 +227,9 @@ static void test_idle_expert_keeps_its_gradient(void **state) {
         fill_value(dw[0], one[0], -0.0); /* adding even a zero would change these bits */
         fill_value(dw[1], one[1], -0.0);
         real_t *before[2] = {case_copy(&c, dw[0], E * A * C), case_copy(&c, dw[1], E * C * H)};
-        experts_forward(y, a, h, x, w1, w2, offset, shape, 0, NULL);
-        experts_backward(dx, dweight, dw[0], dw[1], h, da, dy, x, a, weight, w1, w2, offset, shape, 0, NULL);
+        experts_forward(y, a, h, (RowSource){x, NULL, 0}, w1, w2, offset, shape, 0, NULL);
+        experts_backward(dx, dweight, dw[0], dw[1], h, da, (RowSource){dy, NULL, 0}, (RowSource){x, NULL, 0}, a, weight,
+                         w1, w2, offset, shape, 0, NULL);
         for (int e = 0; e < E; e++) {
             for (int i = 0; i < 2; i++) {
                 bool same = memcmp(dw[i] + e * one[i], before[i] + e * one[i], one[i] * sizeof(real_t)) == 0;

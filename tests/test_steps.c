@@ -205,6 +205,32 @@ static double rate(int schedule, int warmup, int steps, int step) {
     return learning_rate(&train, step);
 }
 
+/* What is made again in the backward is what was there, and takes less memory. */
+static void test_recompute_gives_the_same_bits(void **state) {
+    static const char *const models[] = {"--steps 100", "--router dense --act gelu", "--shared-experts 1 --tie 1",
+                                         "--router soft --slots 2 --allow-leak 1", "--router coe --layers 3"};
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
+        Trainer kept, again;
+        size_t bytes = 0;
+        for (int level = RECOMPUTE_NORMS; level <= RECOMPUTE_EXPERTS; level++) {
+            char options[128];
+            snprintf(options, sizeof options, "%s --recompute %s", models[i],
+                     level == RECOMPUTE_NORMS ? "norms" : "experts");
+            trainer_open(&kept, models[i]);
+            trainer_open(&again, options);
+            bytes = bytes ? bytes : kept.arena.bytes;
+            assert_true(again.arena.bytes < bytes);
+            bytes = again.arena.bytes;
+            for (int step = 0; step < 4; step++) {
+                assert_true(train_step(&kept) == train_step(&again));
+            }
+            assert_memory_equal(kept.model.master, again.model.master, flat_bytes(&kept));
+            trainer_close(&kept);
+            trainer_close(&again);
+        }
+    }
+}
+
 static void test_schedules(void **state) {
     enum { WARMUP = 10, STEPS = 110 };
     static const int schedules[] = {SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD};
@@ -347,7 +373,7 @@ static void test_gradient_norms(void **state) {
             }
         }
         finish_step(&t);
-        StepFigures f = figures_read(&t.model, &t.optimizer, NULL);
+        StepFigures f = read_figures(&t);
         assert_near(f.norms.total, sqrt(total), 1e-9 * sqrt(total));
         assert_near(f.adam.norm, sqrt(total), 1e-9 * sqrt(total));
         assert_near(f.adam.scale, 1e-3 / sqrt(total), 1e-9);
@@ -371,7 +397,7 @@ static void test_alarm_hears_through_the_balance_losses(void **state) {
         read_slice(&t, SPLIT_TRAIN, 0, 0);
         slice_gradient(&t, 0);
         finish_step(&t);
-        StepFigures f = figures_read(&t.model, &t.optimizer, NULL);
+        StepFigures f = read_figures(&t);
         assert_true(f.norms.router > 0);
         assert_true(renormalised ? f.main_gradient == 0 : f.main_gradient > 0);
         assert_true((f.layer_main_norm[0] == 0) == renormalised && (f.layer_main_norm[1] == 0) == renormalised);
@@ -445,6 +471,7 @@ int main(void) {
         cmocka_unit_test(test_frozen_tensors_stay),
         cmocka_unit_test(test_decay_is_for_matrices),
         cmocka_unit_test(test_no_allocation_in_a_step),
+        cmocka_unit_test(test_recompute_gives_the_same_bits),
         cmocka_unit_test(test_schedules),
         cmocka_unit_test(test_load_summary),
         cmocka_unit_test(test_mutual_information),

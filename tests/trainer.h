@@ -24,6 +24,7 @@
 
 #include "../data/corpus.h"
 #include "../kernels/device.h"
+#include "../model/figures.h"
 #include "../model/optimizer.h"
 #include "../model/transformer.h"
 
@@ -63,7 +64,7 @@ static inline void trainer_open(Trainer *t, const char *options) {
     int slices = c->train.grad_accum, batch = c->train.batch / slices;
     size_t N = (size_t)batch * c->model.seq;
     transformer_reserve(&t->model, c, batch, slices, USE_TRAIN, NULL, &t->arena);
-    optimizer_reserve(&t->optimizer, &t->model.tensors, (Freeze)c->train.freeze, &t->arena);
+    optimizer_reserve(&t->optimizer, &t->model.tensors, &t->arena);
     arena_reserve(&t->arena, (void **)&t->tokens, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(&t->arena, (void **)&t->targets, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_reserve(&t->arena, (void **)&t->domain, N, MEMORY_ACTIVATIONS);
@@ -71,13 +72,13 @@ static inline void trainer_open(Trainer *t, const char *options) {
     arena_reserve(&t->arena, (void **)&t->bytes, N * sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&t->arena);
     transformer_connect(&t->model);
+    optimizer_connect(&t->optimizer, &t->model.tensors, &c->train);
     transformer_init(&t->model, t->model.master, (uint64_t)c->train.seed, NULL);
 }
 
 static inline void trainer_close(Trainer *t) {
     corpus_close(t->corpus);
     transformer_free(&t->model);
-    optimizer_free(&t->optimizer);
     arena_free(&t->arena);
 }
 
@@ -100,7 +101,8 @@ static inline void poison(acc_t *values, size_t at, double value) {
 }
 
 static inline void finish_step(Trainer *t) {
-    optimizer_step(&t->optimizer, &t->model, &t->config.train, (int)t->step, NULL);
+    optimizer_set_rate(&t->optimizer, &t->config.train, (int)t->step, NULL);
+    optimizer_step(&t->optimizer, &t->model, &t->config.train, NULL);
     transformer_update_routers(&t->model, t->optimizer.state, NULL);
     t->step++;
     transformer_set_step(&t->model, t->step);
@@ -116,6 +118,15 @@ static inline double train_step(Trainer *t) {
     }
     finish_step(t);
     return (double)*t->model.step_loss;
+}
+
+/* The figures of the last step; the caller frees them. */
+static inline StepFigures read_figures(const Trainer *t) {
+    Readback readback = {0};
+    figures_request(&readback, &t->model, &t->optimizer, NULL);
+    StepFigures figures = figures_read(&readback, &t->model, &t->optimizer);
+    readback_free(&readback);
+    return figures;
 }
 
 /* ---- flat buffers: weights, gradients and moments in the order of the tensors */

@@ -4,7 +4,7 @@
 #
 #   experiments/cpu_compare.sh [-t THREADS] [-p PYTHON] [-r ROUNDS] [-m MODELS] [-v WAYS] BENCH_CPU OUT.jsonl [COMMIT]
 #
-#   BENCH_CPU  our benchmark (build/bench_cpu, made by `make bench`): prints one JSON line per model on stdout, with
+#   BENCH_CPU  our benchmark (build/bench_train, made by `make bench`): prints one JSON line per model on stdout, with
 #              at least "model", "ms" and "tok_s"
 #   OUT.jsonl  one line per model, side and round: what was printed, plus round, device, commit, command, time
 #   COMMIT     default: git rev-parse of this checkout, with -dirty where it differs

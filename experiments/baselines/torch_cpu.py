@@ -8,7 +8,7 @@ is tried briefly and the fastest is the one reported. Works with PyTorch 1.13 (D
 where torch.compile is tried too.
 
     python3 experiments/baselines/torch_cpu.py --threads 2                 one JSON line per model, then a table
-    python3 experiments/baselines/torch_cpu.py --ours build/bench_cpu      the same, and the ratio to ours
+    python3 experiments/baselines/torch_cpu.py --ours build/bench_train      the same, and the ratio to ours
     python3 experiments/baselines/torch_cpu.py --check-loss                does it learn, do all ways agree
     python3 experiments/baselines/torch_cpu.py --models cpu-mid --profile  where its time goes
 
@@ -52,7 +52,7 @@ def parse_arguments():
     p.add_argument("--wait", choices=["best"] + WAITS, default="best", help="idle OpenMP threads: passive sleeps")
     p.add_argument("--compile", type=int, choices=(0, 1), default=1, help="0: leave torch.compile out of the trials")
     p.add_argument("--ours", metavar="PROGRAM", default="",
-                   help="build/bench_cpu: run it after each model and print the ratio")
+                   help="build/bench_train: run it after each model and print the ratio")
     p.add_argument("--steps", type=int, default=0, help="timed steps; 0: by speed, 20, 10 or 5")
     p.add_argument("--trials", action="store_true", help="only print the short trial of each variant")
     p.add_argument("--check-loss", action="store_true", help="20 steps on one batch with each variant")

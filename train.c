@@ -478,6 +478,9 @@ static void train(Run *run) {
         }
         run->clock = seconds_now();
     }
+    if (run->asked.due) {
+        report(run);
+    }
 }
 
 /* ---- the end of a run ---- */
@@ -576,6 +579,7 @@ int main(int argc, char **argv) {
     choices_close(run.choices_file);
     tokenizer_close(run.tokenizer);
     transformer_free(&run.model);
+    profile_free(&run.profile);
     readback_free(&run.asked.readback);
     recording_free(&run.recording);
     alarms_free(&run.alarms);

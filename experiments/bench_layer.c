@@ -1,17 +1,19 @@
 /* One MoE layer, forward and backward: how long it takes, stage by stage, for any router, layout and size.
  *
- * build/bench_layer_cuda                              the six configurations of the README's table, one JSON line each
- * build/bench_layer_cuda --config fine --router sigmoid --layout block build/bench_layer_cuda --tokens 8192 --dim 1024
- * --expert-dim 512 --experts 32 --top-k 4 --act swiglu build/bench_layer_cuda --dispatch 16384,4096,128,2  dispatch +
- * combine alone, with plan: tokens, width, E, K build/bench_layer                                   the same on a CPU
+ *     build/bench_layer_cuda                         the six configurations of the README's table, a JSON line each
+ *     build/bench_layer_cuda --config fine --router sigmoid --layout block
+ *     build/bench_layer_cuda --tokens 8192 --dim 1024 --expert-dim 512 --experts 32 --top-k 4 --act swiglu
+ *     build/bench_layer_cuda --dispatch 16384,4096,128,2      dispatch + combine alone, and plan: tokens, width, E, K
+ *     build/bench_layer                              the same on a CPU
  *
  * Data is normal and random. "ms" is the median over repeats of forward + backward, on a GPU of the replayed recording,
  * between two events; "forward_ms" the forward alone; "stages_ms" one pass call by call with a lap after each stage, so
  * that their sum is above "ms" where launches cost more than work. FLOPs count 2*m*n*k once: 6*M*C*H forward for SwiGLU
- * (4 for GELU), twice that backward.
+ * (4 for GELU), twice that backward; M counts rows that hold a token.
  *
- * Bytes of dispatch + combine in two conventions: strict is what must move, (2 + 2K) * T*C numbers; legacy, which some
- * benchmarks print, counts 2*K*T*C. The peer: baselines/torch_gpu.py; both in one job: gpu_compare.sh.
+ * Bytes of dispatch + combine (--dispatch) in two conventions: strict is what must move, (2 + 2K) * T*C numbers;
+ * legacy, which some benchmarks print, counts 2*K*T*C. The peer: baselines/torch_gpu.py; both in one job:
+ * gpu_compare.sh.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -179,7 +181,7 @@ static void measure(Bench *b, bool both, bool record, int repeats, double *media
         if (i >= 0) {
             ms[i] = 1e3 * profile.seconds[STAGE_EXPERTS];
         }
-        free(profile.laps);
+        profile_free(&profile);
     }
     recording_free(&recording);
     qsort(ms, repeats, sizeof(double), compare);
@@ -196,6 +198,23 @@ static void print_stages(const char *name, const Profile *profile, int repeats) 
         }
     }
     printf("}");
+}
+
+/* Entries that the experts accepted in the last forward, or rows of a layer that has no plan or a soft one. */
+static double rows_with_a_token(const Bench *b) {
+    const MoeLayer *moe = &b->chain.moe[0];
+    if (!moe->router) {
+        return b->N;
+    }
+    int *count = calloc(moe->plan.E, sizeof(int));
+    CHECK(count, "out of memory for %d counts", moe->plan.E);
+    host_from_device(count, moe->plan.count, moe->plan.E * sizeof(int), NULL);
+    double rows = 0;
+    for (int e = 0; e < moe->plan.E; e++) {
+        rows += count[e];
+    }
+    free(count);
+    return rows;
 }
 
 static void bench_layer(const Layer *l, const Options *o, const char *device) {
@@ -215,24 +234,21 @@ static void bench_layer(const Layer *l, const Options *o, const char *device) {
     }
     profile_finish(&stages[0]);
     profile_finish(&stages[1]);
-    double M = b.chain.moe[0].router ? b.chain.moe[0].plan.rows : b.N;
+    double M = rows_with_a_token(&b);
     double flops = 3.0 * (strcmp(l->act, "gelu") == 0 ? 4 : 6) * M * l->dim * l->expert_dim;
-    double move_ms = 1e3 * (stages[0].seconds[STAGE_DISPATCH] + stages[0].seconds[STAGE_COMBINE]) / o->repeats;
-    double number = sizeof(real_t) * (double)l->tokens * l->dim;
     printf(
         "{\"layer\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"layout\":\"%s\",\"tokens\":%d,\"dim\":%d,"
         "\"expert_dim\":%d,\"experts\":%d,\"top_k\":%d,\"act\":\"%s\",\"rows\":%.0f,\"ms\":%.4f,\"p95\":%.4f,"
-        "\"forward_ms\":%.4f,\"tflops\":%.1f,\"move_gb_s_strict\":%.0f,\"move_gb_s_legacy\":%.0f,\"repeats\":%d,"
+        "\"forward_ms\":%.4f,\"tflops\":%.1f,\"repeats\":%d,"
         "\"peak_mib\":%.0f,\"device\":\"%s\"",
         l->name, o->router, o->layout, l->tokens, l->dim, l->expert_dim, l->experts, l->top_k, l->act, M, ms, p95,
-        forward_ms, flops / ms / 1e9, (2 + 2 * l->top_k) * number / move_ms / 1e6,
-        2 * l->top_k * number / move_ms / 1e6, o->repeats, b.arena.bytes / 1048576.0, device);
+        forward_ms, flops / ms / 1e9, o->repeats, b.arena.bytes / 1048576.0, device);
     print_stages("forward_stages_ms", &stages[0], o->repeats);
     print_stages("backward_stages_ms", &stages[1], o->repeats);
     printf("}\n");
     fflush(stdout);
-    free(stages[0].laps);
-    free(stages[1].laps);
+    profile_free(&stages[0]);
+    profile_free(&stages[1]);
     close_bench(&b);
 }
 
@@ -317,7 +333,7 @@ static double median_of(Moves *m, void (*call)(Moves *m), int repeats) {
         if (i >= 0) {
             ms[i] = 1e3 * profile.seconds[STAGE_DISPATCH];
         }
-        free(profile.laps);
+        profile_free(&profile);
     }
     recording_free(&recording);
     qsort(ms, repeats, sizeof(double), compare);

@@ -8,8 +8,9 @@
  * Whole steps: forward, loss, backward, clipping, AdamW on tokens drawn from a fixed Zipf-like distribution, copied to
  * the device inside the time; the median of the steps after a warm-up. On a GPU steps are queued in groups, since to
  * wait for each would leave the device idle in between: the median is that of the groups. --graph 0 queues call by
- * call. A last step with stage times is not in the median. FLOPs as in transformer_flops_per_token. The same models in
- * PyTorch: baselines/torch_cpu.py and torch_gpu.py; both in one job: cpu_compare.sh, gpu_compare.sh.
+ * call, --recompute norms|experts takes less memory. A last step with stage times is not in the median. FLOPs as in
+ * transformer_flops_per_token. The same models in PyTorch: baselines/torch_cpu.py and torch_gpu.py; both in one job:
+ * cpu_compare.sh, gpu_compare.sh.
  */
 #include <math.h>
 #include <stdio.h>
@@ -83,7 +84,7 @@ static void step(Bench *b, int s, bool record) {
     }
 }
 
-static void open_bench(Bench *b, const Model *m) {
+static void open_bench(Bench *b, const Model *m, Recompute recompute) {
     *b = (Bench){0};
     config_defaults(&b->config);
     ModelConfig *c = &b->config.model;
@@ -101,6 +102,7 @@ static void open_bench(Bench *b, const Model *m) {
     }
     b->config.train.batch = m->batch;
     b->config.train.steps = 10000;
+    b->config.train.recompute = recompute;
     config_finish(&b->config);
     size_t N = (size_t)m->batch * m->seq;
     transformer_reserve(&b->model, &b->config, m->batch, 1, USE_TRAIN, NULL, &b->arena);
@@ -127,9 +129,9 @@ static void close_bench(Bench *b) {
     arena_free(&b->arena);
 }
 
-static void bench_model(const Model *m, int steps, bool graph, const char *device) {
+static void bench_model(const Model *m, int steps, bool graph, Recompute recompute, const char *device) {
     Bench b;
-    open_bench(&b, m);
+    open_bench(&b, m, recompute);
     int group = device_runs_ahead() ? GROUP : 1, groups = (steps + group - 1) / group, done = 0;
     double *seconds = calloc(groups, sizeof(double));
     CHECK(seconds, "out of memory for %d times", groups);
@@ -156,11 +158,11 @@ static void bench_model(const Model *m, int steps, bool graph, const char *devic
     host_from_device(&loss, b.model.step_loss, sizeof loss, NULL);
     printf(
         "{\"model\":\"%s\",\"impl\":\"moelab\",\"threads\":%d,\"ms\":%.4f,\"p95\":%.4f,\"tok_s\":%.0f,"
-        "\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"loss\":%.4f,\"arena_mib\":%.1f,"
+        "\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"recompute\":%d,\"loss\":%.4f,\"arena_mib\":%.1f,"
         "\"peak_mib\":%.1f,\"device\":\"%s\",\"stages_ms\":{",
         m->name, device_threads(), 1e3 * median, 1e3 * seconds[(int)(0.95 * (groups - 1))], N / median,
         N / median * flops / 1e9, device_peak_flops() > 0 ? N / median * flops / device_peak_flops() : 0, steps, graph,
-        (double)loss, b.arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device);
+        recompute, (double)loss, b.arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device);
     for (int i = 0, printed = 0; i < STAGE_COUNT; i++) {
         if (profile.seconds[i] > 0) {
             printf("%s\"%s\":%.3f", printed++ ? "," : "", stage_name(i), 1e3 * profile.seconds[i]);
@@ -207,7 +209,7 @@ static void bench_matmul(int N, int OUT, int IN, const char *device) {
 
 int main(int argc, char **argv) {
     const char *only = NULL;
-    int steps = 0, graph = 1;
+    int steps = 0, graph = 1, recompute = RECOMPUTE_NONE;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--model") == 0) {
             only = argv[i + 1];
@@ -215,8 +217,12 @@ int main(int argc, char **argv) {
             steps = atoi(argv[i + 1]);
         } else if (strcmp(argv[i], "--graph") == 0) {
             graph = atoi(argv[i + 1]);
+        } else if (strcmp(argv[i], "--recompute") == 0) {
+            recompute = strcmp(argv[i + 1], "norms") == 0     ? RECOMPUTE_NORMS
+                        : strcmp(argv[i + 1], "experts") == 0 ? RECOMPUTE_EXPERTS
+                                                              : RECOMPUTE_NONE;
         } else {
-            die(__FILE__, __LINE__, "unknown option %s: there are --model NAME, --steps N and --graph 0|1", argv[i]);
+            die(__FILE__, __LINE__, "unknown option %s: see the head of experiments/bench_train.c", argv[i]);
         }
     }
     char device[128];
@@ -225,7 +231,7 @@ int main(int argc, char **argv) {
     bool gpu = device_runs_ahead();
     for (int i = 0; i < MODEL_COUNT; i++) {
         if (only ? strcmp(only, MODELS[i].name) == 0 : MODELS[i].gpu == gpu) {
-            bench_model(&MODELS[i], steps > 0 ? steps : MODELS[i].steps, graph, device);
+            bench_model(&MODELS[i], steps > 0 ? steps : MODELS[i].steps, graph, (Recompute)recompute, device);
         }
     }
     if (!only || strcmp(only, "none") == 0) {

@@ -103,9 +103,14 @@ void arena_reserve(Arena *arena, void **slot, size_t bytes, MemoryCategory categ
     arena->bytes = arena->bytes > SIZE_MAX / 2 - span ? SIZE_MAX / 2 : arena->bytes + span;
 }
 
+/* What is allocated: something even where nothing was reserved. */
+static size_t arena_bytes(const Arena *arena) {
+    return arena->bytes ? arena->bytes : PIECE_ALIGNMENT;
+}
+
 void arena_commit(Arena *arena) {
     assert(arena->base == NULL && "one commit per arena");
-    arena->base = device_allocate(arena->bytes ? arena->bytes : PIECE_ALIGNMENT);
+    arena->base = device_allocate(arena_bytes(arena));
     if (!arena->base) {
         die_of_memory_shortage(arena);
     }
@@ -126,7 +131,7 @@ void arena_free(Arena *arena) {
     if (arena->base) {
         ASAN_UNPOISON_MEMORY_REGION(arena->base, arena->bytes);
     }
-    device_release(arena->base);
+    device_release(arena->base, arena_bytes(arena));
     free(arena->requests);
     *arena = (Arena){0};
 }

@@ -43,7 +43,7 @@ void *device_allocate(size_t bytes) {
     return memory;
 }
 
-void device_release(void *memory) {
+void device_release(void *memory, size_t bytes) {
     free(memory);
 }
 
@@ -212,4 +212,7 @@ void profile_lap(Profile *profile, Stage stage, Stream *stream) {
 }
 
 void profile_finish(Profile *profile) {
+}
+
+void profile_free(Profile *profile) {
 }

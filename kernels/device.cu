@@ -18,7 +18,7 @@ static const size_t ring_part_bytes = (size_t)4 << 20;
 static cudaStream_t the_stream = NULL;
 static cudaDeviceProp properties;
 static int64_t waits = 0;
-static size_t allocated = 0;
+static size_t allocated = 0, most_allocated = 0;
 
 static struct {
     char *memory;                   /* RING_PARTS parts, page-locked */
@@ -85,11 +85,13 @@ void *device_allocate(size_t bytes) {
     }
     CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, the_stream));
     allocated += bytes;
+    most_allocated = allocated > most_allocated ? allocated : most_allocated;
     return memory;
 }
 
-void device_release(void *memory) {
+void device_release(void *memory, size_t bytes) {
     CUDA_CHECK(cudaFree(memory));
+    allocated -= memory ? bytes : 0;
 }
 
 void *cuda_workspace(size_t bytes) {
@@ -99,6 +101,10 @@ void *cuda_workspace(size_t bytes) {
         size_t grown = bytes > 2 * capacity ? bytes : 2 * capacity;
         grown = (grown + ((size_t)4 << 20)) >> 22 << 22;
         workspace = device_allocate(grown);
+        if (!workspace) {
+            grown = bytes;
+            workspace = device_allocate(grown);
+        }
         CHECK(workspace,
               "out of memory: an operation needs %zu MiB of scratch memory: lower --batch, raise --grad-accum",
               grown >> 20);
@@ -192,6 +198,7 @@ void readback_queued(Readback *readback, Stream *stream) {
 }
 
 void readback_wait(Readback *readback) {
+    waits++;
     CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)readback->event));
     readback->bytes = 0;
 }
@@ -249,7 +256,7 @@ int device_threads(void) {
 }
 
 size_t device_peak_memory(void) {
-    return allocated;
+    return most_allocated;
 }
 
 double device_peak_flops(void) {
@@ -278,8 +285,9 @@ typedef struct {
 
 static void add_lap(Profile *profile, Stage stage, Stream *stream) {
     Laps *laps = (Laps *)profile->laps;
-    if (laps->count == LAPS) {
+    if (laps->count == LAPS) { /* what comes next is measured from here */
         profile_finish(profile);
+        add_lap(profile, STAGE_OTHER, stream);
     }
     if (laps->count == laps->created) {
         CUDA_CHECK(cudaEventCreate(&laps->event[laps->created++]));
@@ -306,11 +314,21 @@ void profile_lap(Profile *profile, Stage stage, Stream *stream) {
     }
 }
 
+void profile_free(Profile *profile) {
+    Laps *laps = (Laps *)profile->laps;
+    for (int i = 0; laps && i < laps->created; i++) {
+        CUDA_CHECK(cudaEventDestroy(laps->event[i]));
+    }
+    free(laps);
+    profile->laps = NULL;
+}
+
 void profile_finish(Profile *profile) {
     Laps *laps = profile ? (Laps *)profile->laps : NULL;
     if (!laps || laps->count == 0) {
         return;
     }
+    waits++;
     CUDA_CHECK(cudaEventSynchronize(laps->event[laps->count - 1]));
     for (int i = 1; i < laps->count; i++) {
         float ms = 0;

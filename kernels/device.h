@@ -47,7 +47,7 @@ const char *memory_category_name(MemoryCategory category);
 
 /* Zeroed device memory, NULL when there is not as much; for the arena. */
 void *device_allocate(size_t bytes);
-void device_release(void *memory);
+void device_release(void *memory, size_t bytes);
 size_t device_memory_free(void);
 
 /* Asks for `bytes` of device memory; *slot is NULL until arena_commit sets it. The slot must stay where it is. */
@@ -157,5 +157,6 @@ void profile_lap(Profile *profile, Stage stage, Stream *stream);
 
 /* Books the laps that are still under way; before `seconds` is read. */
 void profile_finish(Profile *profile);
+void profile_free(Profile *profile);
 
 #endif

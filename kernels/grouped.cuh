@@ -10,14 +10,14 @@
  *
  * Three paths, chosen once per call in experts.cu:
  *
- *     grouped_wgmma.cuh    Hopper: TMA, WGMMA, a persistent grid; bf16; widths multiples of 64 (8 at the outside)
+ *     grouped_wgmma.cuh    Hopper: TMA, WGMMA, a persistent grid; bf16; widths multiples of 8, best of 64
  *     grouped_mma.cuh      Ampere and later: cp.async, mma.sync; bf16; widths multiples of 8
  *     grouped_plain.cuh    any width, any number type, any card: 4 x 4 elements to a thread
  *
  * All of them: no size but `shape` is known to the host, so a launch covers the most tiles that shape.rows rows in
  * shape.E experts can have and finds (expert, tile) from offset on the device. Rows of no expert, and dW of an expert
  * without rows, keep their bits. Each element of a result is summed by one thread or warp group over the inner width in
- * ascending order, by tiles whose size does not depend on the number of rows: a row has the same bits in any company.
+ * ascending order, in steps that do not depend on the number of rows: a row has the same bits in any company.
  */
 #ifndef KERNELS_GROUPED_CUH
 #define KERNELS_GROUPED_CUH

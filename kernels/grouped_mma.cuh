@@ -12,7 +12,7 @@
 #include "mma_tile.cuh"
 
 static dim3 mma_grid(int columns, int tile, Grouped g) {
-    return dim3(ceil_div(columns, tile), most_row_tiles(g.shape, MMA_ROWS));
+    return dim3(most_row_tiles(g.shape, MMA_ROWS), ceil_div(columns, tile));
 }
 
 template <class Kernel>
@@ -45,17 +45,17 @@ __device__ static inline void mma_stage_up(real_t *shared, const MmaSum &sum, in
     }
 }
 
-/* Grid: x the CPU's loop over columns of a (SwiGLU: 128 of the gate and the same of up; GELU: 256), y its loop over
- * pieces of rows. */
+/* Grid: x the CPU's loop over pieces of rows, y its loop over columns of a (SwiGLU: 128 of the gate and the same of up;
+ * GELU: 256). */
 template <bool GELU>
 static __global__ void __launch_bounds__(MMA_THREADS, 1)
     mma_up_kernel(real_t *a, real_t *h, RowSource x, const real_t *w1, ExpertShape shape, const int *offset) {
     extern __shared__ __align__(128) real_t shared[];
-    RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.y);
+    RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int C = shape.C, H = shape.H, A = GELU ? H : 2 * H, first = blockIdx.x * (GELU ? MMA_COLUMNS : MMA_HALF);
+    int C = shape.C, H = shape.H, A = GELU ? H : 2 * H, first = blockIdx.y * (GELU ? MMA_COLUMNS : MMA_HALF);
     RowSource w = {w1 + (size_t)rows.expert * A * C, NULL, 0};
     auto left = mma_operand<MMA_ROWS, true>(x, C, rows.first, rows.end, 0, C, mma_warp_down());
     auto right = mma_operand<MMA_COLUMNS, true>(w, C, first, H, 0, C, mma_warp_across());
@@ -94,17 +94,17 @@ static void mma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped 
 }
 
 /* y (rows,N) = x (rows,inner) W of each expert: W (N,inner) read ALONG its rows, or (inner,N) across them. Grid: x the
- * columns of y, y the CPU's loop over pieces of rows. */
+ * CPU's loop over pieces of rows, y the columns of y. */
 template <bool ALONG>
 static __global__ void __launch_bounds__(MMA_THREADS, 1)
     mma_product_kernel(real_t *y, const real_t *x, const real_t *w, int N, int inner, int accumulate, ExpertShape shape,
                        const int *offset) {
     extern __shared__ __align__(128) real_t shared[];
-    RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.y);
+    RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int first = blockIdx.x * MMA_COLUMNS;
+    int first = blockIdx.y * MMA_COLUMNS;
     RowSource weights = {w + (size_t)rows.expert * N * inner, NULL, 0};
     auto left = mma_operand<MMA_ROWS, true>({x, NULL, 0}, inner, rows.first, rows.end, 0, inner, mma_warp_down());
     auto right = mma_operand<MMA_COLUMNS, ALONG>(weights, ALONG ? inner : N, first, N, 0, inner, mma_warp_across());
@@ -181,18 +181,18 @@ __device__ static inline void mma_store_part(float *part, real_t *shared, RowTil
     }
 }
 
-/* Grid: x columns of h, 256 to a block, y the CPU's loop over pieces of rows. part (blocks in x, shape.rows) takes each
+/* Grid: x the CPU's loop over pieces of rows, y columns of h, 256 to a block. part (blocks in y, shape.rows) takes each
  * block's share of <u, h>. */
 template <bool GELU>
 static __global__ void __launch_bounds__(MMA_THREADS, 1)
     mma_hidden_kernel(real_t *h, real_t *da, float *part, RowSource dy, const real_t *a, const acc_t *row_weight,
                       const real_t *w2, ExpertShape shape, const int *offset) {
     extern __shared__ __align__(128) real_t shared[];
-    RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.y);
+    RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int C = shape.C, H = shape.H, A = GELU ? H : 2 * H, first = blockIdx.x * MMA_COLUMNS;
+    int C = shape.C, H = shape.H, A = GELU ? H : 2 * H, first = blockIdx.y * MMA_COLUMNS;
     RowSource w = {w2 + (size_t)rows.expert * C * H, NULL, 0};
     auto left = mma_operand<MMA_ROWS, true>(dy, C, rows.first, rows.end, 0, C, mma_warp_down());
     auto right = mma_operand<MMA_COLUMNS, false>(w, H, first, H, 0, C, mma_warp_across());
@@ -222,7 +222,7 @@ static __global__ void __launch_bounds__(MMA_THREADS, 1)
         __syncthreads();
     }
     if (part) {
-        mma_store_part(part + (size_t)blockIdx.x * shape.rows, shared, rows, dot);
+        mma_store_part(part + (size_t)blockIdx.y * shape.rows, shared, rows, dot);
     }
 }
 
@@ -231,11 +231,11 @@ static void mma_launch_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSour
                               const acc_t *row_weight, const real_t *w2, Grouped g) {
     mma_allow_shared(mma_hidden_kernel<GELU>);
     dim3 grid = mma_grid(g.shape.H, MMA_COLUMNS, g);
-    float *part = drow_weight ? (float *)cuda_workspace((size_t)grid.x * g.shape.rows * sizeof(float)) : NULL;
+    float *part = drow_weight ? (float *)cuda_workspace((size_t)grid.y * g.shape.rows * sizeof(float)) : NULL;
     mma_hidden_kernel<GELU>
         <<<grid, MMA_THREADS, MMA_SHARED_BYTES, g.stream>>>(h, da, part, dy, a, row_weight, w2, g.shape, g.offset);
     CUDA_LAUNCHED();
-    sum_parts(drow_weight, part, grid.x, g);
+    sum_parts(drow_weight, part, grid.y, g);
 }
 
 static void mma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,

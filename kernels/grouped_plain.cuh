@@ -75,16 +75,16 @@ __device__ static void plain_sum(float (&sum)[PLAIN_EACH][PLAIN_EACH], const Pla
     }
 }
 
-/* Grid: x the CPU's loop over columns of a (SwiGLU: 32 of the gate and the same 32 of up; GELU: 64), y its loop over
- * pieces of rows. */
+/* Grid: x the CPU's loop over pieces of rows, y its loop over columns of a (SwiGLU: 32 of the gate and the same 32 of
+ * up; GELU: 64). */
 static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const real_t *w1, ExpertShape shape,
                                        const int *offset) {
-    RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.y);
+    RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
     int C = shape.C, H = shape.H, A = shape.gelu ? H : 2 * H, hidden = shape.gelu ? PLAIN_TILE : PLAIN_HALF;
-    int first = blockIdx.x * hidden;
+    int first = blockIdx.y * hidden;
     PlainOperand left = plain_run(x, C, rows.first, rows.end);
     PlainOperand right = plain_weights(w1 + (size_t)rows.expert * A * C, C, first, H);
     if (!shape.gelu) {
@@ -116,21 +116,21 @@ static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const 
 
 static void plain_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g) {
     int hidden = g.shape.gelu ? PLAIN_TILE : PLAIN_HALF;
-    dim3 grid(ceil_div(g.shape.H, hidden), most_row_tiles(g.shape, PLAIN_TILE));
+    dim3 grid(most_row_tiles(g.shape, PLAIN_TILE), ceil_div(g.shape.H, hidden));
     plain_up_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(a, h, x, w1, g.shape, g.offset);
     CUDA_LAUNCHED();
 }
 
 /* y (rows,N) = x (rows,inner) W of each expert: W (N,inner) read ALONG its rows, or (inner,N) across them. Grid: x the
- * columns of y, y the CPU's loop over pieces of rows. */
+ * CPU's loop over pieces of rows, y the columns of y. */
 template <bool ALONG>
 static __global__ void plain_product_kernel(real_t *y, const real_t *x, const real_t *w, int N, int inner,
                                             int accumulate, ExpertShape shape, const int *offset) {
-    RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.y);
+    RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int first = blockIdx.x * PLAIN_TILE;
+    int first = blockIdx.y * PLAIN_TILE;
     PlainOperand left = plain_weights(x, inner, rows.first, rows.end);
     PlainOperand right = plain_weights(w + (size_t)rows.expert * N * inner, ALONG ? inner : N, first, N);
     float sum[PLAIN_EACH][PLAIN_EACH] = {};
@@ -150,7 +150,7 @@ static __global__ void plain_product_kernel(real_t *y, const real_t *x, const re
 
 template <bool ALONG>
 static void plain_product(real_t *y, const real_t *x, const real_t *w, int N, int inner, int accumulate, Grouped g) {
-    dim3 grid(ceil_div(N, PLAIN_TILE), most_row_tiles(g.shape, PLAIN_TILE));
+    dim3 grid(most_row_tiles(g.shape, PLAIN_TILE), ceil_div(N, PLAIN_TILE));
     plain_product_kernel<ALONG>
         <<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(y, x, w, N, inner, accumulate, g.shape, g.offset);
     CUDA_LAUNCHED();
@@ -160,16 +160,16 @@ static void plain_down(real_t *y, const real_t *h, const real_t *w2, int accumul
     plain_product<true>(y, h, w2, g.shape.C, g.shape.H, accumulate, g);
 }
 
-/* Grid: x columns of h, 64 to a block, y the CPU's loop over pieces of rows. part (blocks in x, shape.rows) takes each
+/* Grid: x the CPU's loop over pieces of rows, y columns of h, 64 to a block. part (blocks in y, shape.rows) takes each
  * block's share of <u, h>. */
 static __global__ void plain_hidden_kernel(real_t *h, real_t *da, float *part, RowSource dy, const real_t *a,
                                            const acc_t *row_weight, const real_t *w2, ExpertShape shape,
                                            const int *offset) {
-    RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.y);
+    RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int C = shape.C, H = shape.H, A = shape.gelu ? H : 2 * H, first = blockIdx.x * PLAIN_TILE;
+    int C = shape.C, H = shape.H, A = shape.gelu ? H : 2 * H, first = blockIdx.y * PLAIN_TILE;
     PlainOperand left = plain_run(dy, C, rows.first, rows.end);
     PlainOperand right = plain_weights(w2 + (size_t)rows.expert * C * H, H, first, H);
     float u[PLAIN_EACH][PLAIN_EACH] = {};
@@ -198,19 +198,19 @@ static __global__ void plain_hidden_kernel(real_t *h, real_t *da, float *part, R
             dot += __shfl_xor_sync(0xffffffffu, dot, lane);
         }
         if (part && r < rows.end && threadIdx.x % PLAIN_SIDE == 0) {
-            part[(size_t)blockIdx.x * shape.rows + r] = dot;
+            part[(size_t)blockIdx.y * shape.rows + r] = dot;
         }
     }
 }
 
 static void plain_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
                          const acc_t *row_weight, const real_t *w2, Grouped g) {
-    dim3 grid(ceil_div(g.shape.H, PLAIN_TILE), most_row_tiles(g.shape, PLAIN_TILE));
-    float *part = drow_weight ? (float *)cuda_workspace((size_t)grid.x * g.shape.rows * sizeof(float)) : NULL;
+    dim3 grid(most_row_tiles(g.shape, PLAIN_TILE), ceil_div(g.shape.H, PLAIN_TILE));
+    float *part = drow_weight ? (float *)cuda_workspace((size_t)grid.y * g.shape.rows * sizeof(float)) : NULL;
     plain_hidden_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(h, da, part, dy, a, row_weight, w2, g.shape,
                                                                         g.offset);
     CUDA_LAUNCHED();
-    sum_parts(drow_weight, part, grid.x, g);
+    sum_parts(drow_weight, part, grid.y, g);
 }
 
 static void plain_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g) {

@@ -1,7 +1,9 @@
-/* What the plain and the mma path share: which rows a block owns, the activation, the last step of a sum along H.
+/* What the paths share: the activations and the last step of a sum along H for all three; which rows a block owns for
+ * plain and mma.
  *
  * Rows are cut into tiles per expert, numbered through all experts; only the device knows how many tiles an expert has.
- * The host launches as many blocks as there could be, and those past the last tile return. */
+ * The host launches as many blocks as there could be, and those past the last tile return. (A block of the wgmma path
+ * takes many tiles and finds them by itself: grouped_wgmma_rows.cuh.) */
 #ifndef KERNELS_GROUPED_TILE_CUH
 #define KERNELS_GROUPED_TILE_CUH
 

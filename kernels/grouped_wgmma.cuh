@@ -38,9 +38,21 @@
 #include "grouped_wgmma_rows.cuh"
 #include "grouped_wgmma_weight.cuh"
 
+/* Whether the program holds code for Hopper's own instructions, not only for its forerunners'. */
+static bool wgmma_is_built(void) {
+    static int version = 0;
+    if (version == 0) {
+        cudaFuncAttributes attributes;
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, weight_product_kernel<false, false, 128>));
+        version = attributes.binaryVersion;
+    }
+    return version == 90;
+}
+
 /* Arrays must begin at multiples of 16 bytes as well. */
 static bool wgmma_fits(Grouped g) {
-    return cuda_capability() == 90 && g.shape.E <= MOST_EXPERTS && g.shape.C % 8 == 0 && g.shape.H % 8 == 0;
+    return cuda_capability() == 90 && wgmma_is_built() && g.shape.E <= MOST_EXPERTS && g.shape.C % 8 == 0 &&
+           g.shape.H % 8 == 0;
 }
 
 static void wgmma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g) {

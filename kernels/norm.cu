@@ -262,9 +262,9 @@ __global__ void weight_plain(float *partial, const real_t *dy, const real_t *s, 
 
 void norm_backward(real_t *ds, acc_t *dw, const real_t *dy, const real_t *s, const acc_t *rstd, const real_t *w, int N,
                    int C, Stream *stream) {
-    bool aligned = packs_fit(ds, C) && packs_fit(dy, C) && packs_fit(s, C) && packs_fit(w, C) && C <= 12288;
+    bool aligned = packs_fit(ds, C) && packs_fit(dy, C) && packs_fit(s, C) && packs_fit(w, C) && C <= 12256;
     Split split = split_row(C, aligned, 4, ROW_THREADS / 32);
-    size_t shared = split.block.y * C * sizeof(float); /* at most 48 KiB */
+    size_t shared = split.block.y * C * sizeof(float); /* with block_sum's 128 bytes at most 48 KiB */
     int rows = ceil_div(N, split.block.y), most = MULTIPROCESSORS * blocks_per_sm(split.packs);
     int blocks = rows < most ? rows : most;
     float *partial = (float *)cuda_workspace((size_t)blocks * C * sizeof(float));

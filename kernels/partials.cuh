@@ -1,5 +1,5 @@
 /* Gradients of weights that all rows share: each block adds its own rows, and the sums of the blocks are added here in
- * their order. Used by norm.cu and rope.cu. */
+ * their order. Used by norm.cu, rope.cu and gate.cu. */
 #ifndef KERNELS_PARTIALS_CUH
 #define KERNELS_PARTIALS_CUH
 

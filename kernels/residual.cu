@@ -1,4 +1,5 @@
-/* One sweep over three arrays: 16 bytes per thread and turn; memory bandwidth is what it costs. */
+/* One sweep over three arrays, 16 bytes of each per thread; memory bandwidth is what it costs. Called by model/chain.c;
+ * a layer's own residual is added by norm.cu. */
 #include "cuda.cuh"
 
 extern "C" {

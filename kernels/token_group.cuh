@@ -5,11 +5,11 @@
  *
  *     x[i] on lane l belongs to expert (i / 4 * LANES + l) * 4 + i % 4
  *
- * which is one 16-byte access per four values. How many lanes and how many values
- * depends on E alone (WITH_LANES), so a sum over the experts has one order whatever the batch is. More than
- * MOST_IN_REGISTERS experts are swept in memory by a whole warp.
+ * which is one 16-byte access per four values. How many lanes and how many values depends on E alone (WITH_LANES), so a
+ * sum over the experts has one order whatever the batch is. More than MOST_IN_REGISTERS experts are swept in memory by
+ * a whole warp.
  *
- * Read by topk.cu and balance_loss.cu.
+ * Read by topk.cu, sigmoid_topk.cu and balance_loss.cu.
  */
 #ifndef KERNELS_TOKEN_GROUP_CUH
 #define KERNELS_TOKEN_GROUP_CUH

@@ -20,7 +20,7 @@ enum {
     BOX_BYTES = 64 * DEEP * 2,
     BAND = 16, /* row tiles that take turns before the next column tile */
     LOADER_REGISTERS = 56,
-    MULTIPLIER_REGISTERS = 224, /* 56 + 2 * 224 = 65536 / 128 */
+    MULTIPLIER_REGISTERS = 224, /* 56 + 2 * 224 <= 65536 / 128 */
 };
 
 #define NO_ROW 0xffffffffu

@@ -127,7 +127,8 @@ static inline Mirror case_mirror(Case *c, Number number, size_t count) {
 
 static inline void case_free(Case *c) {
     for (int i = 0; i < c->mirror_count; i++) {
-        device_release(c->mirrors[i].device);
+        Mirror *m = &c->mirrors[i];
+        device_release(m->device, m->count * number_bytes(m->number) + (m->count == 0));
     }
     for (int i = 0; i < c->piece_count; i++) {
         free(c->pieces[i]);

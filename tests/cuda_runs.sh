@@ -58,7 +58,8 @@ test_ten_steps() {
 # ---- a step waits for nothing, and is recorded
 
 test_no_waits() {
-    for router in topk sigmoid hash position random soft coe expert-choice dense noisy threshold; do
+    for router in topk sigmoid hash position random random-step soft soft-batch soft-token coe expert-choice dense \
+        noisy threshold forced; do
         # shellcheck disable=SC2086  # words
         run --steps 10 "${MODEL[@]}" --router $router --trace-syncs --allow-leak --out "run_$router"
         ends 0
@@ -76,6 +77,12 @@ test_recorded_steps_give_the_same_bits() {
     same_state recorded queued
     same_state recorded again
     same_figures recorded queued
+    for router in sigmoid soft expert-choice; do
+        rm -rf recorded queued
+        run "${MODEL[@]}" --steps 12 --router $router --allow-leak --graph 1 --out recorded
+        run "${MODEL[@]}" --steps 12 --router $router --allow-leak --graph 0 --out queued
+        same_state recorded queued
+    done
 }
 
 # ---- bad input

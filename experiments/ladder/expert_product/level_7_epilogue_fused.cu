@@ -18,7 +18,7 @@
  * Read next: kernels/grouped_wgmma.cuh. What production adds for any shape: tiles of 128 columns, widths that are no
  * multiples of the tile's, bands of tiles for weights larger than L2. For speed: stores of 16 bytes, after the four
  * threads of a row have traded their columns, and registers moved from the loading group to the others. For training:
- * the four products of the other operand layouts and of the backward pass. */
+ * the other four products: down, and those of the backward pass. */
 #include "../ladder.cuh"
 
 #include <cuda.h>
@@ -339,18 +339,19 @@ static __global__ void __launch_bounds__(THREADS, 1)
 /* A tensor (outer, rows, inner) of bf16, fetched in boxes of 64 x box_rows x 1 in the order that wgmma reads. The
  * driver's function is asked for by name, so that nothing links with it. */
 static CUtensorMap tensor_map(const void *base, int inner, int rows, int outer, int box_rows) {
-    PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
-    cudaDriverEntryPointQueryResult found;
-    const char *name = "cuTensorMapEncodeTiled";
-    CUDA(cudaGetDriverEntryPointByVersion(name, (void **)&encode, 12000, cudaEnableDefault, &found));
+    static PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        const char *name = "cuTensorMapEncodeTiled";
+        CUDA(cudaGetDriverEntryPointByVersion(name, (void **)&encode, 12000, cudaEnableDefault, &found));
+    }
     CUtensorMap map;
     cuuint64_t extent[3] = {(cuuint64_t)inner, (cuuint64_t)rows, (cuuint64_t)outer};
     cuuint64_t pitch[2] = {extent[0] * sizeof(bf16), extent[0] * extent[1] * sizeof(bf16)};
     cuuint32_t box[3] = {DEPTH, (cuuint32_t)box_rows, 1}, apart[3] = {1, 1, 1};
-    if (found != cudaDriverEntryPointSuccess ||
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, extent, pitch, box, apart,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+    if (!encode || encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, extent, pitch, box, apart,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
         fprintf(stderr, "no tensor map for (%d, %d, %d)\n", outer, rows, inner);
         exit(1);
     }

@@ -54,8 +54,9 @@ FLAGS_asan = $(FLAGS_common) $(FLAGS_sanitize)
 FLAGS_asan-double = $(FLAGS_asan) -DREAL_DOUBLE
 FLAGS_cuda = $(FLAGS_cpu) -DREAL_BF16
 FLAGS_cuda-fp32 = $(FLAGS_cpu)
-# sm_80 is Ampere, with PTX for cards after Hopper; compute_90a (Hopper) cannot be had from the -arch=sm_90a shorthand when code uses wgmma.
-CUDA_ARCHS = -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90a,code=sm_90a
+# sm_80 is Ampere, with PTX for cards after Hopper; compute_90a (Hopper) cannot be had from the -arch=sm_90a shorthand
+# when code uses wgmma.
+CUDA_ARCHS = "-gencode=arch=compute_80,code=[sm_80,compute_80]" -gencode=arch=compute_90a,code=sm_90a
 CUDA_WARNINGS = -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Wno-missing-field-initializers -Werror all-warnings
 FLAGS_nvcc = -O3 -std=c++17 -lineinfo $(CUDA_WARNINGS) $(CUDA_ARCHS)
 FLAGS_nvcc-cuda = $(FLAGS_nvcc) -DREAL_BF16

@@ -14,7 +14,7 @@ FP32=$(realpath "${FP32:-./train_cuda_fp32}")
 # shellcheck source=tests/cli_checks.sh
 . "$(dirname "$0")/cli_checks.sh"
 
-MODEL=(--schedule constant --layers 2 --dim 128 --heads 2 --seq 128 --expert-dim 128 --experts 8 --top-k 2 --batch 8
+MODEL=(--schedule constant --layers 2 --dim 128 --heads 2 --seq 128 --expert-dim 128 --experts 8 --batch 8
        --warmup 2 --lr 3e-4 --eval-every 0 --log-every 1)
 
 # losses_agree DIR DIR TOLERANCE: in every step, and the gradient norms within ten times that share.

@@ -158,12 +158,17 @@ steps_until_bad() {
     steps=$(grep -c '^{"step":.*"aux"' run/log.jsonl)
 }
 
+# within_ahead STEPS EXPECTED: as many, or one less where the last one's figures were still to be read.
+within_ahead() {
+    [ "$1" -le "$2" ] && [ "$1" -ge $(($2 - AHEAD)) ]
+}
+
 # Sequence j of step s starts at token (s*B + j)*T: here a step takes 32 tokens and, as a target, one more.
 test_unshuffled_order() {
     for at in 95 96 97 128; do
         { bytes $at 141; bytes 1 377; bytes $((399 - at)) 141; } >bad.txt
         steps_until_bad bad.txt
-        check "token $at ended the run after $steps steps" test "$steps" = $(((at - 1) / 32 - AHEAD))
+        check "token $at ended the run after $steps steps" within_ahead "$steps" $(((at - 1) / 32))
     done
     mkdir shards
     shard shards/train_0.bin $(seq 50)
@@ -171,7 +176,7 @@ test_unshuffled_order() {
     shard shards/val.bin $(seq 50)
     for data in shards 'shards/*.bin'; do
         steps_until_bad "$data"
-        check "token 100 of $data ended the run after $steps steps" test "$steps" = $((3 - AHEAD))
+        check "token 100 of $data ended the run after $steps steps" within_ahead "$steps" 3
     done
 }
 

@@ -183,7 +183,8 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.owned, CLIP, foreach=True)
         self.optimizer.step()
         if self.master:
-            torch._foreach_copy_(self.params, self.owned)
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, self.owned)
         for p in self.params:
             p.grad = None
 

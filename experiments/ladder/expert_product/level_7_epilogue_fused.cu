@@ -11,9 +11,11 @@
  *
  * The same product followed by a kernel for h is timed first ("6, then activation").
  *
- * Expect: that kernel reads 2H and writes H numbers a row at the speed of memory: 0.8 GB, about 0.28 ms, at the first
- * shape, beside the product's 0.65 ms. Here h's writing is all that is left of it, and the other blocks multiply while
- * one block stores. The second shape, with H = 256 after C = 1536, has less to gain: about 0.1 ms.
+ * Expect: that kernel reads 2H and writes H numbers a row at the speed of memory, 0.33 ms at the first shape beside the
+ * product's 0.85 ms. Fused, only the writing of h is left. Measured on an H100 the opposite: 1.32 ms against 1.17 ms,
+ * and at the second shape 0.69 against 0.68. No block multiplies while it stores, and these stores are 4 bytes a
+ * thread: half as many more of them cost more than the kernel that is saved. Fusing pays once the stores are wide: the
+ * production kernel, which stores 16 bytes a thread, does all of this in 0.73 ms at the first shape.
  *
  * Read next: kernels/grouped_wgmma.cuh. What production adds for any shape: tiles of 128 columns, widths that are no
  * multiples of the tile's, bands of tiles for weights larger than L2. For speed: stores of 16 bytes, after the four

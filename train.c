@@ -313,7 +313,6 @@ static void train_step(Run *run) {
     for (int slice = 0; slice < model->slices; slice++) {
         read_batch(run, SPLIT_TRAIN, run->at.step, slice, slice);
     }
-    profile_lap(model->profile, STAGE_OTHER, NULL);
     if (!record) {
         queue_step(run);
     } else if (!recording_replay(&run->recording, NULL)) {
@@ -321,6 +320,7 @@ static void train_step(Run *run) {
         queue_step(run);
         recording_end(&run->recording, NULL);
     }
+    profile_stop(model->profile, NULL);
     run->waits += device_waits() - waits;
     model->profile = NULL;
     run->at.step++;

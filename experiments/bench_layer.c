@@ -176,10 +176,10 @@ static void measure(Bench *b, bool both, bool record, int repeats, double *media
             }
             recording_end(&recording, NULL);
         }
-        profile_lap(&profile, STAGE_EXPERTS, NULL);
+        profile_stop(&profile, NULL);
         profile_finish(&profile);
         if (i >= 0) {
-            ms[i] = 1e3 * profile.seconds[STAGE_EXPERTS];
+            ms[i] = 1e3 * profile.seconds[STAGE_OTHER];
         }
         profile_free(&profile);
     }
@@ -229,8 +229,10 @@ static void bench_layer(const Layer *l, const Options *o, const char *device) {
     for (int i = 0; i < o->repeats; i++) {
         profile_start(&stages[0], NULL);
         forward(&b, &stages[0]);
+        profile_stop(&stages[0], NULL);
         profile_start(&stages[1], NULL);
         backward(&b, &stages[1]);
+        profile_stop(&stages[1], NULL);
     }
     profile_finish(&stages[0]);
     profile_finish(&stages[1]);
@@ -328,10 +330,10 @@ static double median_of(Moves *m, void (*call)(Moves *m), int repeats) {
             call(m);
             recording_end(&recording, NULL);
         }
-        profile_lap(&profile, STAGE_DISPATCH, NULL);
+        profile_stop(&profile, NULL);
         profile_finish(&profile);
         if (i >= 0) {
-            ms[i] = 1e3 * profile.seconds[STAGE_DISPATCH];
+            ms[i] = 1e3 * profile.seconds[STAGE_OTHER];
         }
         profile_free(&profile);
     }

@@ -151,6 +151,7 @@ static void bench_model(const Model *m, int steps, bool graph, Recompute recompu
     b.model.profile = &profile;
     profile_start(&profile, NULL);
     step(&b, done, false);
+    profile_stop(&profile, NULL);
     profile_finish(&profile);
     qsort(seconds, groups, sizeof(double), compare);
     double median = seconds[groups / 2], flops = transformer_flops_per_token(&b.model), N = b.model.N;

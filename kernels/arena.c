@@ -81,8 +81,9 @@ static void die_of_memory_shortage(const Arena *arena) {
                                  mebibytes(arena->category[i]));
     }
     die(__FILE__, __LINE__,
-        "out of memory: the run needs %.0f MiB (%s), and %.0f MiB are free: lower --batch or --seq, raise --grad-accum "
-        "or shrink the model",
+        "out of memory: the run needs %.0f MiB (%s), and %.0f MiB are free: lower --batch or --seq, raise "
+        "--grad-accum, "
+        "take --recompute experts or shrink the model",
         mebibytes(arena->bytes), parts, mebibytes(device_memory_free()));
 }
 

@@ -163,7 +163,7 @@ void cross_entropy_forward(acc_t *losses, const real_t *logits, const int *targe
 void cross_entropy_forward_backward(acc_t *losses, real_t *logits, const int *targets, int N, int V, double scale,
                                     Stream *stream) {
     dim3 block = block_for(V);
-    int most = cuda_capability() >= 90 ? 112 << 10 : 80 << 10, row = V / WIDTH * (int)sizeof(Pack<real_t>);
+    int most = (int)(cuda_shared_memory() / 2) - (2 << 10), row = V / WIDTH * (int)sizeof(Pack<real_t>);
     int bytes = row * (int)block.y < most ? row * (int)block.y : most;
     CUDA_CHECK(cudaFuncSetAttribute(softmax_rows<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     softmax_rows<true><<<ceil_div(N, block.y), block, bytes, cuda_stream(stream)>>>(

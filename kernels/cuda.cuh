@@ -47,7 +47,8 @@ cudaStream_t cuda_stream(Stream *stream);
 void *cuda_workspace(size_t bytes);
 
 int cuda_multiprocessors(void);
-int cuda_capability(void); /* 90 for Hopper, 80 for Ampere */
+size_t cuda_shared_memory(void); /* bytes of one multiprocessor */
+int cuda_capability(void);       /* 90 for Hopper, 80 for Ampere */
 
 static inline int ceil_div(int64_t a, int64_t b) {
     return (int)((a + b - 1) / b);

@@ -199,16 +199,22 @@ size_t device_logits_at_once(void) {
 
 void profile_start(Profile *profile, Stream *stream) {
     if (profile) {
+        profile->stage = STAGE_OTHER;
         profile->last = seconds_now();
     }
 }
 
-void profile_lap(Profile *profile, Stage stage, Stream *stream) {
+void profile_stage(Profile *profile, Stage stage, Stream *stream) {
     if (profile) {
         double now = seconds_now();
-        profile->seconds[stage] += now - profile->last;
+        profile->seconds[profile->stage] += now - profile->last;
         profile->last = now;
+        profile->stage = stage;
     }
+}
+
+void profile_stop(Profile *profile, Stream *stream) {
+    profile_stage(profile, STAGE_OTHER, stream);
 }
 
 void profile_finish(Profile *profile) {

@@ -9,6 +9,7 @@
  */
 #include "cuda.cuh"
 
+#include <nvtx3/nvToolsExt.h>
 #include <unistd.h>
 
 enum { RING_PARTS = 4, LAPS = 4096 };
@@ -60,6 +61,11 @@ cudaStream_t cuda_stream(Stream *stream) {
 int cuda_multiprocessors(void) {
     cuda_stream(NULL);
     return properties.multiProcessorCount;
+}
+
+size_t cuda_shared_memory(void) {
+    cuda_stream(NULL);
+    return properties.sharedMemPerMultiprocessor;
 }
 
 int cuda_capability(void) {
@@ -275,25 +281,33 @@ size_t device_logits_at_once(void) {
     return (size_t)1 << 28; /* 512 MiB of bf16: 5,000 rows of a vocabulary of 50,000 */
 }
 
-/* ---- time: an event at each lap, read when its profile is ---- */
+/* ---- time: an event where a stage begins, read when its profile is ---- */
 
 typedef struct {
     cudaEvent_t event[LAPS];
-    Stage stage[LAPS]; /* of the time before the event; the first has none */
+    Stage stage[LAPS]; /* that begins at the event; STAGE_COUNT: none, the step is over */
     int created, count;
 } Laps;
 
-static void add_lap(Profile *profile, Stage stage, Stream *stream) {
+static void begin_stage(Profile *profile, Stage stage, Stream *stream) {
     Laps *laps = (Laps *)profile->laps;
-    if (laps->count == LAPS) { /* what comes next is measured from here */
-        profile_finish(profile);
-        add_lap(profile, STAGE_OTHER, stream);
-    }
     if (laps->count == laps->created) {
         CUDA_CHECK(cudaEventCreate(&laps->event[laps->created++]));
     }
     laps->stage[laps->count] = stage;
     CUDA_CHECK(cudaEventRecord(laps->event[laps->count++], cuda_stream(stream)));
+    if (laps->count == LAPS) { /* the last event goes on as the first */
+        profile_finish(profile);
+        cudaEvent_t last = laps->event[LAPS - 1];
+        laps->event[LAPS - 1] = laps->event[0];
+        laps->event[0] = last;
+        laps->stage[0] = stage;
+        laps->count = 1;
+    }
+    profile->stage = stage;
+    if (stage != STAGE_COUNT) {
+        nvtxRangePushA(stage_name(stage));
+    }
 }
 
 void profile_start(Profile *profile, Stream *stream) {
@@ -304,14 +318,18 @@ void profile_start(Profile *profile, Stream *stream) {
         profile->laps = calloc(1, sizeof(Laps));
         CHECK(profile->laps, "out of memory for --profile");
     }
-    profile_finish(profile);
-    add_lap(profile, STAGE_OTHER, stream);
+    begin_stage(profile, STAGE_OTHER, stream);
 }
 
-void profile_lap(Profile *profile, Stage stage, Stream *stream) {
+void profile_stage(Profile *profile, Stage stage, Stream *stream) {
     if (profile) {
-        add_lap(profile, stage, stream);
+        nvtxRangePop();
+        begin_stage(profile, stage, stream);
     }
+}
+
+void profile_stop(Profile *profile, Stream *stream) {
+    profile_stage(profile, STAGE_COUNT, stream);
 }
 
 void profile_free(Profile *profile) {
@@ -330,10 +348,12 @@ void profile_finish(Profile *profile) {
     }
     waits++;
     CUDA_CHECK(cudaEventSynchronize(laps->event[laps->count - 1]));
-    for (int i = 1; i < laps->count; i++) {
+    for (int i = 0; i + 1 < laps->count; i++) {
         float ms = 0;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, laps->event[i - 1], laps->event[i]));
-        profile->seconds[laps->stage[i]] += 1e-3 * ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, laps->event[i], laps->event[i + 1]));
+        if (laps->stage[i] != STAGE_COUNT) {
+            profile->seconds[laps->stage[i]] += 1e-3 * ms;
+        }
     }
     laps->count = 0;
 }

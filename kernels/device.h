@@ -127,7 +127,10 @@ size_t device_logits_at_once(void);
 /* Wall-clock seconds from an arbitrary origin. */
 double seconds_now(void);
 
-/* Stage times: profile_lap(p, STAGE_ROUTE, s) books the time since the previous lap to STAGE_ROUTE. NULL books nothing.
+/* Stage times: profile_stage(p, STAGE_ROUTE, s) says that what is queued from here on is routing, until another stage
+ * begins. NULL books nothing. On a GPU the stages are also NVTX ranges under their names, for Nsight.
+ *
+ *     profile_start(p, s);  ..other..  profile_stage(p, STAGE_HEAD, s);  ..the head..  profile_stop(p, s);
  */
 typedef enum {
     STAGE_OTHER,
@@ -148,12 +151,14 @@ typedef enum {
 typedef struct {
     double seconds[STAGE_COUNT];
     double last;
-    void *laps; /* on a GPU: laps whose time is not known yet */
+    Stage stage; /* the one that is running */
+    void *laps;  /* on a GPU: laps whose time is not known yet */
 } Profile;
 
 const char *stage_name(Stage stage);
 void profile_start(Profile *profile, Stream *stream);
-void profile_lap(Profile *profile, Stage stage, Stream *stream);
+void profile_stage(Profile *profile, Stage stage, Stream *stream);
+void profile_stop(Profile *profile, Stream *stream);
 
 /* Books the laps that are still under way; before `seconds` is read. */
 void profile_finish(Profile *profile);

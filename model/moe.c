@@ -270,9 +270,9 @@ static const real_t *a_again(const real_t *kept, MoeScratch *scratch, RowSource 
 void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
                  Profile *profile, Stream *stream) {
     if (!moe->router) {
+        profile_stage(profile, STAGE_EXPERTS, stream);
         experts_forward(y, a_of(moe->a, scratch), scratch->h, rows_of(x), moe->w1, moe->w2, scratch->all_rows,
                         moe->experts, 0, stream);
-        profile_lap(profile, STAGE_EXPERTS, stream);
         return;
     }
     Plan *plan = &moe->plan;
@@ -281,31 +281,31 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     moe->pass.x = x;
     moe->pass.load = load;
     moe->pass.mean_prob = scratch->mean_prob;
+    profile_stage(profile, STAGE_ROUTE, stream);
     moe->router->forward(&moe->pass, plan, stream);
-    profile_lap(profile, STAGE_ROUTE, stream);
+    profile_stage(profile, STAGE_PERMUTE, stream);
     plan_build(plan, stream);
     measure(moe, load, demand, stream);
-    profile_lap(profile, STAGE_PERMUTE, stream);
+    profile_stage(profile, STAGE_DISPATCH, stream);
     RowSource rows = rows_of(scratch->in_rows);
     if (soft) {
         soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     } else {
         rows = dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
     }
-    profile_lap(profile, STAGE_DISPATCH, stream);
+    profile_stage(profile, STAGE_EXPERTS, stream);
     experts_forward(out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, plan->offset, moe->experts, 0,
                     stream);
-    profile_lap(profile, STAGE_EXPERTS, stream);
+    profile_stage(profile, STAGE_COMBINE, stream);
     if (soft) {
         soft_combine_forward(y, out_rows, plan, moe->C, 0, stream);
     } else {
         combine_forward(y, out_rows, plan, moe->C, 0, stream);
     }
-    profile_lap(profile, STAGE_COMBINE, stream);
     if (moe->shared.H > 0) {
+        profile_stage(profile, STAGE_EXPERTS, stream);
         experts_forward(y, a_of(moe->shared_a, scratch), scratch->h, rows_of(x), moe->shared_w1, moe->shared_w2,
                         scratch->all_rows, moe->shared, 1, stream);
-        profile_lap(profile, STAGE_EXPERTS, stream);
     }
 }
 
@@ -313,52 +313,53 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
 static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
                           Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
+    profile_stage(profile, STAGE_COMBINE, stream);
     soft_combine_backward(scratch->dy_rows, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
-    profile_lap(profile, STAGE_COMBINE, stream);
+    profile_stage(profile, STAGE_DISPATCH, stream);
     soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
-    profile_lap(profile, STAGE_DISPATCH, stream);
     RowSource rows = rows_of(scratch->in_rows);
+    profile_stage(profile, STAGE_EXPERTS, stream);
     const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
     experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(scratch->dy_rows),
                      rows, a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
-    profile_lap(profile, STAGE_EXPERTS, stream);
+    profile_stage(profile, STAGE_DISPATCH, stream);
     soft_dispatch_backward(dx, scratch->dmix, scratch->din_rows, x, plan, moe->C, moe->shared.H > 0, stream);
-    profile_lap(profile, STAGE_DISPATCH, stream);
 }
 
 /* The same by way of a sparse plan. */
 static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
                             Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
+    profile_stage(profile, STAGE_COMBINE, stream);
     RowSource dy_rows = combine_backward(scratch->dy_rows, dy, plan, moe->C, stream);
-    profile_lap(profile, STAGE_COMBINE, stream);
+    profile_stage(profile, STAGE_DISPATCH, stream);
     /* again: cheaper than keeping it for every layer */
     RowSource rows = dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
-    profile_lap(profile, STAGE_DISPATCH, stream);
+    profile_stage(profile, STAGE_EXPERTS, stream);
     const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
     experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows,
                      rows, a, plan->row_weight, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
-    profile_lap(profile, STAGE_EXPERTS, stream);
+    profile_stage(profile, STAGE_DISPATCH, stream);
     dispatch_backward(dx, scratch->din_rows, plan, moe->C, moe->shared.H > 0, stream);
-    profile_lap(profile, STAGE_DISPATCH, stream);
+    profile_stage(profile, STAGE_ROUTE, stream);
     plan_weight_backward(scratch->dweight, scratch->drow_weight, plan, stream);
 }
 
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
                   Stream *stream) {
     if (!moe->router) {
+        profile_stage(profile, STAGE_EXPERTS, stream);
         const real_t *a = a_again(moe->a, scratch, rows_of(x), moe->w1, scratch->all_rows, moe->experts, stream);
         experts_backward(dx, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(dy), rows_of(x), a, NULL,
                          moe->w1, moe->w2, scratch->all_rows, moe->experts, 0, stream);
-        profile_lap(profile, STAGE_EXPERTS, stream);
         return;
     }
     if (moe->shared.H > 0) {
+        profile_stage(profile, STAGE_EXPERTS, stream);
         const real_t *a =
             a_again(moe->shared_a, scratch, rows_of(x), moe->shared_w1, scratch->all_rows, moe->shared, stream);
         experts_backward(dx, NULL, moe->dshared_w1, moe->dshared_w2, scratch->h, scratch->da, rows_of(dy), rows_of(x),
                          a, NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, stream);
-        profile_lap(profile, STAGE_EXPERTS, stream);
     }
     if (moe->plan.slots > 0) {
         moe->pass.dmix = scratch->dmix;
@@ -367,7 +368,7 @@ void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *
         sparse_backward(moe, scratch, dx, dy, x, profile, stream);
     }
     if (moe->router->backward) {
+        profile_stage(profile, STAGE_ROUTE, stream);
         moe->router->backward(&moe->pass, dx, scratch->dweight, &moe->plan, stream);
-        profile_lap(profile, STAGE_ROUTE, stream);
     }
 }

@@ -66,13 +66,13 @@ void optimizer_set_rate(Optimizer *optimizer, const TrainConfig *train, int step
 }
 
 void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, Stream *stream) {
+    profile_stage(model->profile, STAGE_OPTIMIZER, stream);
     Optimizer *o = optimizer;
     AdamOptions options = {.beta1 = train->beta1, .beta2 = train->beta2, .eps = 1e-8, .clip = train->clip};
     adamw_square_sums(o->sums, o->partial, model->grads, o->pieces, o->count, o->chunks, stream);
     adamw_begin(o->state, o->sums, o->count, model->step_loss, o->lr, options, stream);
     adamw_update(model->master, model->weights, o->m, o->v, model->grads, o->pieces, o->count, o->chunks, o->state,
                  options, stream);
-    profile_lap(model->profile, STAGE_OPTIMIZER, stream);
 }
 
 GradientNorms optimizer_norms(const Optimizer *optimizer, const TensorList *tensors, const double *sums) {

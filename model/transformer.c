@@ -343,8 +343,8 @@ static AttentionShape attention_shape(const Transformer *model) {
 static void norm_again(Transformer *model, real_t *y, const real_t *s, acc_t *rstd, Weight w, Stream *stream) {
     const ModelConfig *c = model->config;
     if (model->recompute) {
+        profile_stage(model->profile, STAGE_NORM, stream);
         norm_forward(NULL, y, rstd, s, NULL, w.w, model->N, c->dim, c->norm_eps, stream);
-        profile_lap(model->profile, STAGE_NORM, stream);
     }
 }
 
@@ -358,6 +358,7 @@ static void turn(Transformer *model, Layer *layer, int start, Stream *stream) {
 static void attention_block_forward(Transformer *model, Layer *layer, int start, Stream *stream) {
     const ModelConfig *c = model->config;
     int N = model->N, C = c->dim;
+    profile_stage(model->profile, STAGE_ATTENTION, stream);
     matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
     turn(model, layer, start, stream);
     if (layer->keys) {
@@ -367,7 +368,6 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
         attention_forward(layer->att, layer->lse, layer->qkv_turned, attention_shape(model), stream);
     }
     matmul_forward(model->branch, layer->att, layer->attn_out.w, N, att_width(c), C, stream);
-    profile_lap(model->profile, STAGE_ATTENTION, stream);
 }
 
 /* dn = gradient of layer->xn, from dx, the gradient of the residual stream after the attention. */
@@ -375,6 +375,7 @@ static void attention_block_backward(Transformer *model, Layer *layer, Stream *s
     const ModelConfig *c = model->config;
     int N = model->N, C = c->dim;
     norm_again(model, layer->xn, layer->x, layer->x_rstd, layer->attn_norm, stream);
+    profile_stage(model->profile, STAGE_ATTENTION, stream);
     if (model->recompute == RECOMPUTE_EXPERTS) {
         matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
     }
@@ -389,29 +390,28 @@ static void attention_block_backward(Transformer *model, Layer *layer, Stream *s
                   layer->q_norm.w, layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
     matmul_backward_input(model->dn, model->dqkv, layer->qkv.w, N, C, qkv_width(c), 0, stream);
     matmul_backward_weight(layer->qkv.grad, model->dqkv, layer->xn, N, C, qkv_width(c), stream);
-    profile_lap(model->profile, STAGE_ATTENTION, stream);
 }
 
 /* Normalises the stream: s = x + branch (or x itself before the first branch), y = norm(s). */
 static void norm_block_forward(Transformer *model, real_t *s, real_t *y, acc_t *rstd, const real_t *x, Weight w,
                                Stream *stream) {
     const ModelConfig *c = model->config;
+    profile_stage(model->profile, STAGE_NORM, stream);
     norm_forward(s, y, rstd, x, s == x ? NULL : model->branch, w.w, model->N, c->dim, c->norm_eps, stream);
-    profile_lap(model->profile, STAGE_NORM, stream);
 }
 
 /* dx += the gradient that reached the stream through norm(s), dn being the gradient of the normalised values. */
 static void norm_block_backward(Transformer *model, const real_t *s, const acc_t *rstd, Weight w, Stream *stream) {
+    profile_stage(model->profile, STAGE_NORM, stream);
     norm_backward(model->dx, w.grad, model->dn, s, rstd, w.w, model->N, model->config->dim, stream);
-    profile_lap(model->profile, STAGE_NORM, stream);
 }
 
 /* ---- the whole model ---- */
 
 static void forward_from(Transformer *model, const int *tokens, int start, int slice, Stream *stream) {
     const ModelConfig *c = model->config;
+    profile_stage(model->profile, STAGE_EMBED, stream);
     embedding_forward(model->layers[0].x, tokens, model->embedding.w, model->N, c->dim, stream);
-    profile_lap(model->profile, STAGE_EMBED, stream);
     const real_t *x = model->layers[0].x;
     int site = slice * model->moe_count;
     model->context.tokens = tokens;
@@ -443,6 +443,7 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
     const ModelConfig *c = model->config;
     int C = c->dim, V = c->vocab;
     double scale = 1.0 / ((double)model->predicted * model->slices);
+    profile_stage(model->profile, STAGE_HEAD, stream);
     for (int first = 0; first < model->N; first += model->head_rows) {
         int rows = model->N - first < model->head_rows ? model->N - first : model->head_rows;
         const real_t *hidden = model->hidden + (size_t)first * C;
@@ -459,11 +460,11 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
     if (slice == model->slices - 1) {
         mean_forward(model->step_loss, model->slice_loss, model->slices, model->slices, stream);
     }
-    profile_lap(model->profile, STAGE_HEAD, stream);
 }
 
 void transformer_backward(Transformer *model, const int *tokens, Stream *stream) {
     const ModelConfig *c = model->config;
+    profile_stage(model->profile, STAGE_NORM, stream);
     device_zero(model->dx, (size_t)model->N * c->dim * sizeof(real_t), stream);
     norm_block_backward(model, model->final_x, model->final_rstd, model->final_norm, stream);
     for (int l = c->layers - 1; l >= 0; l--) {
@@ -475,8 +476,8 @@ void transformer_backward(Transformer *model, const int *tokens, Stream *stream)
         attention_block_backward(model, layer, stream);
         norm_block_backward(model, layer->x, layer->x_rstd, layer->attn_norm, stream);
     }
+    profile_stage(model->profile, STAGE_EMBED, stream);
     embedding_backward(model->embedding.grad, model->dx, tokens, model->N, c->dim, c->vocab, stream);
-    profile_lap(model->profile, STAGE_EMBED, stream);
 }
 
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream) {

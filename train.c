@@ -22,12 +22,10 @@
 #include "data/tokenizer.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
-#include "model/alarm.h"
 #include "model/config.h"
 #include "model/console.h"
 #include "model/evaluate.h"
 #include "model/export.h"
-#include "model/figures.h"
 #include "model/import.h"
 #include "model/log.h"
 #include "model/optimizer.h"
@@ -38,6 +36,7 @@
 #include "model/sample.h"
 #include "model/transformer.h"
 #include "model/vocabulary.h"
+#include "model/watch.h"
 
 /* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains, floors
  * and bytes of text. On the device lie those of all slices of a step. */
@@ -48,13 +47,6 @@ typedef struct {
     double *floor;
     int *bytes;
 } BatchBuffers;
-
-/* Figures of a step that were asked for and not yet read: on a GPU they are read when the next step is under way. */
-typedef struct {
-    Readback readback;
-    bool due;
-    int64_t step;
-} Asked;
 
 typedef struct {
     Config config;
@@ -68,17 +60,14 @@ typedef struct {
     Optimizer optimizer;
     BatchBuffers batch;
     Log log;
-    Alarms alarms;
     Choices choices; /* experts of the last evaluation */
     Trace trace;     /* with --dump-routing */
     Profile profile;
     Progress at;
     Recording recording; /* of a training step */
-    Asked asked;
-    double clock;          /* until when training time is booked, seconds_now */
-    double since_log;      /* training seconds since the last line of the log */
-    int64_t logged, waits; /* step of that line; waits of the host inside training steps */
-    double val_loss;       /* of the last evaluation */
+    Watch watch;
+    int64_t waits;   /* of the host, inside training steps */
+    double val_loss; /* of the last evaluation */
 } Run;
 
 /* ---- signals: the first asks the loop to save and stop, a second ends at once ---- */
@@ -336,23 +325,18 @@ static void write_report(const Run *run) {
     }
 }
 
-/* Reports steps that were skipped because something was not finite; ends the run after --max-skips in a row. */
-static void guard(Run *run, AdamState adam, int64_t step) {
-    if (adam.skipped > run->at.skipped) {
-        run->at.skipped = adam.skipped;
-        printf("%sstep %lld: loss or gradient is not finite; step skipped (%lld in a row)\n", console_line_start(),
-               (long long)step, (long long)adam.skipped_in_row);
-        log_line(&run->log, "{\"event\":\"skip\",\"step\":%lld,\"in_a_row\":%lld}", (long long)step,
-                 (long long)adam.skipped_in_row);
-    }
-    if (adam.skipped_in_row >= run->config.train.max_skips) {
+/* Reads a step's figures; ends the run after --max-skips in a row. */
+static void report(Run *run) {
+    const TrainConfig *t = &run->config.train;
+    int64_t skipped =
+        watch_report(&run->watch, &run->config, &run->model, &run->optimizer, &run->at, &run->log, run->val_loss);
+    if (skipped >= t->max_skips) {
         save(run);
         write_report(run);
         die(__FILE__, __LINE__,
             "%lld steps in a row had a loss or gradient that is not finite; stopped at step %lld with the weights "
-            "before "
-            "them: lower --lr (%g) or look at the data",
-            (long long)adam.skipped_in_row, (long long)run->at.step, run->config.train.lr);
+            "before them: lower --lr (%g) or look at the data",
+            (long long)skipped, (long long)run->at.step, t->lr);
     }
 }
 
@@ -402,83 +386,37 @@ static bool is_due(const Run *run, int every) {
     return every > 0 && run->at.step % every == 0;
 }
 
-/* Asks for the figures of the step just queued, if somebody wants to see them. Where the device runs ahead of the host,
- * not every step: only for a line of the log, or when so many could have been skipped that the run must end. */
-static void ask(Run *run) {
-    const TrainConfig *t = &run->config.train;
-    int most = t->max_skips < t->log_every ? t->max_skips : t->log_every;
-    run->asked.step = run->at.step;
-    run->asked.due = !device_runs_ahead() || is_due(run, most) || is_due(run, t->log_every) || run->at.step == 1 ||
-                     run->at.step == t->steps;
-    if (run->asked.due) {
-        figures_request(&run->asked.readback, &run->model, &run->optimizer, NULL);
-    }
-}
-
-/* Training time goes on until now, or begins now after something else took place. */
-static void book_time(Run *run) {
-    double now = seconds_now();
-    run->at.seconds += now - run->clock;
-    run->since_log += now - run->clock;
-    run->clock = now;
-}
-
-/* Reads the figures that were asked for and says what they tell. */
-static void report(Run *run) {
-    const TrainConfig *t = &run->config.train;
-    Progress at = run->at;
-    at.step = run->asked.step;
-    StepFigures figures = figures_read(&run->asked.readback, &run->model, &run->optimizer);
-    run->asked.due = false;
-    book_time(run);
-    guard(run, figures.adam, at.step);
-    if (at.step == 1) {
-        console_first_gradients(&figures);
-        figures_log_gradients(&figures, &run->log, at.step);
-    }
-    if (at.step % t->log_every == 0 || at.step == t->steps) {
-        double mean = run->since_log / (at.step - run->logged);
-        figures_log(&figures, &run->log, &run->config, at.step, mean);
-        console_progress(&run->config, &at, &figures, mean, run->val_loss);
-        alarms_check(&run->alarms, &figures, &run->model, at.step, &run->log, console_line_start());
-        run->since_log = 0;
-        run->logged = at.step;
-    }
-    figures_free(&figures);
-}
-
 static void train(Run *run) {
     const TrainConfig *t = &run->config.train;
-    run->logged = run->at.step;
+    Watch *watch = &run->watch;
     if (run->at.step == 0 && t->eval_every > 0 && !t->resume[0]) {
         run_evaluation(run);
     }
-    run->clock = seconds_now();
+    watch_begin(watch, run->at.step);
     while (run->at.step < t->steps && !stop_signal) {
         train_step(run);
-        if (run->asked.due) {
+        if (watch->due) {
             report(run); /* of the step before, while this one runs */
         }
-        ask(run);
+        watch_ask(watch, &run->config, &run->model, &run->optimizer, &run->at);
         bool last = run->at.step == t->steps;
-        bool pause = is_due(run, t->eval_every) || is_due(run, t->save_every) || last || stop_signal;
-        if (run->asked.due && (pause || !device_runs_ahead())) {
+        bool pause = is_due(run, t->eval_every) || is_due(run, t->save_every) || last;
+        if (watch->due && (pause || !device_runs_ahead())) {
             report(run);
         }
         if (!pause) {
             continue;
         }
-        device_wait(NULL);
-        book_time(run);
+        watch_pause(watch, &run->at);
         if (is_due(run, t->eval_every) || last) {
             run_evaluation(run);
         }
         if (is_due(run, t->save_every) && !last) {
             save(run);
         }
-        run->clock = seconds_now();
+        watch_begin(watch, run->at.step);
     }
-    if (run->asked.due) {
+    if (watch->due) {
         report(run);
     }
 }
@@ -580,9 +518,8 @@ int main(int argc, char **argv) {
     tokenizer_close(run.tokenizer);
     transformer_free(&run.model);
     profile_free(&run.profile);
-    readback_free(&run.asked.readback);
+    watch_free(&run.watch);
     recording_free(&run.recording);
-    alarms_free(&run.alarms);
     choices_free(&run.choices);
     trace_close(&run.trace);
     free_batch(&run.batch);

@@ -8,9 +8,8 @@
  * 8 * j + 2 * t + e % 2. Two neighbours in j are, rounded and packed, the left operand of the next product: that is why
  * the softmax between two products never leaves the registers.
  *
- * A tile lies in panels of 64 columns; a row of a panel is 128 bytes, eight chunks of 16, and chunk c of row r is found
- * at c ^ (r % 8), so that eight rows of one column touch all banks. This is the 128-byte swizzle of the Hopper matrix
- * unit, which reads the tiles in place (WGMMA, built for sm_90a); other targets read them by ldmatrix (mma.sync).
+ * A tile lies in panels of 64 columns, which are swizzled tiles as wgmma.cuh describes them. The code for sm_90a
+ * multiplies them in place, that for other targets reads them by ldmatrix and multiplies by mma.sync (mma.cuh).
  *
  * Tiles are loaded by the tensor copy engine (TMA) for sm_90a, which one thread asks for and a barrier in shared memory
  * reports, and elsewhere by all threads with cp.async: await_tiles stands for either, and a __syncthreads() follows.
@@ -20,20 +19,11 @@
 #ifndef KERNELS_ATTENTION_TILES_CUH
 #define KERNELS_ATTENTION_TILES_CUH
 
-#include "cuda.cuh"
-
-#include <cuda.h>
-#include <cudaTypedefs.h>
+#include "wgmma.cuh"
 
 extern "C" {
 #include "attention.h"
 }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define ATTENTION_WGMMA 1
-#else
-#define ATTENTION_WGMMA 0
-#endif
 
 enum {
     TILE = 64, /* rows of a tile, and columns of a panel */
@@ -47,13 +37,9 @@ __host__ __device__ constexpr int tile_bytes(int HS) {
 
 /* ---- moving tiles ---- */
 
-__device__ static inline uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
 /* The address of 8 numbers from column `col`, a multiple of 8, on. */
 __device__ static inline uint32_t tile_address(uint32_t tile, int row, int col) {
-    return tile + col / 64 * PANEL_BYTES + row * 128 + ((col % 64 / 8) ^ (row % 8)) * 16;
+    return swizzled(tile + col / 64 * PANEL_BYTES, row, col % 64 / 8);
 }
 
 /* The rows of one head of one sequence in a matrix (B*T, heads*HS) */
@@ -72,14 +58,14 @@ __device__ static inline HeadRows head_rows(const CUtensorMap *map, const __nv_b
     return rows;
 }
 
-#if ATTENTION_WGMMA
+#ifdef HOPPER_CODE
 
 __device__ static inline void barriers_init(uint32_t barriers, int count) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < count; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i));
+            barrier_init(barriers + 8 * i, 1);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init_fence();
     }
     __syncthreads();
 }
@@ -87,22 +73,13 @@ __device__ static inline void barriers_init(uint32_t barriers, int count) {
 /* Announces what the loads that follow will bring; a phase of the barrier ends with the last byte. */
 __device__ static inline void expect_bytes(uint32_t barrier, int bytes) {
     if (threadIdx.x == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        barrier_arrive_expect(barrier, bytes);
     }
 }
 
 /* The use-th wait on this barrier */
 __device__ static inline void await_tiles(uint32_t barrier, int use) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;\n}\n"
-            : "=r"(done)
-            : "r"(barrier), "r"(use & 1)
-            : "memory");
-    } while (!done);
+    barrier_wait(barrier, use & 1);
 }
 
 /* Queues the load of 64 rows from `row` on; rows past the end and columns past the head arrive as zeros. */
@@ -110,11 +87,7 @@ template <int HS>
 __device__ static inline void load_tile(uint32_t tile, HeadRows rows, int row, uint32_t barrier) {
     if (threadIdx.x == 0) {
         for (int col = 0; col < HS; col += 64) {
-            asm volatile(
-                "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(tile + col / 64 * PANEL_BYTES),
-                "l"(rows.map), "r"(col), "r"(rows.head), "r"(row), "r"(rows.b), "r"(barrier)
-                : "memory");
+            copy_box(tile + col / 64 * PANEL_BYTES, rows.map, col, rows.head, row, rows.b, barrier);
         }
     }
 }
@@ -122,11 +95,7 @@ __device__ static inline void load_tile(uint32_t tile, HeadRows rows, int row, u
 /* 64 pairs of numbers, 512 bytes */
 __device__ static inline void load_pairs(uint32_t to, const float2 *from, uint32_t barrier) {
     if (threadIdx.x == 0) {
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-            "[%0], [%1], %2, [%3];" ::"r"(to),
-            "l"(from), "n"(TILE * 8), "r"(barrier)
-            : "memory");
+        copy_run(to, from, TILE * sizeof(float2), barrier);
     }
 }
 
@@ -139,11 +108,7 @@ __device__ static inline void expect_bytes(uint32_t barrier, int bytes) {
 }
 
 __device__ static inline void await_tiles(uint32_t barrier, int use) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-__device__ static inline void copy_16(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+    copies_wait_all();
 }
 
 template <int HS>
@@ -153,13 +118,13 @@ __device__ static inline void load_tile(uint32_t tile, HeadRows rows, int first,
         int row = i / CHUNKS, col = i % CHUNKS * 8;
         bool there = first + row < rows.T && col < rows.HS;
         const __nv_bfloat16 *from = rows.from + (first + row) * rows.stride + col;
-        copy_16(tile_address(tile, row, col), there ? from : rows.from, there);
+        copy_16_if(tile_address(tile, row, col), there ? from : rows.from, there);
     }
 }
 
 __device__ static inline void load_pairs(uint32_t to, const float2 *from, uint32_t barrier) {
     if (threadIdx.x < TILE / 2) {
-        copy_16(to + threadIdx.x * 16, from + threadIdx.x * 2, true);
+        copy_16(to + threadIdx.x * 16, from + threadIdx.x * 2);
     }
 }
 
@@ -171,20 +136,8 @@ static CUtensorMap head_map(const __nv_bfloat16 *matrix, int heads, AttentionSha
     if (cuda_capability() < 90) {
         return map;
     }
-    void *entry = NULL;
-    cudaDriverEntryPointQueryResult found;
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
-    CHECK(found == cudaDriverEntryPointSuccess, "the NVIDIA driver has no tensor maps: update it");
-    cuuint64_t row = (cuuint64_t)heads * shape.HS * 2;
-    cuuint64_t extent[4] = {(cuuint64_t)shape.HS, (cuuint64_t)heads, (cuuint64_t)shape.T, (cuuint64_t)shape.B};
-    cuuint64_t pitch[3] = {(cuuint64_t)shape.HS * 2, row, row * shape.T};
-    cuuint32_t box[4] = {64, 1, TILE, 1}, step[4] = {1, 1, 1, 1};
-    CUresult result = ((PFN_cuTensorMapEncodeTiled_v12000)entry)(
-        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)matrix, extent, pitch, box, step,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    CHECK(result == CUDA_SUCCESS, "no tensor map for %d heads of %d: error %d", heads, shape.HS, (int)result);
-    return map;
+    int extent[4] = {shape.HS, heads, shape.T, shape.B}, box[4] = {64, 1, TILE, 1};
+    return tensor_map(matrix, sizeof(__nv_bfloat16), 4, extent, box, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 __device__ static inline uint32_t pack_pair(float low, float high) {
@@ -205,20 +158,16 @@ __device__ static inline void store_rows(__nv_bfloat16 *to, size_t stride, const
         for (int r = 0; r < 2; r++) {
             uint32_t pair = pack_pair(o[j][2 * r] * factor[r], o[j][2 * r + 1] * factor[r]);
             uint32_t at = tile_address(tile, first + lane / 4 + 8 * r, 8 * j) + lane % 4 * 4;
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+            store_4(at, pair);
         }
     }
     __syncwarp();
 #pragma unroll
     for (int i = lane; i < 16 * CHUNKS; i += 32) {
         int row = first + i / CHUNKS, col = i % CHUNKS * 8;
-        int4 chunk;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
-                     : "r"(tile_address(tile, row, col))
-                     : "memory");
+        uint4 chunk = load_16(tile_address(tile, row, col));
         if (row < rows && col < HS_real) {
-            *reinterpret_cast<int4 *>(to + row * stride + col) = chunk;
+            *reinterpret_cast<uint4 *>(to + row * stride + col) = chunk;
         }
     }
     __syncwarp();
@@ -237,103 +186,32 @@ __device__ static inline void pack_left(uint32_t (&p)[TILE / 16][4], const float
 
 /* ---- products ---- */
 
-#if ATTENTION_WGMMA
+#ifdef HOPPER_CODE
 
-/* Where the matrix unit finds what starts `at` bytes into a tile: address, leading offset (from panel to panel), stride
- * offset (8 rows of 128 bytes), all in units of 16 bytes, and the code of the 128-byte swizzle. */
-__device__ static inline uint64_t tile_descriptor(uint32_t tile, uint32_t at) {
-    uint32_t low = (tile >> 4) + ((PANEL_BYTES >> 4 << 16) + (at >> 4)), high = 1024 >> 4 | 1u << 30;
-    return (uint64_t)high << 32 | low;
+/* The sums as wgmma.cuh counts them */
+template <int N>
+__device__ static inline float (&in_a_row(float (&sum)[N][4]))[4 * N] {
+    return reinterpret_cast<float(&)[4 * N]>(sum);
 }
 
 __device__ static inline void products_begin(void) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    wgmma_begin();
 }
 
 __device__ static inline void products_end(void) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    wgmma_commit();
 }
 
 /* Until at most PENDING groups of products are on their way */
 template <int PENDING>
 __device__ static inline void products_wait(void) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+    wgmma_wait<PENDING>();
 }
 
 /* Tells the compiler that the registers change here: it must not move their use across a wait. */
 template <int N>
 __device__ static inline void settle(float (&x)[N][4]) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        asm volatile("" : "+f"(x[j][0]), "+f"(x[j][1]), "+f"(x[j][2]), "+f"(x[j][3])::"memory");
-    }
-}
-
-#define ACCUMULATORS_4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define ACCUMULATORS_16(d, j) \
-    ACCUMULATORS_4(d, j), ACCUMULATORS_4(d, j + 1), ACCUMULATORS_4(d, j + 2), ACCUMULATORS_4(d, j + 3)
-#define NAMES_0_15 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_16_31 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_32_47 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_48_63 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-/* 16 columns of A and B; add = 0 starts the sum. */
-__device__ static inline void wgmma_nt(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_0_15 NAMES_16_31
-        "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
-        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
-        : "l"(a), "l"(b), "r"(add));
-}
-
-/* The same with A in registers */
-__device__ static inline void wgmma_nt(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_0_15 NAMES_16_31
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
-        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-/* 16 rows of B, which is read along its rows: one definition for each HS */
-#define LEFT(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-
-__device__ static inline void wgmma_nn(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" NAMES_0_15
-        "}, {%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"
-        : ACCUMULATORS_16(d, 0)
-        : LEFT(a), "l"(b));
-}
-
-__device__ static inline void wgmma_nn(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_0_15 NAMES_16_31
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
-        : LEFT(a), "l"(b));
-}
-
-__device__ static inline void wgmma_nn(float (&d)[12][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" NAMES_0_15 NAMES_16_31 NAMES_32_47
-        "}, {%48, %49, %50, %51}, %52, p, 1, 1, 1;\n}\n"
-        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4), ACCUMULATORS_16(d, 8)
-        : LEFT(a), "l"(b));
-}
-
-__device__ static inline void wgmma_nn(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_0_15 NAMES_16_31 NAMES_32_47 NAMES_48_63
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4), ACCUMULATORS_16(d, 8), ACCUMULATORS_16(d, 12)
-        : LEFT(a), "l"(b));
+    wgmma_settle(in_a_row(x));
 }
 
 template <int HS>
@@ -341,7 +219,7 @@ __device__ static inline void multiply_nt(float (&s)[TILE / 8][4], uint32_t a, u
 #pragma unroll
     for (int k = 0; k < HS / 16; k++) {
         int at = k / 4 * PANEL_BYTES + k % 4 * 32;
-        wgmma_nt(s, tile_descriptor(a, at), tile_descriptor(b, at), k > 0);
+        wgmma<0, 0>(in_a_row(s), tile_description(a, at), tile_description(b, at), k > 0);
     }
 }
 
@@ -349,7 +227,7 @@ template <int HS>
 __device__ static inline void multiply_nn(float (&o)[HS / 8][4], const uint32_t (&p)[TILE / 16][4], uint32_t b) {
 #pragma unroll
     for (int k = 0; k < TILE / 16; k++) {
-        wgmma_nn(o, p[k], tile_descriptor(b, k * 16 * 128));
+        wgmma<1>(in_a_row(o), p[k], tile_description(b, k * 16 * 128));
     }
 }
 
@@ -364,30 +242,6 @@ __device__ static inline void products_wait(void) {
 }
 template <int N>
 __device__ static inline void settle(float (&x)[N][4]) {
-}
-
-/* Four matrices of 8 x 8; lane 8 * i + r names row r of the i-th. */
-template <bool TRANSPOSED>
-__device__ static inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-    if (TRANSPOSED) {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(address)
-                     : "memory");
-    } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(address)
-                     : "memory");
-    }
-}
-
-__device__ static inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <int HS>

@@ -17,6 +17,7 @@
 #include "cuda.cuh"
 
 #include "cuda_blas.cuh"
+#include "mma.cuh"
 #include "partials.cuh"
 
 extern "C" {
@@ -43,15 +44,6 @@ __device__ static Parts split(float x) {
 /* ---- forward, up to 16 experts ---- */
 
 enum { WARPS = 4, WARP_TOKENS = 16, STEP = 128, FILL = 6, PAD = 32, PART_BYTES = 48 << 10 };
-
-/* d (16,8) += a (16,16) b (16,8) by the matrix unit: what each thread holds of them is in the PTX manual under
- * mma.m16n8k16. */
-__device__ static void multiply_add(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 /* STEP columns of two tokens, 16 bytes per thread and token for every 32 columns. The order of the inner index is free
  * as long as x and w agree: a thread feeds its 8 neighbouring numbers to two steps of the matrix unit. */
@@ -136,15 +128,16 @@ __global__ void __launch_bounds__(32 * WARPS)
             float sum[TILES][4] = {};
 #pragma unroll
             for (int i = 0; i < STEP / 32; i++) {
-                uint4 a = strip.token[i][0], b = strip.token[i][1];
+                uint4 x0 = strip.token[i][0], x1 = strip.token[i][1];
+                const uint32_t low[4] = {x0.x, x1.x, x0.y, x1.y}, high[4] = {x0.z, x1.z, x0.w, x1.w};
                 const real_t *from = parts + lane / 4 * stride + c + i * 32 + lane % 4 * 8;
 #pragma unroll
                 for (int part = 0; part < 3; part++) {
 #pragma unroll
                     for (int t = 0; t < TILES; t++) {
                         uint4 e = *reinterpret_cast<const uint4 *>(from + (part * TILES + t) * 8 * stride);
-                        multiply_add(sum[t], a.x, b.x, a.y, b.y, e.x, e.y);
-                        multiply_add(sum[t], a.z, b.z, a.w, b.w, e.z, e.w);
+                        mma(sum[t], low, e.x, e.y);
+                        mma(sum[t], high, e.z, e.w);
                     }
                 }
             }

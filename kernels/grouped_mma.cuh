@@ -210,7 +210,7 @@ static __global__ void __launch_bounds__(MMA_THREADS, 1)
         if (!GELU) {
             mma_load(shared + 2 * MMA_STAGED, a + H, rows, of_a);
         }
-        mma_copies_wait<0>();
+        copies_wait<0>();
         __syncthreads();
         mma_stage_back<GELU>(shared, u, half, dot, weight);
         __syncthreads();

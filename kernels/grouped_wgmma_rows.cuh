@@ -333,11 +333,11 @@ static void launch_rows(RowsProduct p, const real_t *weights, int weight_rows, G
     bool pairs = FINISH == FINISH_UP && !GELU;
     p.columns = pairs ? COLUMNS / 2 : COLUMNS;
     p.second = pairs ? p.width : COLUMNS / 2;
-    CUtensorMap b_map = tensor_map(weights, sizeof(real_t), ACROSS_B ? p.width : p.inner, weight_rows, p.E,
+    CUtensorMap b_map = matrix_map(weights, sizeof(real_t), ACROSS_B ? p.width : p.inner, weight_rows, p.E,
                                    ACROSS_B ? DEEP : COLUMNS / 2);
-    CUtensorMap a_map = p.a.entry ? b_map : tensor_map(p.a.x, sizeof(real_t), p.inner, p.rows, 1, WGMMA_ROWS);
+    CUtensorMap a_map = p.a.entry ? b_map : matrix_map(p.a.x, sizeof(real_t), p.inner, p.rows, 1, WGMMA_ROWS);
     CUtensorMap saved_map = FINISH != FINISH_HIDDEN ? b_map
-                                                    : tensor_map(p.saved, sizeof(real_t), GELU ? p.width : 2 * p.width,
+                                                    : matrix_map(p.saved, sizeof(real_t), GELU ? p.width : 2 * p.width,
                                                                  p.rows, 1, WGMMA_ROWS);
     size_t extra = (p.E + 1) * sizeof(int);
     int64_t tiles = (int64_t)most_row_tiles(g.shape, WGMMA_ROWS) * ceil_div(p.width, p.columns);

@@ -246,9 +246,9 @@ template <int COLUMNS>
 static void launch_weight(WeightProduct p, int64_t tiles, Grouped g) {
     int rows = g.shape.rows;
     CUtensorMap none = {};
-    CUtensorMap left_map = p.left.entry ? none : tensor_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
-    CUtensorMap right_map = p.right.entry ? none : tensor_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
-    CUtensorMap dw_map = tensor_map(p.dw, sizeof(acc_t), p.N, p.M, p.E, WGMMA_ROWS);
+    CUtensorMap left_map = p.left.entry ? none : matrix_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
+    CUtensorMap right_map = p.right.entry ? none : matrix_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
+    CUtensorMap dw_map = matrix_map(p.dw, sizeof(acc_t), p.N, p.M, p.E, WGMMA_ROWS);
     if (p.left.entry) {
         launch_wgmma<COLUMNS>(weight_product_kernel<true, false, COLUMNS>, 0, tiles, g.stream, left_map, right_map,
                               dw_map, p);

@@ -1,4 +1,5 @@
-/* A tile of a matrix product on the tensor cores of Ampere and later: mma.sync m16n8k16 on bf16, fp32 sums, cp.async.
+/* A tile of a matrix product on the tensor cores of Ampere and later: mma.sync m16n8k16 on bf16, fp32 sums, cp.async
+ * (mma.cuh).
  *
  * A block of 8 warps owns 128 x 256 elements of a result, a warp 64 x 64 of them (warps 2 x 4), in registers. The
  * summed index is cut into steps of 32. Four steps' operands are in shared memory at a time: while the tensor cores
@@ -14,6 +15,7 @@
 #define KERNELS_MMA_TILE_CUH
 
 #include "grouped_tile.cuh"
+#include "mma.cuh"
 
 enum {
     MMA_ROWS = 128,
@@ -30,46 +32,6 @@ enum {
 };
 static_assert(MMA_DEPTH == 32, "a lane to each inner index of a step");
 static_assert(3 * MMA_STAGED <= MMA_STEPS * MMA_STEP, "gate, up and h are staged where the operands were");
-
-/* ---- instructions ---- */
-
-__device__ static inline uint32_t mma_shared(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-/* The first `bytes` of 16 to shared memory, zeros for the rest. */
-__device__ static inline void mma_copy(uint32_t to, const real_t *from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
-}
-
-__device__ static inline void mma_copies_end(void) {
-    asm volatile("cp.async.commit_group;");
-}
-
-template <int LEFT>
-__device__ static inline void mma_copies_wait(void) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-template <bool TURN>
-__device__ static inline void mma_fragment(uint32_t (&r)[4], uint32_t from) {
-    if (TURN) {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(from));
-    } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(from));
-    }
-}
-
-__device__ static inline void mma_multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t *right) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
-}
 
 /* ---- operands ---- */
 
@@ -180,12 +142,12 @@ __device__ static inline void mma_fetch(MmaOperand<OUTER, ALONG> &m, uint32_t ti
 #pragma unroll
     for (int i = 0; i < m.EACH; i++) {
         if constexpr (ALONG) {
-            mma_copy(tile + m.to + i * m.ROWS * m.CHUNKS * 16, m.run[i], inside ? m.bytes[i] : 0);
+            copy_padded(tile + m.to + i * m.ROWS * m.CHUNKS * 16, m.run[i], inside ? m.bytes[i] : 0);
             m.run[i] += MMA_DEPTH;
         } else {
             int row = __shfl_sync(0xffffffffu, lane_row, mma_row<MmaOperand<OUTER, ALONG>>(i));
-            mma_copy(tile + m.to + i * m.ROWS * m.CHUNKS * 16, m.from + (size_t)max(row, 0) * m.width,
-                     inside && row >= 0 ? 16 : 0);
+            copy_padded(tile + m.to + i * m.ROWS * m.CHUNKS * 16, m.from + (size_t)max(row, 0) * m.width,
+                        inside && row >= 0 ? 16 : 0);
         }
     }
     m.inner += MMA_DEPTH;
@@ -199,9 +161,9 @@ template <int OUTER, bool ALONG>
 __device__ static inline void mma_block(uint32_t (&r)[4], const MmaOperand<OUTER, ALONG> &m, uint32_t tile, int i,
                                         int k) {
     if constexpr (ALONG) {
-        mma_fragment<false>(r, tile + m.block[k / 16] + i * 16 * m.CHUNKS * 16);
+        load_matrices<false>(r, tile + m.block[k / 16] + i * 16 * m.CHUNKS * 16);
     } else {
-        mma_fragment<true>(r, tile + m.block[i] + k * m.CHUNKS * 16);
+        load_matrices<true>(r, tile + m.block[i] + k * m.CHUNKS * 16);
     }
 }
 
@@ -231,7 +193,7 @@ __device__ static inline void mma_multiply_blocks(MmaSum &sum, const MmaBlocks &
     for (int i = 0; i < 4; i++) {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            mma_multiply(sum[i][j], blocks.left[i], &blocks.right[j / 2][j % 2 * 2]);
+            mma(sum[i][j], blocks.left[i], blocks.right[j / 2][j % 2 * 2], blocks.right[j / 2][j % 2 * 2 + 1]);
         }
     }
 }
@@ -244,16 +206,16 @@ template <bool LEFT_ALONG, bool RIGHT_ALONG>
 __device__ static inline void mma_sum(MmaSum &sum, real_t *shared, MmaOperand<MMA_ROWS, LEFT_ALONG> &left,
                                       MmaOperand<MMA_COLUMNS, RIGHT_ALONG> &right) {
     const int step_bytes = MMA_STEP * (int)sizeof(real_t), left_bytes = MMA_LEFT * (int)sizeof(real_t);
-    uint32_t base = mma_shared(shared);
+    uint32_t base = shared_address(shared);
     int steps = (left.inner_end - left.inner + MMA_DEPTH - 1) / MMA_DEPTH, fetched = 0;
     for (; fetched < MMA_STEPS - 1; fetched++) {
         if (fetched < steps) {
             mma_fetch(left, base + fetched * step_bytes);
             mma_fetch(right, base + fetched * step_bytes + left_bytes);
         }
-        mma_copies_end();
+        copies_end();
     }
-    mma_copies_wait<MMA_STEPS - 2>();
+    copies_wait<MMA_STEPS - 2>();
     __syncthreads();
     MmaBlocks lower, upper;
     mma_read(lower, left, right, base, 0);
@@ -264,15 +226,15 @@ __device__ static inline void mma_sum(MmaSum &sum, real_t *shared, MmaOperand<MM
             mma_fetch(left, to);
             mma_fetch(right, to + left_bytes);
         }
-        mma_copies_end();
+        copies_end();
         mma_multiply_blocks(sum, lower);
-        mma_copies_wait<MMA_STEPS - 2>();
+        copies_wait<MMA_STEPS - 2>();
         __syncthreads();
         /* past the last step: read, not used */
         mma_read(lower, left, right, base + (step + 1) % MMA_STEPS * step_bytes, 0);
         mma_multiply_blocks(sum, upper);
     }
-    mma_copies_wait<0>();
+    copies_wait<0>();
     __syncthreads();
 }
 
@@ -316,9 +278,9 @@ __device__ static inline void mma_load(real_t *stage, const real_t *from, RowTil
         int row = i / (MMA_HALF / 8), chunk = i % (MMA_HALF / 8), column = mma_column(columns, chunk * 8);
         bool there = rows.first + row < rows.end && column < columns.end;
         const real_t *source = from + (there ? (size_t)(rows.first + row) * columns.width + column : 0);
-        mma_copy(mma_shared(stage) + mma_place<MMA_HALF / 8>(row, chunk), source, there ? 16 : 0);
+        copy_16_if(shared_address(stage) + mma_place<MMA_HALF / 8>(row, chunk), source, there);
     }
-    mma_copies_end();
+    copies_end();
 }
 
 __device__ static inline void mma_store(real_t *to, const real_t *stage, RowTile rows, MmaColumns columns,

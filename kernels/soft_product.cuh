@@ -17,7 +17,7 @@
 
 #include <limits.h>
 
-#include "cuda.cuh"
+#include "mma.cuh"
 
 /* Row i of group g lies at g*group + i/run*outer + i%run*step. */
 typedef struct {
@@ -231,11 +231,8 @@ __device__ static inline void fetch_tile(__nv_bfloat16 *tile, Cursor<__nv_bfloat
 #pragma unroll
     for (int p = 0; p < PACKS_EACH; p++) {
         const bool inside = pack_inside<DEPTH_ROWS>(p, first, extent, k, depth);
-        const unsigned to =
-            (unsigned)__cvta_generic_to_shared(tile + pack_place<DEPTH_ROWS>(threadIdx.x + p * PRODUCT_THREADS));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(inside ? cursor[p].p : from.p),
-                     "r"(inside ? 16 : 0)
-                     : "memory");
+        const __nv_bfloat16 *to = tile + pack_place<DEPTH_ROWS>(threadIdx.x + p * PRODUCT_THREADS);
+        copy_16_if(shared_address(to), inside ? cursor[p].p : from.p, inside);
         move_on<DEPTH_ROWS>(cursor[p], stride);
     }
 }
@@ -277,31 +274,13 @@ __device__ static inline void store_tile(__nv_bfloat16 *tile, const TileFloats &
 /* Four 8 x 8 matrices of a tile, 16 of the outer extent by 16 of the depth, as the tensor cores want them. For A the
  * second matrix is the next 8 of the outer extent, for B (OUTER_LAST) the next 8 of the depth. */
 template <bool DEPTH_ROWS, bool OUTER_LAST>
-__device__ static inline void load_matrices(unsigned (&to)[4], const __nv_bfloat16 *tile, int outer, int k) {
+__device__ static inline void load_blocks(uint32_t (&to)[4], const __nv_bfloat16 *tile, int outer, int k) {
     const int lane = threadIdx.x % 32, matrix = lane / 8;
     const int outer_half = OUTER_LAST ? matrix / 2 : matrix % 2, k_half = OUTER_LAST ? matrix % 2 : matrix / 2;
     outer += outer_half * 8 + (DEPTH_ROWS ? 0 : lane % 8);
     k += k_half * 8 + (DEPTH_ROWS ? lane % 8 : 0);
-    const unsigned from =
-        (unsigned)__cvta_generic_to_shared(tile + (DEPTH_ROWS ? k * DEPTH_STRIDE + outer : outer * OUTER_STRIDE + k));
-    if (DEPTH_ROWS) {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                     : "r"(from));
-    } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                     : "r"(from));
-    }
-}
-
-/* sum (16,8) += a (16,16) b (16,8) */
-__device__ static inline void tensor_multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    load_matrices<DEPTH_ROWS>(
+        to, shared_address(tile + (DEPTH_ROWS ? k * DEPTH_STRIDE + outer : outer * OUTER_STRIDE + k)));
 }
 
 /* sum[i][j] is the warp's 16 x 8 piece (i, j). */
@@ -312,18 +291,18 @@ __device__ static inline void multiply_tiles(WarpSum &sum, const __nv_bfloat16 *
                                              int row, int col) {
 #pragma unroll
     for (int k = 0; k < MMA_DEPTH; k += 16) {
-        unsigned b[WARP_COLS / 16][4];
+        uint32_t b[WARP_COLS / 16][4];
 #pragma unroll
         for (int j = 0; j < WARP_COLS / 16; j++) {
-            load_matrices<!B_TURNED, true>(b[j], tile_b, col + j * 16, k);
+            load_blocks<!B_TURNED, true>(b[j], tile_b, col + j * 16, k);
         }
 #pragma unroll
         for (int i = 0; i < WARP_ROWS / 16; i++) {
-            unsigned a[4];
-            load_matrices<A_TURNED, false>(a, tile_a, row + i * 16, k);
+            uint32_t a[4];
+            load_blocks<A_TURNED, false>(a, tile_a, row + i * 16, k);
 #pragma unroll
             for (int j = 0; j < WARP_COLS / 8; j++) {
-                tensor_multiply(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                mma(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
     }
@@ -377,7 +356,7 @@ __global__ static void __launch_bounds__(PRODUCT_THREADS, 2)
     WarpSum sum = {};
     TileFloats floats;
     for (int step = 1 - STAGES, next = 0, k = 0; step < all_steps; step++, next++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        copies_wait<STAGES - 2>();
         __syncthreads(); /* this step's tiles are there, and the place of the last step's is free */
         if (next < all_steps) {
             fetch_tile<!B_TURNED>(ring[next % STAGES][1], cursor_b, b, stride_b, at.col, s.N, k, at.depth);
@@ -394,7 +373,7 @@ __global__ static void __launch_bounds__(PRODUCT_THREADS, 2)
                 }
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        copies_end();
         const bool floats_next = FLOATS && step + 1 >= 0 && step + 1 < steps;
         if constexpr (FLOATS) {
             if (floats_next) {

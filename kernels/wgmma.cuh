@@ -17,14 +17,16 @@
 #ifndef KERNELS_WGMMA_CUH
 #define KERNELS_WGMMA_CUH
 
-#include "cuda.cuh"
+#include "mma.cuh"
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
-__device__ static inline uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
+/* Whether these instructions exist where this is compiled. The host's pass sees the same functions as Hopper's; for
+ * other cards the kernels are empty, and never launched, or made of what mma.cuh has. */
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER_CODE
+#endif
 
 /* ---- barriers: 8 bytes of shared memory that count arrivals and bytes; a phase ends when both are complete ---- */
 
@@ -76,34 +78,26 @@ __device__ static inline void copy_box(uint32_t to, const CUtensorMap *map, int 
         : "memory");
 }
 
-/* 16 bytes by the calling thread. */
-__device__ static inline void copy_16(uint32_t to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+/* The same of a tensor of four dimensions. */
+__device__ static inline void copy_box(uint32_t to, const CUtensorMap *map, int x, int y, int z, int w,
+                                       uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+        : "memory");
 }
 
-/* The same, or 16 zeros where `there` is false (then nothing is read). */
-__device__ static inline void copy_16_if(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-/* 16 bytes of shared memory. */
-__device__ static inline uint4 load_16(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(from)
-                 : "memory");
-    return v;
-}
-
-__device__ static inline void store_16(uint32_t to, uint4 v) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+/* `bytes` in a run, a multiple of 16, from and to multiples of 16. */
+__device__ static inline void copy_run(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
 /* Where 16-byte piece `piece` of row `row` lies in the swizzled tile at `tile`. */
 __device__ static inline uint32_t swizzled(uint32_t tile, int row, int piece) {
-    return tile + row * 128 + ((piece ^ (row & 7)) << 4);
+    return tile + row * 128 + (piece ^ row % 8) * 16;
 }
 
 __device__ static inline void fence_async(void) {
@@ -135,6 +129,13 @@ __device__ static inline uint64_t tile_description(uint32_t address) {
     return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)(8192 >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
+/* The same of what lies `at` bytes into a tile, for addresses below 256 KB; one addition in 32 bits where `at` is a
+ * constant. */
+__device__ static inline uint64_t tile_description(uint32_t tile, uint32_t at) {
+    uint32_t low = (tile >> 4) + ((8192 >> 4 << 16) + (at >> 4)), high = 1024 >> 4 | 1u << 30;
+    return (uint64_t)high << 32 | low;
+}
+
 /* Before the first wgmma that uses registers or shared memory which this warp group has touched. */
 __device__ static inline void wgmma_begin(void) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -150,17 +151,22 @@ __device__ static inline void wgmma_wait(void) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(UNFINISHED) : "memory");
 }
 
+#define SUMS_4(sum, i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+
 /* Keeps the compiler from reading sums before the wait above this. */
 template <int COUNT>
 __device__ static inline void wgmma_settle(float (&sum)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        asm volatile("" : "+f"(sum[i])::"memory");
+    for (int i = 0; i < COUNT; i += 4) {
+        asm volatile("" : SUMS_4(sum, i)::"memory");
     }
 }
 
-#define SUMS_4(sum, i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define SUMS_16(sum, i) SUMS_4(sum, i), SUMS_4(sum, i + 4), SUMS_4(sum, i + 8), SUMS_4(sum, i + 12)
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_48 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_64 NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 /* sum (64 x N) = or += A (64 x 16) B (16 x N), bf16 to float; a, b: tile_description. ACROSS_A, ACROSS_B: 1 for tiles
  * that lie "across", 0 "deep". Thread t of the warp group holds, for every block j of 8 columns and half = 0, 1,
@@ -169,12 +175,8 @@ template <int ACROSS_A, int ACROSS_B>
 __device__ static inline void wgmma(float (&sum)[128], uint64_t a, uint64_t b, int add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NAMES_64
+        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
@@ -188,22 +190,70 @@ template <int ACROSS_A, int ACROSS_B>
 __device__ static inline void wgmma(float (&sum)[64], uint64_t a, uint64_t b, int add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, add, 1, 1, %67, %68;\n}"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64 "}, %64, %65, add, 1, 1, %67, %68;\n}"
         : SUMS_16(sum, 0), SUMS_16(sum, 16), SUMS_16(sum, 32), SUMS_16(sum, 48)
         : "l"(a), "l"(b), "r"(add), "n"(ACROSS_A), "n"(ACROSS_B));
 }
 
+template <int ACROSS_A, int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[32], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32 "}, %32, %33, add, 1, 1, %35, %36;\n}"
+        : SUMS_16(sum, 0), SUMS_16(sum, 16)
+        : "l"(a), "l"(b), "r"(add), "n"(ACROSS_A), "n"(ACROSS_B));
+}
+
+/* sum += A B with A in registers, each warp's 16 rows as mma() takes them. */
+#define WORDS_4(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+
+template <int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[64], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64
+        "}, {%64, %65, %66, %67}, %68, add, 1, 1, %69;\n}"
+        : SUMS_16(sum, 0), SUMS_16(sum, 16), SUMS_16(sum, 32), SUMS_16(sum, 48)
+        : WORDS_4(a), "l"(b), "n"(ACROSS_B));
+}
+
+template <int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[48], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" NAMES_48
+        "}, {%48, %49, %50, %51}, %52, add, 1, 1, %53;\n}"
+        : SUMS_16(sum, 0), SUMS_16(sum, 16), SUMS_16(sum, 32)
+        : WORDS_4(a), "l"(b), "n"(ACROSS_B));
+}
+
+template <int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[32], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_32
+        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %37;\n}"
+        : SUMS_16(sum, 0), SUMS_16(sum, 16)
+        : WORDS_4(a), "l"(b), "n"(ACROSS_B));
+}
+
+template <int ACROSS_B>
+__device__ static inline void wgmma(float (&sum)[16], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" NAMES_16
+        "}, {%16, %17, %18, %19}, %20, add, 1, 1, %21;\n}"
+        : SUMS_16(sum, 0)
+        : WORDS_4(a), "l"(b), "n"(ACROSS_B));
+}
+
 /* ---- the host's side ---- */
 
-/* A tensor (outer, rows, inner), contiguous, of bf16 or float (`size` 2 or 4 bytes), fetched in boxes of 128 bytes x
- * box_rows x 1, swizzled. Base and row length must be multiples of 16 bytes. The driver's function is asked for by
- * name, so that nothing links with it. */
-static CUtensorMap tensor_map(const void *base, int size, int inner, int rows, int outer, int box_rows) {
+/* A contiguous tensor of bf16 or float (`size` 2 or 4 bytes), extent[0] innermost, fetched in boxes that are 128 bytes
+ * wide, swizzled; `fetch`: how much of memory a miss brings into L2. Base and row length must be multiples of 16 bytes.
+ * The driver's function is asked for by name, so that nothing links with it. */
+static CUtensorMap tensor_map(const void *base, int size, int rank, const int *extent, const int *box,
+                              CUtensorMapL2promotion fetch) {
     static PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
@@ -212,14 +262,18 @@ static CUtensorMap tensor_map(const void *base, int size, int inner, int rows, i
         CHECK(found == cudaDriverEntryPointSuccess, "the NVIDIA driver has no tensor maps: update it");
     }
     CUtensorMap map;
-    cuuint64_t extent[3] = {(cuuint64_t)inner, (cuuint64_t)rows, (cuuint64_t)outer};
-    cuuint64_t pitch[2] = {(cuuint64_t)inner * size, (cuuint64_t)inner * rows * size};
-    cuuint32_t box[3] = {128 / (cuuint32_t)size, (cuuint32_t)box_rows, 1}, step[3] = {1, 1, 1};
+    cuuint64_t extents[5], pitch[5], bytes = size; /* pitch[i]: from one to the next in dimension i + 1 */
+    cuuint32_t boxes[5], step[5] = {1, 1, 1, 1, 1};
+    for (int i = 0; i < rank; i++) {
+        extents[i] = extent[i];
+        boxes[i] = box[i];
+        pitch[i] = bytes *= extent[i];
+    }
     CUtensorMapDataType type = size == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    CUresult result =
-        encode(&map, type, 3, (void *)base, extent, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    CHECK(result == CUDA_SUCCESS, "no tensor map for (%d, %d, %d): error %d", outer, rows, inner, (int)result);
+    CUresult result = encode(&map, type, rank, (void *)base, extents, pitch, boxes, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                             CU_TENSOR_MAP_SWIZZLE_128B, fetch, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CHECK(result == CUDA_SUCCESS, "no tensor map for %d x %d numbers of %d bytes (rank %d): error %d", extent[1],
+          extent[0], size, rank, (int)result);
     return map;
 }
 

@@ -6,11 +6,6 @@
 #include "grouped.cuh"
 #include "wgmma.cuh"
 
-/* wgmma exists in the build for Hopper alone: for other cards the kernels are empty, and never launched. */
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HOPPER_CODE
-#endif
-
 enum {
     GROUP = 128, /* threads of a warp group */
     LOADERS = GROUP,
@@ -157,6 +152,12 @@ __device__ static inline void store_pack_if(T *to, const Pack<T> &pack, bool ins
 }
 
 /* ---- the host's side ---- */
+
+/* How the copy engine sees `outer` matrices (rows, inner), one after the other: box_rows rows of 128 bytes at a time */
+static CUtensorMap matrix_map(const void *base, int size, int inner, int rows, int outer, int box_rows) {
+    int extent[3] = {inner, rows, outer}, box[3] = {128 / size, box_rows, 1};
+    return tensor_map(base, size, 3, extent, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+}
 
 /* Runs `kernel` with the ring and `extra` bytes of shared memory. */
 template <int COLUMNS, class... Arguments>

@@ -13,7 +13,8 @@
  * where rows are fetched by index, one arrival from each of the 128 loading threads, which the hardware makes when that
  * thread's cp.async are done. empty[s] ends when one thread of each multiplying group has arrived; it does so when the
  * group's wgmma on the stage are finished, which is asked one stage late, so that the tensor cores always have the next
- * batch queued. Nothing else has to meet: a tile's sums stay in registers, and each warp stores its own 16 rows.
+ * batch queued. (That one thread speaks for its group rests on the four warps' parts of a wgmma being finished
+ * together.) Nothing else has to meet: a tile's sums stay in registers, and each warp stores its own 16 rows.
  *
  * Operands. Weights come by TMA from one map over (E, rows, columns), as do rows that lie in order; both arrive
  * swizzled (wgmma.cuh). A box that runs past the expert's last row brings rows of the next one: each row makes only its

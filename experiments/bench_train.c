@@ -4,6 +4,7 @@
  *     build/bench_train                          the models of the CPU, one JSON line each
  *     build/bench_train --model cpu-mid --steps 20
  *     build/bench_train_cuda --model d12         the models of the GPU are d12, d12-fine, d12-dense, tiny, tiny-byte
+ *     build/bench_train_cuda --model d12 --router forced --force balanced    what uneven experts cost
  *
  * Whole steps: forward, loss, backward, clipping, AdamW on tokens drawn from a fixed Zipf-like distribution, copied to
  * the device inside the time; the median of the steps after a warm-up. On a GPU steps are queued in groups, since to
@@ -84,7 +85,12 @@ static void step(Bench *b, int s, bool record) {
     }
 }
 
-static void open_bench(Bench *b, const Model *m, Recompute recompute) {
+/* NULL: as the model has it. */
+typedef struct {
+    const char *router, *force;
+} Routing;
+
+static void open_bench(Bench *b, const Model *m, Routing routing, Recompute recompute) {
     *b = (Bench){0};
     config_defaults(&b->config);
     ModelConfig *c = &b->config.model;
@@ -99,6 +105,11 @@ static void open_bench(Bench *b, const Model *m, Recompute recompute) {
     c->top_k = m->top_k;
     if (m->experts == 0) {
         snprintf(c->router, sizeof c->router, "dense");
+    } else if (routing.router) {
+        snprintf(c->router, sizeof c->router, "%s", routing.router);
+    }
+    if (routing.force) {
+        snprintf(c->force, sizeof c->force, "%s", routing.force);
     }
     b->config.train.batch = m->batch;
     b->config.train.steps = 10000;
@@ -129,9 +140,11 @@ static void close_bench(Bench *b) {
     arena_free(&b->arena);
 }
 
-static void bench_model(const Model *m, int steps, bool graph, Recompute recompute, const char *device) {
+static void bench_model(const Model *m, Routing routing, int steps, bool graph, Recompute recompute,
+                        const char *device) {
     Bench b;
-    open_bench(&b, m, recompute);
+    open_bench(&b, m, routing, recompute);
+    graph = graph && transformer_steps_are_alike(&b.model);
     int group = device_runs_ahead() ? GROUP : 1, groups = (steps + group - 1) / group, done = 0;
     double *seconds = calloc(groups, sizeof(double));
     CHECK(seconds, "out of memory for %d times", groups);
@@ -210,6 +223,7 @@ static void bench_matmul(int N, int OUT, int IN, const char *device) {
 
 int main(int argc, char **argv) {
     const char *only = NULL;
+    Routing routing = {NULL, NULL};
     int steps = 0, graph = 1, recompute = RECOMPUTE_NONE;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--model") == 0) {
@@ -218,6 +232,10 @@ int main(int argc, char **argv) {
             steps = atoi(argv[i + 1]);
         } else if (strcmp(argv[i], "--graph") == 0) {
             graph = atoi(argv[i + 1]);
+        } else if (strcmp(argv[i], "--router") == 0) {
+            routing.router = argv[i + 1];
+        } else if (strcmp(argv[i], "--force") == 0) {
+            routing.force = argv[i + 1];
         } else if (strcmp(argv[i], "--recompute") == 0) {
             recompute = strcmp(argv[i + 1], "norms") == 0     ? RECOMPUTE_NORMS
                         : strcmp(argv[i + 1], "experts") == 0 ? RECOMPUTE_EXPERTS
@@ -232,7 +250,7 @@ int main(int argc, char **argv) {
     bool gpu = device_runs_ahead();
     for (int i = 0; i < MODEL_COUNT; i++) {
         if (only ? strcmp(only, MODELS[i].name) == 0 : MODELS[i].gpu == gpu) {
-            bench_model(&MODELS[i], steps > 0 ? steps : MODELS[i].steps, graph, (Recompute)recompute, device);
+            bench_model(&MODELS[i], routing, steps > 0 ? steps : MODELS[i].steps, graph, (Recompute)recompute, device);
         }
     }
     if (!only || strcmp(only, "none") == 0) {

@@ -5,11 +5,11 @@
 #
 #   parity      every operation, in float and in bf16, against the CPU's results on the same inputs
 #   bits        ten runs and recorded runs with the same bits; rows in other company
-#   sanitizer   compute-sanitizer's four tools over the small shapes, where it is installed
+#   runs        training runs of ./train_cuda against ./train (cuda_runs.sh), and the tests of the command line on it,
+#               where both are built
+#   ...check    compute-sanitizer's four tools over the small shapes, where it is installed
 #
-#   runs        training runs of ./train_cuda against ./train (cuda_runs.sh), where both are built
-#
-# Logs stay in FOLDER/cuda_logs.
+# All of them at once; their logs stay in FOLDER/cuda_logs.
 folder=$(cd "${1:-build}" && pwd) || exit 1
 logs=$folder/cuda_logs
 mkdir -p "$logs" || exit 1
@@ -34,63 +34,66 @@ count() {
     esac
 }
 
-# parity NAME PROGRAM [OPTIONS of write]
+# start NAME COMMAND...: runs it beside the others; what it prints is NAME's log.
+start() {
+    name=$1
+    shift
+    ("$@" >"$logs/$name.log" 2>&1; echo $? >"$logs/$name.status") &
+    names="$names $name"
+}
+
+# parity PROGRAM [OPTIONS of write]
 parity() {
-    log=$logs/$1.log
-    program=$2
-    shift 2
-    "$folder/parity_cpu" write "$@" | "$folder/$program" compare >"$log" 2>&1
-    count "$log" $?
-    grep '^FAIL' -A 1 "$log" | head -n 40
+    program=$1
+    shift
+    "$folder/parity_cpu" write "$@" | "$folder/$program" compare
 }
 
 # sanitizer TOOL PROGRAM [OPTIONS of write]: what the tool finds counts, not the numbers, which are the same as before.
 sanitizer() {
-    log=$logs/$1_$2.log
     tool=$1
     program=$2
     shift 2
     "$folder/parity_cpu" write --small "$@" |
-        compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/$program" compare >"$log" 2>&1
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/$program" compare
     status=$?
-    if [ $status != 9 ] && grep -q 'passed, ' "$log"; then
-        echo "ok    $tool $program"
-        passed=$((passed + 1))
+    if [ $status != 9 ] && grep -q 'passed, ' "$logs/$name.log"; then
+        echo "1 passed, 0 failed"
     else
-        echo "FAIL  $tool $program, status $status"
-        grep '=========' "$log" | head -n 12
-        failed=$((failed + 1))
+        echo "FAIL  $tool $program: status $status"
+        echo "0 passed, 1 failed"
     fi
 }
 
-parity parity_fp32 parity_cuda_fp32
-parity parity_bf16 parity_cuda --round bf16
+names=
+start parity_fp32 parity parity_cuda_fp32
+start parity_bf16 parity parity_cuda --round bf16
+start bits_fp32 "$folder/parity_cuda_fp32" bits
+start bits_bf16 "$folder/parity_cuda" bits
+if [ -x ./train_cuda ] && [ -x ./train ]; then
+    tests=$(dirname "$0")
+    start runs env CPU=./train FP32="$folder/train_cuda_fp32" TRAIN=./train_cuda "$tests/cuda_runs.sh"
+    start cli_routers env AHEAD=1 TRAIN=./train_cuda "$tests/test_cli_routers.sh"
+    start cli_runs env AHEAD=1 TRAIN=./train_cuda "$tests/test_cli_runs.sh"
+fi
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck synccheck initcheck; do
+        start $tool sanitizer $tool parity_cuda --round bf16
+    done
+    start memcheck_fp32 sanitizer memcheck parity_cuda_fp32
+else
+    echo "compute-sanitizer is not installed: left out"
+fi
+wait
+for name in $names; do
+    echo "$name: $(tail -n 1 "$logs/$name.log")"
+    count "$logs/$name.log" "$(cat "$logs/$name.status")"
+    grep -A 1 '^FAIL' "$logs/$name.log" | head -n 40
+    case $name in *check*) grep '=========' "$logs/$name.log" | head -n 12 ;; esac
+done
 sed -n '/^operation/,$p' "$logs/parity_fp32.log" | awk 'NF == 3 { print $1, $3 }' >"$logs/fp32"
 sed -n '/^operation/,$p' "$logs/parity_bf16.log" | awk 'NF == 3 { print $1, $3 }' >"$logs/bf16"
 echo "worst relative error       float        bf16"
 awk 'NR == FNR { float[$1] = $2; next } { printf "%-20s %11s %11s\n", $1, float[$1], $2 }' "$logs/fp32" "$logs/bf16"
-for program in parity_cuda_fp32 parity_cuda; do
-    "$folder/$program" bits >"$logs/bits_$program.log" 2>&1
-    count "$logs/bits_$program.log" $?
-    grep '^FAIL' "$logs/bits_$program.log" | head -n 20
-done
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck synccheck initcheck; do
-        sanitizer $tool parity_cuda --round bf16
-    done
-    sanitizer memcheck parity_cuda_fp32
-else
-    echo "compute-sanitizer is not installed: left out"
-fi
-if [ -x ./train_cuda ] && [ -x ./train ]; then
-    CPU=./train FP32="$folder/train_cuda_fp32" TRAIN=./train_cuda "$(dirname "$0")/cuda_runs.sh" >"$logs/runs.log" 2>&1
-    count "$logs/runs.log" $?
-    grep '^FAIL' "$logs/runs.log" | head -n 20
-    for script in routers runs; do
-        AHEAD=1 TRAIN=./train_cuda "$(dirname "$0")/test_cli_$script.sh" >"$logs/$script.log" 2>&1
-        count "$logs/$script.log" $?
-        grep '^FAIL' "$logs/$script.log" | head -n 20
-    done
-fi
 echo "$passed passed, $failed failed"
 [ $failed = 0 ] && [ $passed -gt 0 ]

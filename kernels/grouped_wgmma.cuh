@@ -44,7 +44,7 @@ static bool wgmma_is_built(void) {
     static int version = 0;
     if (version == 0) {
         cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, weight_product_kernel<false, false, 128>));
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, weight_product_kernel<false, 128>));
         version = attributes.binaryVersion;
     }
     return version == 90;
@@ -113,12 +113,21 @@ static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int accu
 /* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes
  * two, less what it saves by reading A once. */
 static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g) {
-    WeightProduct p = {left, right, dw, g.offset, g.shape.E, M, N};
+    WeightProduct p = {};
+    p.turned = right.entry != NULL;
+    p.left = p.turned ? right : left;
+    p.right = p.turned ? left : right;
+    p.M = p.turned ? N : M;
+    p.N = p.turned ? M : N;
+    p.dw = dw;
+    p.offset = g.offset;
+    p.E = g.shape.E;
+    p.accumulate = 1;
     if (g.shape.rows == 0) {
         return;
     }
-    int64_t down = (int64_t)g.shape.E * ceil_div(M, WGMMA_ROWS);
-    int64_t wide = down * ceil_div(N, 256), narrow = down * ceil_div(N, 128);
+    int64_t down = (int64_t)g.shape.E * ceil_div(p.M, WGMMA_ROWS);
+    int64_t wide = down * ceil_div(p.N, 256), narrow = down * ceil_div(p.N, 128);
     int blocks = cuda_multiprocessors();
     if (ceil_div(wide, blocks) * 18 <= ceil_div(narrow, blocks) * 10) {
         launch_weight<256>(p, wide, g);

@@ -20,6 +20,7 @@ typedef struct {
     int inner, width; /* of the sum; of the result */
     int columns;      /* of the result a tile makes: half of B's, where they are pairs of gate and up */
     int second;       /* column in B of the tile's second half, counted from its first */
+    int blocks;       /* of a cluster: they take neighbouring row tiles */
     int accumulate;
     real_t *out, *h, *da; /* up: a, h; down, input: the result; hidden: h, da */
     const real_t *saved;  /* hidden: a */
@@ -32,12 +33,12 @@ typedef struct {
     int expert, row, end, column;
 } Tile;
 
-/* first_tile[e] = row tiles of the experts before e, by the first warp of the block. */
-__device__ static inline void count_tiles(int *first_tile, const int *offset, int E) {
+/* first_tile[e] = tiles of `rows` rows of the experts before e, by the first warp of the block. */
+__device__ static inline void count_tiles(int *first_tile, const int *offset, int E, int rows) {
     int lane = threadIdx.x, before = 0;
     for (int base = 0; base < E; base += 32) {
         int e = base + lane;
-        int through = e < E ? (offset[e + 1] - offset[e] + WGMMA_ROWS - 1) / WGMMA_ROWS : 0;
+        int through = e < E ? (offset[e + 1] - offset[e] + rows - 1) / rows : 0;
         for (int step = 1; step < 32; step *= 2) {
             int below = __shfl_up_sync(0xffffffffu, through, step);
             through += lane >= step ? below : 0;
@@ -52,10 +53,12 @@ __device__ static inline void count_tiles(int *first_tile, const int *offset, in
     }
 }
 
-/* Tile number `id`, for ids that grow from call to call; false past the last. Within an expert BAND row tiles by all
- * column tiles, then the next band: what runs at the same time shares rows and weights in L2. */
-__device__ static inline bool find_tile(Tile *tile, int id, const int *first_tile, const RowsProduct &p) {
-    int across = (p.width + p.columns - 1) / p.columns, e = tile->expert;
+/* The tile of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the last. Within
+ * an expert BAND row tiles by all column tiles, then the next band: what runs at the same time shares rows and weights
+ * in L2. A cluster's last block may find a tile without rows (row >= end). */
+__device__ static inline bool find_tile(Tile *tile, int id, uint32_t rank, const int *first_tile,
+                                        const RowsProduct &p) {
+    int across = (p.width + p.columns - 1) / p.columns, band_steps = BAND / p.blocks, e = tile->expert;
     while (e < p.E && id >= first_tile[e + 1] * across) {
         e++;
     }
@@ -64,9 +67,9 @@ __device__ static inline bool find_tile(Tile *tile, int id, const int *first_til
         return false;
     }
     id -= first_tile[e] * across;
-    int band = id / (BAND * across), in_band = id - band * BAND * across;
-    int height = min((int)BAND, first_tile[e + 1] - first_tile[e] - band * BAND);
-    tile->row = p.offset[e] + (band * BAND + in_band % height) * WGMMA_ROWS;
+    int band = id / (band_steps * across), in_band = id - band * band_steps * across;
+    int height = min(band_steps, first_tile[e + 1] - first_tile[e] - band * band_steps);
+    tile->row = p.offset[e] + ((band * band_steps + in_band % height) * p.blocks + rank) * WGMMA_ROWS;
     tile->end = p.offset[e + 1];
     tile->column = in_band / height * p.columns;
     return true;
@@ -78,7 +81,8 @@ __device__ static inline void load_tiles(Ring<COLUMNS> ring, const int *first_ti
                                          const CUtensorMap *b_map, const CUtensorMap *saved_map, const RowsProduct &p) {
     int t = threadIdx.x, piece = t % 8;
     Tile tile = {0};
-    for (int id = blockIdx.x; find_tile(&tile, id, first_tile, p); id += gridDim.x) {
+    int step = gridDim.x / p.blocks;
+    for (int id = blockIdx.x / p.blocks; find_tile(&tile, id, ring.rank, first_tile, p); id += step) {
         uint32_t from[WGMMA_ROWS / (LOADERS / 8)];
         if (INDEXED) {
             int entry[WGMMA_ROWS / (LOADERS / 8)], row = tile.row + t / 8;
@@ -99,12 +103,14 @@ __device__ static inline void load_tiles(Ring<COLUMNS> ring, const int *first_ti
                     copy_box(ring.a(), a_map, k, tile.row, 0, ring.full());
                 }
                 if (ACROSS_B) {
-                    for (int i = 0; i < COLUMNS / 64; i++) {
-                        copy_box(ring.b() + i * BOX_BYTES, b_map, tile.column + i * 64, k, tile.expert, ring.full());
+                    for (int i = ring.rank; i < COLUMNS / 64; i += ring.blocks) {
+                        ring.share_box(ring.b() + i * BOX_BYTES, b_map, tile.column + i * 64, k, tile.expert);
                     }
                 } else {
-                    copy_box(ring.b(), b_map, k, tile.column, tile.expert, ring.full());
-                    copy_box(ring.b() + ring.B_BYTES / 2, b_map, k, tile.column + p.second, tile.expert, ring.full());
+                    for (int i = ring.rank; i < 2; i += ring.blocks) {
+                        int column = tile.column + (i ? p.second : 0);
+                        ring.share_box(ring.b() + i * (ring.B_BYTES / 2), b_map, k, column, tile.expert);
+                    }
                 }
             }
             if (INDEXED) {
@@ -131,6 +137,9 @@ __device__ static inline void load_tiles(Ring<COLUMNS> ring, const int *first_ti
                 barrier_arrive_copied(ring.full());
             }
         }
+    }
+    if (t == 0) {
+        ring_close(ring);
     }
 }
 
@@ -226,9 +235,7 @@ __device__ static inline void finish_hidden(const float (&sum)[COUNT], Ring<COLU
             }
         }
         group_sync(1 + group);
-        if (threadIdx.x % GROUP == 0) {
-            barrier_arrive(ring.empty());
-        }
+        ring.release(ring.empty(), threadIdx.x % GROUP);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int half = i / 2, r = row + 8 * half, c = tile.column + box * 64 + i % 2 * 32 + q * 8;
@@ -270,7 +277,8 @@ __device__ static inline void multiply_tiles(Ring<COLUMNS> ring, const int *firs
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
     float sum[COLUMNS / 2];
     Tile tile = {0};
-    for (int id = blockIdx.x; find_tile(&tile, id, first_tile, p); id += gridDim.x) {
+    int step = gridDim.x / p.blocks;
+    for (int id = blockIdx.x / p.blocks; find_tile(&tile, id, ring.rank, first_tile, p); id += step) {
         int first = tile.row + 64 * group;
         uint32_t used = 0;
         for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
@@ -280,16 +288,14 @@ __device__ static inline void multiply_tiles(Ring<COLUMNS> ring, const int *firs
             }
             multiply_stage<0, ACROSS_B>(sum, ring.a() + group * BOX_BYTES, ring.b(), k > 0);
             wgmma_wait<1>();
-            if (t == 0 && k > 0) {
-                barrier_arrive(used);
+            if (k > 0) {
+                ring.release(used, t);
             }
             used = ring.empty();
         }
         wgmma_wait<0>();
         wgmma_settle(sum);
-        if (t == 0) {
-            barrier_arrive(used);
-        }
+        ring.release(used, t);
         int row = first + t / 32 * 16 + t % 32 / 4;
         if (FINISH == FINISH_UP) {
             finish_up<GELU>(sum, p, tile, row);
@@ -308,12 +314,13 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
                         const __grid_constant__ CUtensorMap saved_map, const __grid_constant__ RowsProduct p) {
 #ifdef HOPPER_CODE
     extern __shared__ char memory[];
-    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1);
+    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1, p.blocks);
     int *first_tile = reinterpret_cast<int *>(memory + (ring.base - shared_address(memory)) + ring.BYTES);
     if (threadIdx.x < 32) {
-        count_tiles(first_tile, p.offset, p.E);
+        count_tiles(first_tile, p.offset, p.E, p.blocks * WGMMA_ROWS);
     }
     __syncthreads();
+    cluster_sync();
     if (threadIdx.x < LOADERS) {
         registers_release<LOADER_REGISTERS>();
         if (INDEXED || threadIdx.x == 0) {
@@ -340,13 +347,14 @@ static void launch_rows(RowsProduct p, const real_t *weights, int weight_rows, G
                                                     : matrix_map(p.saved, sizeof(real_t), GELU ? p.width : 2 * p.width,
                                                                  p.rows, 1, WGMMA_ROWS);
     size_t extra = (p.E + 1) * sizeof(int);
+    p.blocks = cluster_blocks(p.rows / WGMMA_ROWS, p.E);
     int64_t tiles = (int64_t)most_row_tiles(g.shape, WGMMA_ROWS) * ceil_div(p.width, p.columns);
     if (FINISH != FINISH_STORE && p.a.entry) {
         launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, FINISH != FINISH_STORE, COLUMNS>, extra,
-                              tiles, g.stream, a_map, b_map, saved_map, p);
+                              tiles, p.blocks, g.stream, a_map, b_map, saved_map, p);
     } else {
-        launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, false, COLUMNS>, extra, tiles, g.stream,
-                              a_map, b_map, saved_map, p);
+        launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, false, COLUMNS>, extra, tiles, p.blocks,
+                              g.stream, a_map, b_map, saved_map, p);
     }
 }
 

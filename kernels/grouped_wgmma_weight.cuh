@@ -1,59 +1,161 @@
-/* The weight gradient, dW_e += left_e^T right_e, by the same ring. The inner width is the expert's rows, 64 of them a
+/* The weight gradient, dW_e (+)= left_e^T right_e, by the same ring. The inner width is the expert's rows, 64 of them a
  * stage, and both operands lie "across":
  *
- *     A    64 rows x 128 columns of left           two boxes of 64 columns, one for each multiplying group
- *     B    64 rows x 128 or 256 columns of right   boxes of 64 columns
- *     then, when the rows are done                 boxes of 32 floats x 128 rows of dW
+ *     A    64 rows x 128 columns of left           two boxes of 64 columns, one for each multiplying group; by index
+ *                                                  or by TMA
+ *     B    64 rows x 128 or 256 columns of right   boxes of 64 columns by TMA, for both blocks of the cluster
+ *
+ * Only left may be by index: where it is the right operand, the two change places and the tile is stored turned.
  *
  * An expert's last stage of rows reaches past its end. What is fetched by index is zero there. What TMA brings are
  * rows of the next expert, or of nobody, which may hold NaN, and NaN times zero is NaN: the multiplying groups
  * overwrite them with zeros before they use them. Both groups clear B: they write the same zeros, and neither waits for
  * the other.
  *
- * Every element of dW has one owner, which adds its sum once: the same bits every run.
+ * A tile takes as long as its expert has rows. So tiles are not dealt out beforehand: a cluster that is done takes the
+ * next from a counter, and those of the expert with the most rows come first (TileQueue). Which cluster makes a tile
+ * does not change its bits: every element of dW has one owner, which sums the rows in their order.
+ *
  * Read first: grouped_wgmma.cuh. */
 #ifndef KERNELS_GROUPED_WGMMA_WEIGHT_CUH
 #define KERNELS_GROUPED_WGMMA_WEIGHT_CUH
 
 #include "wgmma_ring.cuh"
 
+enum { MOST_SORTED = 256 }; /* more experts are taken as they come: none is large */
+
 typedef struct {
     RowSource left, right;
-    acc_t *dw;         /* (E,M,N) */
+    acc_t *dw;         /* (E,M,N), turned: (E,N,M) */
     const int *offset; /* (E+1) */
-    int E, M, N;
+    int *counter;      /* of tiles dealt out; 0 at the start */
+    int E, M, N;       /* M columns of left, N of right */
+    int blocks;        /* of a cluster: neighbours in M */
+    int turned, accumulate;
 } WeightProduct;
 
-/* Rows first .. end - 1 of an expert; rows m.., columns n.. of its dW. */
+/* Rows first .. end - 1 of an expert; columns m.. of left, n.. of right. */
 typedef struct {
     int expert, first, end, m, n;
 } WeightTile;
 
-/* Tile `id`; false past the last. */
+/* ---- which tile is next ---- */
+
+/* Two places for tile numbers, so that the next is on its way while one is worked on. The loading group's first thread
+ * in the first block of the cluster asks the counter and posts the answer to all blocks. */
+struct TileQueue {
+    enum { BYTES = 4 * 8 + 2 * 4 };
+    uint32_t base; /* full[2], empty[2], number[2] */
+    uint32_t rank, blocks;
+    int turn;
+
+    __device__ uint32_t full(int i) const {
+        return base + i % 2 * 8;
+    }
+    __device__ uint32_t empty(int i) const {
+        return full(i) + 16;
+    }
+    __device__ uint32_t number(int i) const {
+        return base + 32 + i % 2 * 4;
+    }
+};
+
+/* `readers`: warps of all blocks of the cluster that take numbers. The block's barriers are ready when the cluster has
+ * met. */
+__device__ static inline TileQueue queue_open(uint32_t shared, uint32_t blocks, int readers) {
+    TileQueue queue = {shared, cluster_rank(), blocks, 0};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            barrier_init(queue.full(i), 1);
+            barrier_init(queue.empty(i), readers);
+        }
+        barrier_init_fence();
+    }
+    return queue;
+}
+
+/* By one thread of each block: number `turn` shall come. */
+__device__ static inline void queue_ask(const TileQueue &queue, int turn, int *counter) {
+    if (queue.blocks > 1) {
+        barrier_arrive_expect(queue.full(turn), 4);
+    }
+    if (queue.rank > 0) {
+        return;
+    }
+    barrier_wait(queue.empty(turn), turn / 2 % 2 ^ 1);
+    int id = atomicAdd(counter, 1);
+    if (queue.blocks == 1) {
+        asm volatile("st.shared.s32 [%0], %1;" ::"r"(queue.number(turn)), "r"(id) : "memory");
+        barrier_arrive(queue.full(turn));
+    }
+    for (uint32_t block = 0; block < queue.blocks && queue.blocks > 1; block++) {
+        post_to(block, queue.number(turn), id, queue.full(turn));
+    }
+}
+
+/* The next tile's number, for the threads of a warp that call: all of them, or the first alone. */
+__device__ static inline int queue_take(TileQueue &queue) {
+    int id = 0;
+    if (threadIdx.x % 32 == 0) {
+        barrier_wait(queue.full(queue.turn), queue.turn / 2 % 2);
+        asm volatile("ld.shared.s32 %0, [%1];" : "=r"(id) : "r"(queue.number(queue.turn)) : "memory");
+        if (queue.rank == 0) {
+            barrier_arrive(queue.empty(queue.turn));
+        } else {
+            barrier_arrive_at(queue.empty(queue.turn), 0);
+        }
+    }
+    queue.turn++;
+    return __shfl_sync(__activemask(), id, 0);
+}
+
+/* As ring_close. */
+__device__ static inline void queue_close(const TileQueue &queue) {
+    for (int turn = queue.turn; turn < queue.turn + 2 && queue.rank == 0; turn++) {
+        barrier_wait(queue.empty(turn), turn / 2 % 2 ^ 1);
+    }
+}
+
+/* order[i] = the expert with the i-th most rows. */
+__device__ static inline void order_experts(int *order, const int *offset, int E) {
+    for (int e = threadIdx.x; e < E; e += WGMMA_THREADS) {
+        int rows = offset[e + 1] - offset[e], before = 0;
+        for (int other = 0; other < E && E <= MOST_SORTED; other++) {
+            int others = offset[other + 1] - offset[other];
+            before += others > rows || (others == rows && other < e);
+        }
+        order[E <= MOST_SORTED ? before : e] = e;
+    }
+}
+
+/* Tile `id` of the cluster, for its block `rank`; false past the last. */
 template <int COLUMNS>
-__device__ static inline bool find_weight_tile(WeightTile *tile, int id, const WeightProduct &p) {
-    int down = (p.M + WGMMA_ROWS - 1) / WGMMA_ROWS, across = (p.N + COLUMNS - 1) / COLUMNS;
-    int e = id / (down * across);
-    if (e >= p.E) {
+__device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_t rank, const int *order,
+                                               const WeightProduct &p) {
+    int down = (p.M + p.blocks * WGMMA_ROWS - 1) / (p.blocks * WGMMA_ROWS), across = (p.N + COLUMNS - 1) / COLUMNS;
+    int place = id / (down * across), band_steps = BAND / p.blocks;
+    if (place >= p.E) {
         return false;
     }
-    id -= e * down * across;
-    int band = id / (BAND * across), in_band = id - band * BAND * across;
-    int height = min((int)BAND, down - band * BAND);
+    int e = order[place];
+    id -= place * down * across;
+    int band = id / (band_steps * across), in_band = id - band * band_steps * across;
+    int height = min(band_steps, down - band * band_steps);
     tile->expert = e;
     tile->first = p.offset[e];
     tile->end = p.offset[e + 1];
-    tile->m = (band * BAND + in_band % height) * WGMMA_ROWS;
+    tile->m = ((band * band_steps + in_band % height) * p.blocks + rank) * WGMMA_ROWS;
     tile->n = in_band / height * COLUMNS;
     return true;
 }
 
-/* 64 rows of an operand by index, columns from `column` on. A warp copies ROWS rows, COLUMNS / 8 neighbouring pieces of
- * one or two rows at a time; its lane i (and i + ROWS, ...) knows where row i is found. A tile begins at a multiple of
- * 1024 bytes, so the swizzle of row i is an exclusive or with the address itself. */
-template <int COLUMNS>
+/* ---- loading ---- */
+
+/* 64 rows of left by index, 128 columns from `column` on. A warp copies ROWS rows, 16 neighbouring pieces of two rows
+ * at a time; its lane i (and i + ROWS) knows where row i is found. A tile begins at a multiple of 1024 bytes, so the
+ * swizzle of row i is an exclusive or with the address itself. */
 __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width, int column, uint32_t from) {
-    enum { PIECES = COLUMNS / 8, ROWS = 64 / (LOADERS / 32) };
+    enum { PIECES = WGMMA_ROWS / 8, ROWS = 64 / (LOADERS / 32) };
     int lane = threadIdx.x % 32, piece = lane % PIECES, below = lane / PIECES;
     bool inside = column + piece * 8 < width;
     bool whole = __all_sync(0xffffffffu, inside && from != NO_ROW); /* nearly always: then no copy has a condition */
@@ -73,67 +175,51 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
     }
 }
 
-/* Boxes of dW, 128 rows x 32 floats, that a stage takes. */
-template <int COLUMNS>
-static const int BOXES = Ring<COLUMNS>::STAGE_BYTES / (2 * BOX_BYTES);
-
-/* The loading warp group: all its threads where an operand is by index, else one. */
-template <bool LEFT_INDEXED, bool RIGHT_INDEXED, int COLUMNS>
-__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const CUtensorMap *left_map,
-                                                const CUtensorMap *right_map, const CUtensorMap *dw_map,
+/* The loading warp group: all its threads where left is by index, else one. */
+template <bool INDEXED, int COLUMNS>
+__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
+                                                const CUtensorMap *left_map, const CUtensorMap *right_map,
                                                 const WeightProduct &p) {
-    const bool indexed = LEFT_INDEXED || RIGHT_INDEXED;
-    const RowSource source = LEFT_INDEXED ? p.left : p.right;
     const int rows = 64 / (LOADERS / 32); /* of a stage, that a warp copies */
-    const int width = LEFT_INDEXED ? p.M : p.N, row = threadIdx.x / 32 * rows + threadIdx.x % rows;
+    const int row = threadIdx.x / 32 * rows + threadIdx.x % rows;
     WeightTile tile;
-    for (int id = blockIdx.x; find_weight_tile<COLUMNS>(&tile, id, p); id += gridDim.x) {
-        int next = indexed && tile.first < tile.end ? source.entry[min(tile.first + row, tile.end - 1)] : -1;
+    if (threadIdx.x == 0) {
+        queue_ask(queue, 0, p.counter);
+    }
+    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue), ring.rank, order, p)) {
+        if (threadIdx.x == 0) {
+            queue_ask(queue, queue.turn, p.counter);
+        }
+        int next = INDEXED && tile.first < tile.end ? p.left.entry[min(tile.first + row, tile.end - 1)] : -1;
         for (int k = tile.first; k < tile.end; k += DEEP, ring.next()) {
-            uint32_t from = k + row < tile.end ? row_of_entry(next, source, width) : NO_ROW;
-            if (indexed) { /* the next stage's entries travel while this one is copied */
-                next = source.entry[min(k + DEEP + row, tile.end - 1)];
+            uint32_t from = k + row < tile.end ? row_of_entry(next, p.left, p.M) : NO_ROW;
+            if (INDEXED) { /* the next stage's entries travel while this one is copied */
+                next = p.left.entry[min(k + DEEP + row, tile.end - 1)];
             }
             barrier_wait(ring.empty(), ring.parity ^ 1);
             if (threadIdx.x == 0) {
-                barrier_arrive_expect(ring.full(),
-                                      (LEFT_INDEXED ? 0 : ring.A_BYTES) + (RIGHT_INDEXED ? 0 : ring.B_BYTES));
-                for (int i = 0; i < WGMMA_ROWS / 64 && !LEFT_INDEXED; i++) {
+                barrier_arrive_expect(ring.full(), INDEXED ? ring.B_BYTES : ring.STAGE_BYTES);
+                for (int i = 0; i < WGMMA_ROWS / 64 && !INDEXED; i++) {
                     copy_box(ring.a() + i * BOX_BYTES, left_map, tile.m + i * 64, k, 0, ring.full());
                 }
-                for (int i = 0; i < COLUMNS / 64 && !RIGHT_INDEXED; i++) {
-                    copy_box(ring.b() + i * BOX_BYTES, right_map, tile.n + i * 64, k, 0, ring.full());
+                for (int i = ring.rank; i < COLUMNS / 64; i += ring.blocks) {
+                    ring.share_box(ring.b() + i * BOX_BYTES, right_map, tile.n + i * 64, k, 0);
                 }
             }
-            if (indexed) {
+            if (INDEXED) {
                 __syncwarp();
-            }
-            if (LEFT_INDEXED) {
-                copy_rows<WGMMA_ROWS>(ring.a(), p.left.x, p.M, tile.m, from);
-            }
-            if (RIGHT_INDEXED) {
-                copy_rows<COLUMNS>(ring.b(), p.right.x, p.N, tile.n, from);
-            }
-            if (indexed) {
-                barrier_arrive_copied(ring.full());
-            }
-        }
-        for (int box = 0; tile.first < tile.end && box < COLUMNS / 32; box += BOXES<COLUMNS>, ring.next()) {
-            int boxes = min(BOXES<COLUMNS>, COLUMNS / 32 - box);
-            barrier_wait(ring.empty(), ring.parity ^ 1);
-            if (threadIdx.x == 0) {
-                barrier_arrive_expect(ring.full(), boxes * 2 * BOX_BYTES);
-                for (int i = 0; i < boxes; i++) {
-                    copy_box(ring.a() + i * 2 * BOX_BYTES, dw_map, tile.n + (box + i) * 32, tile.m, tile.expert,
-                             ring.full());
-                }
-            }
-            if (indexed) {
+                copy_rows(ring.a(), p.left.x, p.M, tile.m, from);
                 barrier_arrive_copied(ring.full());
             }
         }
     }
+    if (threadIdx.x == 0) {
+        queue_close(queue);
+        ring_close(ring);
+    }
 }
+
+/* ---- multiplying ---- */
 
 /* Zeros in rows `used` to 63 of a box, by one warp group. */
 __device__ static inline void clear_rows(uint32_t box, int used) {
@@ -142,50 +228,82 @@ __device__ static inline void clear_rows(uint32_t box, int used) {
     }
 }
 
-/* dw += sum. The ring brings dw. Neighbouring threads trade, so that each has 4 columns of a row and a quad 64 bytes in
- * a run. */
-template <int COLUMNS, int COUNT>
-__device__ static inline void add_to_gradient(const float (&sum)[COUNT], Ring<COLUMNS> &ring, const WeightProduct &p,
-                                              const WeightTile &tile, int row) {
-    int group = (threadIdx.x - LOADERS) / GROUP, q = threadIdx.x % 4;
-    bool odd = q % 2;
+/* dw (+)= sum. Neighbouring threads trade, so that each has 4 columns of a row and a quad 64 bytes in a run. */
+template <int COUNT>
+__device__ static inline void store_gradient(const float (&sum)[COUNT], const WeightProduct &p, const WeightTile &tile,
+                                             int row) {
+    bool odd = threadIdx.x % 2;
+    int m = tile.m + row, n = tile.n + (odd ? 8 : 0) + threadIdx.x % 4 / 2 * 4;
+    float *to = p.dw + ((size_t)tile.expert * p.M + m) * p.N + n;
 #pragma unroll
-    for (int first = 0; first < COLUMNS / 32; first += BOXES<COLUMNS>, ring.next()) {
-        barrier_wait(ring.full(), ring.parity);
+    for (int i = 0; i < COUNT; i += 8, n += 16, to += 16) {
+        Pack<float> value[2]; /* of row m and of row m + 8 */
+        bool inside[2] = {m < p.M && n < p.N, m + 8 < p.M && n < p.N};
 #pragma unroll
-        for (int box = first; box < first + BOXES<COLUMNS> && box < COLUMNS / 32; box++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) { /* half i / 2 of the rows, half i % 2 of the columns */
-                int half = i / 2, r = row + 8 * half, piece = i % 2 * 4 + (odd ? 2 : 0) + q / 2;
-                int m = tile.m + r, n = tile.n + box * 32 + piece * 4;
-                uint4 loaded = load_16(swizzled(ring.a() + (box - first) * 2 * BOX_BYTES, r, piece));
-                float4 value = reinterpret_cast<float4 &>(loaded);
-                const float *left = sum + 16 * box + 8 * (i % 2) + 2 * half, *right = left + 4;
-                float x = __shfl_xor_sync(0xffffffffu, odd ? left[0] : right[0], 1);
-                float y = __shfl_xor_sync(0xffffffffu, odd ? left[1] : right[1], 1);
-                value.x += odd ? x : left[0];
-                value.y += odd ? y : left[1];
-                value.z += odd ? right[0] : x;
-                value.w += odd ? right[1] : y;
-                store_pack_if(p.dw + ((size_t)tile.expert * p.M + m) * p.N + n, reinterpret_cast<Pack<acc_t> &>(value),
-                              m < p.M && n < p.N);
+        for (int half = 0; half < 2; half++) {
+            const float *left = sum + i + 2 * half, *right = left + 4;
+            float x = __shfl_xor_sync(0xffffffffu, odd ? left[0] : right[0], 1);
+            float y = __shfl_xor_sync(0xffffffffu, odd ? left[1] : right[1], 1);
+            value[half] = odd ? Pack<float>{x, y, right[0], right[1]} : Pack<float>{left[0], left[1], x, y};
+            if (p.accumulate && inside[half]) {
+                Pack<float> old = load_pack(to + half * 8 * (size_t)p.N);
+                for (int j = 0; j < 4; j++) {
+                    value[half].v[j] += old.v[j];
+                }
             }
         }
-        group_sync(1 + group);
-        if (threadIdx.x % GROUP == 0) {
-            barrier_arrive(ring.empty());
+        store_pack_if(to, value[0], inside[0]);
+        store_pack_if(to + 8 * (size_t)p.N, value[1], inside[1]);
+    }
+}
+
+/* The same for dw (E,N,M): the eight threads of a warp that have the same columns have 8 numbers in a run. */
+template <int COUNT>
+__device__ static inline void store_gradient_turned(const float (&sum)[COUNT], const WeightProduct &p,
+                                                    const WeightTile &tile, int row) {
+    int m = tile.m + row, n = tile.n + threadIdx.x % 4 * 2;
+    float *to = p.dw + ((size_t)tile.expert * p.N + n) * p.M + m;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4, n += 8, to += 8 * (size_t)p.M) {
+        float *at[4] = {to, to + p.M, to + 8, to + 8 + p.M}; /* columns n and n + 1 of row m, then of row m + 8 */
+        float value[4];
+        bool inside[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            inside[j] = m + j / 2 * 8 < p.M && n + j % 2 < p.N;
+            value[j] = sum[i + j] + (p.accumulate && inside[j] ? *at[j] : 0);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            store_float_if(at[j], value[j], inside[j]);
+        }
+    }
+}
+
+/* The tile of an expert without rows, by both multiplying groups. */
+template <int COLUMNS>
+__device__ static inline void clear_gradient(const WeightProduct &p, const WeightTile &tile) {
+    float *dw = p.dw + (size_t)tile.expert * p.M * p.N;
+    for (int i = threadIdx.x - LOADERS; i < WGMMA_ROWS * COLUMNS; i += 2 * GROUP) {
+        int m = tile.m + i / COLUMNS, n = tile.n + i % COLUMNS;
+        if (m < p.M && n < p.N) {
+            dw[p.turned ? (size_t)n * p.M + m : (size_t)m * p.N + n] = 0;
         }
     }
 }
 
 /* A multiplying warp group. */
-template <bool LEFT_INDEXED, bool RIGHT_INDEXED, int COLUMNS>
-__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, const WeightProduct &p) {
+template <bool INDEXED, int COLUMNS>
+__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
+                                                    const WeightProduct &p) {
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
     float sum[COLUMNS / 2];
     WeightTile tile;
-    for (int id = blockIdx.x; find_weight_tile<COLUMNS>(&tile, id, p); id += gridDim.x) {
+    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue), ring.rank, order, p)) {
         if (tile.first == tile.end) {
+            if (!p.accumulate) {
+                clear_gradient<COLUMNS>(p, tile);
+            }
             continue;
         }
         uint32_t used = 0;
@@ -193,71 +311,81 @@ __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, const We
             uint32_t a = ring.a() + group * BOX_BYTES, b = ring.b();
             barrier_wait(ring.full(), ring.parity);
             if (k + DEEP > tile.end) {
-                if (!LEFT_INDEXED) {
+                if (!INDEXED) {
                     clear_rows(a, tile.end - k);
                 }
-                for (int i = 0; i < COLUMNS / 64 && !RIGHT_INDEXED; i++) {
+                for (int i = 0; i < COLUMNS / 64; i++) {
                     clear_rows(b + i * BOX_BYTES, tile.end - k);
                 }
                 fence_async();
                 group_sync(1 + group);
-            } else if (LEFT_INDEXED || RIGHT_INDEXED) {
+            } else if (INDEXED) {
                 fence_async();
             }
             multiply_stage<1, 1>(sum, a, b, k > tile.first);
             wgmma_wait<1>();
-            if (t == 0 && k > tile.first) {
-                barrier_arrive(used);
+            if (k > tile.first) {
+                ring.release(used, t);
             }
             used = ring.empty();
         }
         wgmma_wait<0>();
         wgmma_settle(sum);
-        if (t == 0) {
-            barrier_arrive(used);
+        ring.release(used, t);
+        int row = 64 * group + t / 32 * 16 + t % 32 / 4;
+        if (p.turned) {
+            store_gradient_turned(sum, p, tile, row);
+        } else {
+            store_gradient(sum, p, tile, row);
         }
-        add_to_gradient(sum, ring, p, tile, 64 * group + t / 32 * 16 + t % 32 / 4);
     }
 }
 
-/* The second sweep of experts_backward: a block takes every gridDim.x-th tile of (expert, rows and columns of dW). */
-template <bool LEFT_INDEXED, bool RIGHT_INDEXED, int COLUMNS>
+/* The second sweep of experts_backward: a cluster takes tiles of (expert, columns of left and right) until none is
+ * left. */
+template <bool INDEXED, int COLUMNS>
 static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     weight_product_kernel(const __grid_constant__ CUtensorMap left_map, const __grid_constant__ CUtensorMap right_map,
-                          const __grid_constant__ CUtensorMap dw_map, const __grid_constant__ WeightProduct p) {
+                          const __grid_constant__ WeightProduct p) {
 #ifdef HOPPER_CODE
-    const bool indexed = LEFT_INDEXED || RIGHT_INDEXED;
     extern __shared__ char memory[];
-    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), indexed ? LOADERS + 1 : 1);
+    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1, p.blocks);
+    uint32_t after_ring = ring.base + ring.BYTES;
+    TileQueue queue = queue_open(after_ring, p.blocks, p.blocks * (2 * GROUP / 32 + (INDEXED ? LOADERS / 32 : 1)));
+    int *order = reinterpret_cast<int *>(memory + (after_ring - shared_address(memory)) + queue.BYTES);
+    order_experts(order, p.offset, p.E);
     __syncthreads();
+    cluster_sync();
     if (threadIdx.x < LOADERS) {
         registers_release<LOADER_REGISTERS>();
-        if (indexed || threadIdx.x == 0) {
-            load_weight_tiles<LEFT_INDEXED, RIGHT_INDEXED, COLUMNS>(ring, &left_map, &right_map, &dw_map, p);
+        if (INDEXED || threadIdx.x == 0) {
+            load_weight_tiles<INDEXED, COLUMNS>(ring, queue, order, &left_map, &right_map, p);
         }
     } else {
         registers_claim<MULTIPLIER_REGISTERS>();
-        multiply_weight_tiles<LEFT_INDEXED, RIGHT_INDEXED, COLUMNS>(ring, p);
+        multiply_weight_tiles<INDEXED, COLUMNS>(ring, queue, order, p);
     }
 #endif
 }
 
+/* ---- the host's side ---- */
+
 template <int COLUMNS>
 static void launch_weight(WeightProduct p, int64_t tiles, Grouped g) {
     int rows = g.shape.rows;
-    CUtensorMap none = {};
-    CUtensorMap left_map = p.left.entry ? none : matrix_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
-    CUtensorMap right_map = p.right.entry ? none : matrix_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
-    CUtensorMap dw_map = matrix_map(p.dw, sizeof(acc_t), p.N, p.M, p.E, WGMMA_ROWS);
+    CUtensorMap right_map = matrix_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
+    CUtensorMap left_map = p.left.entry ? right_map : matrix_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
+    size_t extra = TileQueue::BYTES + p.E * sizeof(int);
+    int down = ceil_div(p.M, WGMMA_ROWS);
+    p.blocks = down % 2 == 0 || down >= 10 ? 2 : 1;
+    p.counter = (int *)cuda_workspace(sizeof(int));
+    CUDA_CHECK(cudaMemsetAsync(p.counter, 0, sizeof(int), g.stream));
     if (p.left.entry) {
-        launch_wgmma<COLUMNS>(weight_product_kernel<true, false, COLUMNS>, 0, tiles, g.stream, left_map, right_map,
-                              dw_map, p);
-    } else if (p.right.entry) {
-        launch_wgmma<COLUMNS>(weight_product_kernel<false, true, COLUMNS>, 0, tiles, g.stream, left_map, right_map,
-                              dw_map, p);
+        launch_wgmma<COLUMNS>(weight_product_kernel<true, COLUMNS>, extra, tiles, p.blocks, g.stream, left_map,
+                              right_map, p);
     } else {
-        launch_wgmma<COLUMNS>(weight_product_kernel<false, false, COLUMNS>, 0, tiles, g.stream, left_map, right_map,
-                              dw_map, p);
+        launch_wgmma<COLUMNS>(weight_product_kernel<false, COLUMNS>, extra, tiles, p.blocks, g.stream, left_map,
+                              right_map, p);
     }
 }
 

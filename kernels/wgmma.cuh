@@ -34,13 +34,23 @@ __device__ static inline void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-/* Makes initialised barriers visible to the copy engine. */
+/* Makes initialised barriers visible to the copy engine and to the other blocks of the cluster. */
 __device__ static inline void barrier_init_fence(void) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ static inline void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Arrives at the barrier at the same place in the shared memory of block `rank` of the cluster. What is ordered before
+ * it is what the thread did in its own block: a release for the whole cluster would wait for memory. */
+__device__ static inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
 }
 
 /* Arrives, and the phase does not end before the copy engine has written `bytes`. */
@@ -78,7 +88,17 @@ __device__ static inline void copy_box(uint32_t to, const CUtensorMap *map, int 
         : "memory");
 }
 
-/* The same of a tensor of four dimensions. */
+/* One box to the same place in each block of the cluster whose bit is set; each block's own barrier is told. */
+__device__ static inline void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap *map, int x, int y, int z,
+                                          uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
+/* copy_box of a tensor of four dimensions. */
 __device__ static inline void copy_box(uint32_t to, const CUtensorMap *map, int x, int y, int z, int w,
                                        uint32_t barrier) {
     asm volatile(
@@ -107,6 +127,30 @@ __device__ static inline void fence_async(void) {
 /* The 128 threads of one warp group meet; `id` 1 to 15 names the barrier. */
 __device__ static inline void group_sync(int id) {
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+/* ---- clusters: blocks that run side by side and see each other's shared memory ---- */
+
+__device__ static inline uint32_t cluster_rank(void) {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* All threads of all blocks of the cluster meet. Nothing that they wrote is promised to the others but barriers before
+ * barrier_init_fence: a release for the whole cluster would wait for memory. */
+__device__ static inline void cluster_sync(void) {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/* Writes a number into the shared memory of block `rank`, whose barrier counts its 4 bytes. */
+__device__ static inline void post_to(uint32_t rank, uint32_t to, int value, uint32_t barrier) {
+    asm volatile(
+        "{\n.reg .b32 slot, there;\nmapa.shared::cluster.u32 slot, %0, %3;\n"
+        "mapa.shared::cluster.u32 there, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [slot], %1, [there];\n}" ::"r"(to),
+        "r"(value), "r"(barrier), "r"(rank)
+        : "memory");
 }
 
 /* ---- registers: a warp group hands back or takes some of the multiprocessor's 64K ---- */

@@ -20,7 +20,8 @@ enum {
 
 #define NO_ROW 0xffffffffu
 
-/* The ring, at one of its stages. COLUMNS is the width of the tiles. */
+/* The ring, at one of its stages. COLUMNS is the width of the tiles. The blocks of a cluster, `blocks` of them (1 or 2),
+ * take neighbouring tiles of the same B, of which each loads its share for all. */
 template <int COLUMNS>
 struct Ring {
     enum {
@@ -33,6 +34,7 @@ struct Ring {
     uint32_t base; /* a multiple of 1024 */
     int stage;
     uint32_t parity; /* of the ring's lap */
+    uint32_t rank, blocks;
 
     __device__ uint32_t a(void) const {
         return base + stage * STAGE_BYTES;
@@ -50,20 +52,46 @@ struct Ring {
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         parity ^= stage == 0;
     }
+    /* A box of B, for all blocks of the cluster. */
+    __device__ void share_box(uint32_t to, const CUtensorMap *map, int x, int y, int z) const {
+        if (blocks == 1) {
+            copy_box(to, map, x, y, z, full());
+        } else {
+            copy_box_to((uint16_t)((1 << blocks) - 1), to, map, x, y, z, full());
+        }
+    }
+    /* Thread t of a multiplying group: the group has read the stage whose empty() this is. Every block that copies into
+     * it is told. */
+    __device__ void release(uint32_t empty, int t) const {
+        if (t == (int)rank) {
+            barrier_arrive(empty);
+        } else if (t < (int)blocks) {
+            barrier_arrive_at(empty, t);
+        }
+    }
 };
 
-/* The block's ring at its first stage, the barriers ready once the block has met. */
+/* The block's ring at its first stage, the barriers ready once the cluster has met. */
 template <int COLUMNS>
-__device__ static inline Ring<COLUMNS> ring_open(uint32_t shared, int full_arrivals) {
-    Ring<COLUMNS> ring = {(shared + 1023) & ~1023u, 0, 0};
+__device__ static inline Ring<COLUMNS> ring_open(uint32_t shared, int full_arrivals, uint32_t blocks) {
+    Ring<COLUMNS> ring = {(shared + 1023) & ~1023u, 0, 0, cluster_rank(), blocks};
     if (threadIdx.x == 0) {
         for (int i = 0; i < ring.STAGES; i++) {
             barrier_init(ring.full() + i * 8, full_arrivals);
-            barrier_init(ring.empty() + i * 8, 2);
+            barrier_init(ring.empty() + i * 8, 2 * (int)blocks);
         }
         barrier_init_fence();
     }
     return ring;
+}
+
+/* By one thread of the loading group, at the end: waits until every stage has been released by all blocks of the
+ * cluster, so that the block does not end while another still reaches into its shared memory. */
+template <int COLUMNS>
+__device__ static inline void ring_close(Ring<COLUMNS> ring) {
+    for (int i = 0; i < ring.STAGES; i++, ring.next()) {
+        barrier_wait(ring.empty(), ring.parity ^ 1);
+    }
 }
 
 /* sum (+)= A B over one stage; a, b: this warp group's tiles. */
@@ -151,6 +179,13 @@ __device__ static inline void store_pack_if(T *to, const Pack<T> &pack, bool ins
         : "memory");
 }
 
+__device__ static inline void store_float_if(float *to, float value, bool inside) {
+    asm volatile("{\n.reg .pred inside;\nsetp.ne.b32 inside, %0, 0;\n@inside st.global.f32 [%1], %2;\n}" ::"r"(
+                     (int)inside),
+                 "l"(to), "f"(value)
+                 : "memory");
+}
+
 /* ---- the host's side ---- */
 
 /* How the copy engine sees `outer` matrices (rows, inner), one after the other: box_rows rows of 128 bytes at a time */
@@ -159,15 +194,30 @@ static CUtensorMap matrix_map(const void *base, int size, int inner, int rows, i
     return tensor_map(base, size, 3, extent, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
-/* Runs `kernel` with the ring and `extra` bytes of shared memory. */
+/* Whether pairs of row tiles waste little: an expert's last pair may have one tile for two blocks. */
+static int cluster_blocks(int64_t tiles, int groups) {
+    return tiles >= 10 * (int64_t)groups ? 2 : 1;
+}
+
+/* Runs `kernel` in clusters of `blocks`, with the ring and `extra` bytes of shared memory; `tiles`: no more blocks. */
 template <int COLUMNS, class... Arguments>
-static void launch_wgmma(void (*kernel)(Arguments...), size_t extra, int64_t tiles, cudaStream_t stream,
+static void launch_wgmma(void (*kernel)(Arguments...), size_t extra, int64_t tiles, int blocks, cudaStream_t stream,
                          Arguments... arguments) {
     size_t bytes = 1024 + Ring<COLUMNS>::BYTES + extra;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    int blocks = tiles < cuda_multiprocessors() ? (int)tiles : cuda_multiprocessors();
-    kernel<<<blocks, WGMMA_THREADS, bytes, stream>>>(arguments...);
-    CUDA_LAUNCHED();
+    int most = cuda_multiprocessors() / blocks, clusters = ceil_div(tiles, blocks);
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((clusters < most ? clusters : most) * blocks);
+    config.blockDim = dim3(WGMMA_THREADS);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 #endif

@@ -13,6 +13,11 @@ enum {
 
 enum Finish { FINISH_UP, FINISH_HIDDEN, FINISH_STORE };
 
+/* Rows of a tile: 64 where the end of a tile is long (hidden: it reads a, and writes da and h). The groups then take
+ * turns, and one finishes its tile while the other multiplies. */
+template <int FINISH>
+static const int TILE_ROWS = FINISH == FINISH_HIDDEN ? 64 : (int)WGMMA_ROWS;
+
 typedef struct {
     RowSource a;       /* left operand; its rows are `inner` wide */
     const int *offset; /* (E+1) */
@@ -53,12 +58,14 @@ __device__ static inline void count_tiles(int *first_tile, const int *offset, in
     }
 }
 
-/* The tile of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the last. Within
+/* The tile (ROWS rows) of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the last. Within
  * an expert BAND row tiles by all column tiles, then the next band: what runs at the same time shares rows and weights
  * in L2. A cluster's last block may find a tile without rows (row >= end). */
+template <int ROWS>
 __device__ static inline bool find_tile(Tile *tile, int id, uint32_t rank, const int *first_tile,
                                         const RowsProduct &p) {
-    int across = (p.width + p.columns - 1) / p.columns, band_steps = BAND / p.blocks, e = tile->expert;
+    int across = (p.width + p.columns - 1) / p.columns, band_steps = BAND * WGMMA_ROWS / ROWS / p.blocks;
+    int e = tile->expert;
     while (e < p.E && id >= first_tile[e + 1] * across) {
         e++;
     }
@@ -69,7 +76,7 @@ __device__ static inline bool find_tile(Tile *tile, int id, uint32_t rank, const
     id -= first_tile[e] * across;
     int band = id / (band_steps * across), in_band = id - band * band_steps * across;
     int height = min(band_steps, first_tile[e + 1] - first_tile[e] - band * band_steps);
-    tile->row = p.offset[e] + ((band * band_steps + in_band % height) * p.blocks + rank) * WGMMA_ROWS;
+    tile->row = p.offset[e] + ((band * band_steps + in_band % height) * p.blocks + rank) * ROWS;
     tile->end = p.offset[e + 1];
     tile->column = in_band / height * p.columns;
     return true;
@@ -77,22 +84,22 @@ __device__ static inline bool find_tile(Tile *tile, int id, uint32_t rank, const
 
 /* The loading warp group: all its threads where rows are fetched by index, one thread where TMA brings everything. */
 template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
-__device__ static inline void load_tiles(Ring<COLUMNS> ring, const int *first_tile, const CUtensorMap *a_map,
-                                         const CUtensorMap *b_map, const CUtensorMap *saved_map, const RowsProduct &p) {
-    int t = threadIdx.x, piece = t % 8;
+__device__ static inline void load_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, const int *first_tile,
+                                         const CUtensorMap *a_map, const CUtensorMap *b_map, const RowsProduct &p) {
+    enum { ROWS = TILE_ROWS<FINISH>, BELOW = LOADERS / 8 }; /* a thread copies rows t / 8, t / 8 + BELOW, ... */
+    int t = threadIdx.x, piece = t % 8, step = gridDim.x / p.blocks;
     Tile tile = {0};
-    int step = gridDim.x / p.blocks;
-    for (int id = blockIdx.x / p.blocks; find_tile(&tile, id, ring.rank, first_tile, p); id += step) {
-        uint32_t from[WGMMA_ROWS / (LOADERS / 8)];
+    for (int id = blockIdx.x / p.blocks; find_tile<ROWS>(&tile, id, ring.rank, first_tile, p); id += step) {
+        uint32_t from[ROWS / BELOW];
         if (INDEXED) {
-            int entry[WGMMA_ROWS / (LOADERS / 8)], row = tile.row + t / 8;
+            int entry[ROWS / BELOW], row = tile.row + t / 8;
 #pragma unroll
-            for (int i = 0; i < WGMMA_ROWS / (LOADERS / 8); i++) {
-                entry[i] = p.a.entry[min(row + LOADERS / 8 * i, tile.end - 1)];
+            for (int i = 0; i < ROWS / BELOW; i++) {
+                entry[i] = p.a.entry[min(row + BELOW * i, tile.end - 1)];
             }
 #pragma unroll
-            for (int i = 0; i < WGMMA_ROWS / (LOADERS / 8); i++) {
-                from[i] = row + LOADERS / 8 * i < tile.end ? row_of_entry(entry[i], p.a, p.inner) : NO_ROW;
+            for (int i = 0; i < ROWS / BELOW; i++) {
+                from[i] = row + BELOW * i < tile.end ? row_of_entry(entry[i], p.a, p.inner) : NO_ROW;
             }
         }
         for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
@@ -118,22 +125,9 @@ __device__ static inline void load_tiles(Ring<COLUMNS> ring, const int *first_ti
                 bool inside = k + piece * 8 < p.inner;
                 uint32_t to = swizzled(ring.a(), t / 8, piece);
 #pragma unroll
-                for (int i = 0; i < WGMMA_ROWS / (LOADERS / 8); i++) {
-                    copy_16_if(to + LOADERS / 8 * 128 * i, x + (size_t)from[i] * 16, inside && from[i] != NO_ROW);
+                for (int i = 0; i < ROWS / BELOW; i++) {
+                    copy_16_if(to + BELOW * 128 * i, x + (size_t)from[i] * 16, inside && from[i] != NO_ROW);
                 }
-                barrier_arrive_copied(ring.full());
-            }
-        }
-        for (int c = 0; FINISH == FINISH_HIDDEN && c < COLUMNS; c += 64, ring.next()) {
-            barrier_wait(ring.empty(), ring.parity ^ 1);
-            if (t == 0) {
-                barrier_arrive_expect(ring.full(), GELU ? ring.A_BYTES : 2 * ring.A_BYTES);
-                copy_box(ring.a(), saved_map, tile.column + c, tile.row, 0, ring.full());
-                if (!GELU) {
-                    copy_box(ring.b(), saved_map, p.width + tile.column + c, tile.row, 0, ring.full());
-                }
-            }
-            if (INDEXED) {
                 barrier_arrive_copied(ring.full());
             }
         }
@@ -211,31 +205,75 @@ __device__ static inline void finish_store(const float (&sum)[COUNT], const Rows
     }
 }
 
-/* hidden: from u to w h, da and, for every PART columns, this row's share of <u, h>. The ring brings a, 64 columns a
- * stage: gate (GELU: all there is) where A lies, up where B lies. */
+/* hidden: what a group reads of a for its own tile, 64 rows x 64 columns at a time, gate beside up (GELU: gate is all
+ * there is), in two places in turn. The group's first thread asks for it. */
+struct SavedBoxes {
+    enum { BYTES = 2 * 2 * 2 * BOX_BYTES, BARRIERS = 2 * 2 * 8 }; /* groups, places, gate and up */
+    uint32_t boxes, barriers;                                     /* of the group */
+    int asked, taken;
+
+    __device__ uint32_t gate(int i) const {
+        return boxes + i % 2 * 2 * BOX_BYTES;
+    }
+    __device__ uint32_t up(int i) const {
+        return gate(i) + BOX_BYTES;
+    }
+    __device__ uint32_t full(int i) const {
+        return barriers + i % 2 * 8;
+    }
+};
+
+__device__ static inline SavedBoxes saved_open(uint32_t boxes, uint32_t barriers) {
+    int group = threadIdx.x / GROUP - 1;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < SavedBoxes::BARRIERS; i += 8) {
+            barrier_init(barriers + i, 1);
+        }
+        barrier_init_fence();
+    }
+    return SavedBoxes{boxes + group * (SavedBoxes::BYTES / 2), barriers + group * (SavedBoxes::BARRIERS / 2), 0, 0};
+}
+
+/* By all threads of the group, when all have read what was in the place. */
+template <bool GELU>
+__device__ static inline void ask_saved(SavedBoxes &saved, const CUtensorMap *map, int column, int row, int width) {
+    if (threadIdx.x % GROUP == 0) {
+        barrier_arrive_expect(saved.full(saved.asked), GELU ? BOX_BYTES : 2 * BOX_BYTES);
+        copy_box(saved.gate(saved.asked), map, column, row, 0, saved.full(saved.asked));
+        if (!GELU) {
+            copy_box(saved.up(saved.asked), map, width + column, row, 0, saved.full(saved.asked));
+        }
+    }
+    saved.asked++;
+}
+
+/* hidden: from u to w h, da and, for every PART columns, this row's share of <u, h>. */
 template <bool GELU, int COLUMNS, int COUNT>
-__device__ static inline void finish_hidden(const float (&sum)[COUNT], Ring<COLUMNS> &ring, const RowsProduct &p,
-                                            const Tile &tile, int row) {
-    int a_width = GELU ? p.width : 2 * p.width, q = threadIdx.x % 4, group = (threadIdx.x - LOADERS) / GROUP;
+__device__ static inline void finish_hidden(const float (&sum)[COUNT], SavedBoxes &saved, const CUtensorMap *saved_map,
+                                            const RowsProduct &p, const Tile &tile, int row) {
+    int a_width = GELU ? p.width : 2 * p.width, q = threadIdx.x % 4, group = threadIdx.x / GROUP;
     float weight[2], total[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         weight[half] = p.row_weight ? p.row_weight[min(row + 8 * half, tile.end - 1)] : 1;
     }
 #pragma unroll
-    for (int box = 0; box < COLUMNS / 64; box++, ring.next()) {
+    for (int box = 0; box < COLUMNS / 64; box++) {
         Pack<real_t> gate[4], up[4];
-        barrier_wait(ring.full(), ring.parity);
+        barrier_wait(saved.full(saved.taken), saved.taken / 2 % 2);
 #pragma unroll
         for (int i = 0; i < 4; i++) { /* half i / 2 of the rows, half i % 2 of the columns */
             int at = row - tile.row + i / 2 * 8, piece = i % 2 * 4 + q;
-            reinterpret_cast<uint4 &>(gate[i]) = load_16(swizzled(ring.a(), at, piece));
+            reinterpret_cast<uint4 &>(gate[i]) = load_16(swizzled(saved.gate(saved.taken), at, piece));
             if (!GELU) {
-                reinterpret_cast<uint4 &>(up[i]) = load_16(swizzled(ring.b(), at, piece));
+                reinterpret_cast<uint4 &>(up[i]) = load_16(swizzled(saved.up(saved.taken), at, piece));
             }
         }
-        group_sync(1 + group);
-        ring.release(ring.empty(), threadIdx.x % GROUP);
+        saved.taken++;
+        group_sync(group);
+        if (box + 2 < COLUMNS / 64) {
+            ask_saved<GELU>(saved, saved_map, tile.column + (box + 2) * 64, tile.row, p.width);
+        }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int half = i / 2, r = row + 8 * half, c = tile.column + box * 64 + i % 2 * 32 + q * 8;
@@ -273,20 +311,31 @@ __device__ static inline void finish_hidden(const float (&sum)[COUNT], Ring<COLU
 
 /* A multiplying warp group. */
 template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
-__device__ static inline void multiply_tiles(Ring<COLUMNS> ring, const int *first_tile, const RowsProduct &p) {
-    int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
+__device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, SavedBoxes saved,
+                                             const int *first_tile, const CUtensorMap *saved_map,
+                                             const RowsProduct &p) {
+    enum { ROWS = TILE_ROWS<FINISH>, TURNS = 128 / ROWS }; /* a group takes every TURNS-th tile */
+    int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP, step = gridDim.x / p.blocks;
+    int tile_stages = (p.inner + DEEP - 1) / DEEP, part = TURNS == 1 ? group : 0; /* of the tile's rows */
     float sum[COLUMNS / 2];
     Tile tile = {0};
-    int step = gridDim.x / p.blocks;
-    for (int id = blockIdx.x / p.blocks; find_tile(&tile, id, ring.rank, first_tile, p); id += step) {
-        int first = tile.row + 64 * group;
+    int id = blockIdx.x / p.blocks;
+    if (TURNS == 2 && group == 1) {
+        id += step;
+        ring.skip(tile_stages);
+    }
+    for (; find_tile<ROWS>(&tile, id, ring.rank, first_tile, p); id += TURNS * step) {
+        if (FINISH == FINISH_HIDDEN) {
+            ask_saved<GELU>(saved, saved_map, tile.column, tile.row, p.width);
+            ask_saved<GELU>(saved, saved_map, tile.column + 64, tile.row, p.width);
+        }
         uint32_t used = 0;
         for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
             barrier_wait(ring.full(), ring.parity);
             if (INDEXED) {
                 fence_async();
             }
-            multiply_stage<0, ACROSS_B>(sum, ring.a() + group * BOX_BYTES, ring.b(), k > 0);
+            multiply_stage<0, ACROSS_B>(sum, ring.a() + part * BOX_BYTES, ring.b(), k > 0);
             wgmma_wait<1>();
             if (k > 0) {
                 ring.release(used, t);
@@ -296,11 +345,14 @@ __device__ static inline void multiply_tiles(Ring<COLUMNS> ring, const int *firs
         wgmma_wait<0>();
         wgmma_settle(sum);
         ring.release(used, t);
-        int row = first + t / 32 * 16 + t % 32 / 4;
+        if (TURNS == 2) {
+            ring.skip(tile_stages);
+        }
+        int row = tile.row + 64 * part + t / 32 * 16 + t % 32 / 4;
         if (FINISH == FINISH_UP) {
             finish_up<GELU>(sum, p, tile, row);
         } else if (FINISH == FINISH_HIDDEN) {
-            finish_hidden<GELU>(sum, ring, p, tile, row);
+            finish_hidden<GELU, COLUMNS>(sum, saved, saved_map, p, tile, row);
         } else {
             finish_store(sum, p, tile, row);
         }
@@ -313,52 +365,69 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     rows_product_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                         const __grid_constant__ CUtensorMap saved_map, const __grid_constant__ RowsProduct p) {
 #ifdef HOPPER_CODE
+    enum { ROWS = TILE_ROWS<FINISH> };
     extern __shared__ char memory[];
-    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1, p.blocks);
-    int *first_tile = reinterpret_cast<int *>(memory + (ring.base - shared_address(memory)) + ring.BYTES);
+    uint32_t start = shared_address(memory) + (FINISH == FINISH_HIDDEN ? SavedBoxes::BYTES : 0);
+    auto ring = ring_open<COLUMNS, ROWS>(start, INDEXED ? LOADERS + 1 : 1, p.blocks);
+    uint32_t after = ring.base + ring.BYTES;
+    SavedBoxes saved = {};
+    if (FINISH == FINISH_HIDDEN) {
+        saved = saved_open(ring.base - SavedBoxes::BYTES, after);
+        after += SavedBoxes::BARRIERS;
+    }
+    int *first_tile = reinterpret_cast<int *>(memory + (after - shared_address(memory)));
     if (threadIdx.x < 32) {
-        count_tiles(first_tile, p.offset, p.E, p.blocks * WGMMA_ROWS);
+        count_tiles(first_tile, p.offset, p.E, p.blocks * ROWS);
     }
     __syncthreads();
     cluster_sync();
     if (threadIdx.x < LOADERS) {
         registers_release<LOADER_REGISTERS>();
         if (INDEXED || threadIdx.x == 0) {
-            load_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, first_tile, &a_map, &b_map, &saved_map, p);
+            load_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, first_tile, &a_map, &b_map, p);
         }
     } else {
         registers_claim<MULTIPLIER_REGISTERS>();
-        multiply_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, first_tile, p);
+        multiply_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, saved, first_tile, &saved_map, p);
     }
 #endif
 }
 
 /* ---- the host's side ---- */
 
+/* Shared memory for the first part of rows_product_kernel. */
+template <int FINISH, int COLUMNS>
+static size_t rows_product_bytes(int E) {
+    size_t saved = FINISH == FINISH_HIDDEN ? SavedBoxes::BYTES + SavedBoxes::BARRIERS : 0;
+    return Ring<COLUMNS, TILE_ROWS<FINISH>>::BYTES + saved + (E + 1) * sizeof(int);
+}
+
 template <int FINISH, bool GELU, int ACROSS_B, int COLUMNS>
 static void launch_rows(RowsProduct p, const real_t *weights, int weight_rows, Grouped g) {
+    enum { ROWS = TILE_ROWS<FINISH> };
     bool pairs = FINISH == FINISH_UP && !GELU;
     p.columns = pairs ? COLUMNS / 2 : COLUMNS;
     p.second = pairs ? p.width : COLUMNS / 2;
     CUtensorMap b_map = matrix_map(weights, sizeof(real_t), ACROSS_B ? p.width : p.inner, weight_rows, p.E,
                                    ACROSS_B ? DEEP : COLUMNS / 2);
-    CUtensorMap a_map = p.a.entry ? b_map : matrix_map(p.a.x, sizeof(real_t), p.inner, p.rows, 1, WGMMA_ROWS);
-    CUtensorMap saved_map = FINISH != FINISH_HIDDEN ? b_map
-                                                    : matrix_map(p.saved, sizeof(real_t), GELU ? p.width : 2 * p.width,
-                                                                 p.rows, 1, WGMMA_ROWS);
-    size_t extra = (p.E + 1) * sizeof(int);
-    p.blocks = cluster_blocks(p.rows / WGMMA_ROWS, p.E);
-    int64_t tiles = (int64_t)most_row_tiles(g.shape, WGMMA_ROWS) * ceil_div(p.width, p.columns);
+    CUtensorMap a_map = p.a.entry ? b_map : matrix_map(p.a.x, sizeof(real_t), p.inner, p.rows, 1, ROWS);
+    CUtensorMap saved_map = FINISH != FINISH_HIDDEN
+                                ? b_map
+                                : matrix_map(p.saved, sizeof(real_t), GELU ? p.width : 2 * p.width, p.rows, 1, 64);
+    size_t bytes = rows_product_bytes<FINISH, COLUMNS>(p.E);
+    p.blocks = cluster_blocks(p.rows / ROWS, p.E);
+    int64_t tiles = (int64_t)most_row_tiles(g.shape, ROWS) * ceil_div(p.width, p.columns);
     if (FINISH != FINISH_STORE && p.a.entry) {
-        launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, FINISH != FINISH_STORE, COLUMNS>, extra,
-                              tiles, p.blocks, g.stream, a_map, b_map, saved_map, p);
+        launch_wgmma(rows_product_kernel<FINISH, GELU, ACROSS_B, FINISH != FINISH_STORE, COLUMNS>, bytes, tiles,
+                     p.blocks, g.stream, a_map, b_map, saved_map, p);
     } else {
-        launch_wgmma<COLUMNS>(rows_product_kernel<FINISH, GELU, ACROSS_B, false, COLUMNS>, extra, tiles, p.blocks,
-                              g.stream, a_map, b_map, saved_map, p);
+        launch_wgmma(rows_product_kernel<FINISH, GELU, ACROSS_B, false, COLUMNS>, bytes, tiles, p.blocks, g.stream,
+                     a_map, b_map, saved_map, p);
     }
 }
 
-/* Tiles of 256 columns, unless narrower ones waste fewer columns or are needed to keep every multiprocessor busy. */
+/* Tiles of 256 columns, unless narrower ones waste fewer columns, are needed to keep every multiprocessor busy, or to
+ * leave room for the list of very many experts. */
 template <int FINISH, bool GELU, int ACROSS_B>
 static void rows_product(RowsProduct p, const real_t *weights, int weight_rows, Grouped g) {
     p.offset = g.offset;
@@ -370,7 +439,8 @@ static void rows_product(RowsProduct p, const real_t *weights, int weight_rows, 
     int width = FINISH == FINISH_UP && !GELU ? 2 * p.width : p.width;
     int wide = ceil_div(width, 256), narrow = ceil_div(width, 128);
     bool few = (int64_t)ceil_div(p.rows, WGMMA_ROWS) * wide < cuda_multiprocessors();
-    if (few || 2 * wide * 10 > narrow * 11) {
+    bool fits = rows_product_bytes<FINISH, 256>(p.E) + 1024 <= cuda_shared_memory();
+    if (few || !fits || 2 * wide * 10 > narrow * 11) {
         launch_rows<FINISH, GELU, ACROSS_B, 128>(p, weights, weight_rows, g);
     } else {
         launch_rows<FINISH, GELU, ACROSS_B, 256>(p, weights, weight_rows, g);

@@ -375,17 +375,15 @@ static void launch_weight(WeightProduct p, int64_t tiles, Grouped g) {
     int rows = g.shape.rows;
     CUtensorMap right_map = matrix_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
     CUtensorMap left_map = p.left.entry ? right_map : matrix_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
-    size_t extra = TileQueue::BYTES + p.E * sizeof(int);
+    size_t bytes = Ring<COLUMNS>::BYTES + TileQueue::BYTES + p.E * sizeof(int);
     int down = ceil_div(p.M, WGMMA_ROWS);
     p.blocks = down % 2 == 0 || down >= 10 ? 2 : 1;
     p.counter = (int *)cuda_workspace(sizeof(int));
     CUDA_CHECK(cudaMemsetAsync(p.counter, 0, sizeof(int), g.stream));
     if (p.left.entry) {
-        launch_wgmma<COLUMNS>(weight_product_kernel<true, COLUMNS>, extra, tiles, p.blocks, g.stream, left_map,
-                              right_map, p);
+        launch_wgmma(weight_product_kernel<true, COLUMNS>, bytes, tiles, p.blocks, g.stream, left_map, right_map, p);
     } else {
-        launch_wgmma<COLUMNS>(weight_product_kernel<false, COLUMNS>, extra, tiles, p.blocks, g.stream, left_map,
-                              right_map, p);
+        launch_wgmma(weight_product_kernel<false, COLUMNS>, bytes, tiles, p.blocks, g.stream, left_map, right_map, p);
     }
 }
 

@@ -20,15 +20,16 @@ enum {
 
 #define NO_ROW 0xffffffffu
 
-/* The ring, at one of its stages. COLUMNS is the width of the tiles. The blocks of a cluster, `blocks` of them (1 or 2),
+/* The ring, at one of its stages. COLUMNS is the width of the tiles, ROWS their height: 128 where both multiplying groups
+ * share a tile, 64 where they take turns; the ring is then smaller, to leave room for other buffers. The blocks of a cluster, `blocks` of them (1 or 2),
  * take neighbouring tiles of the same B, of which each loads its share for all. */
-template <int COLUMNS>
+template <int COLUMNS, int ROWS = WGMMA_ROWS>
 struct Ring {
     enum {
-        A_BYTES = WGMMA_ROWS * DEEP * 2,
+        A_BYTES = ROWS * DEEP * 2,
         B_BYTES = COLUMNS * DEEP * 2,
         STAGE_BYTES = A_BYTES + B_BYTES,
-        STAGES = 192 * 1024 / STAGE_BYTES,
+        STAGES = (ROWS == 64 ? 160 : 192) * 1024 / STAGE_BYTES,
         BYTES = STAGES * STAGE_BYTES + 2 * STAGES * 8,
     };
     uint32_t base; /* a multiple of 1024 */
@@ -52,6 +53,12 @@ struct Ring {
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         parity ^= stage == 0;
     }
+    /* Past the stages of a tile that is the other group's. */
+    __device__ void skip(int stages) {
+        stage += stages;
+        parity ^= stage / STAGES & 1;
+        stage %= STAGES;
+    }
     /* A box of B, for all blocks of the cluster. */
     __device__ void share_box(uint32_t to, const CUtensorMap *map, int x, int y, int z) const {
         if (blocks == 1) {
@@ -72,13 +79,13 @@ struct Ring {
 };
 
 /* The block's ring at its first stage, the barriers ready once the cluster has met. */
-template <int COLUMNS>
-__device__ static inline Ring<COLUMNS> ring_open(uint32_t shared, int full_arrivals, uint32_t blocks) {
-    Ring<COLUMNS> ring = {(shared + 1023) & ~1023u, 0, 0, cluster_rank(), blocks};
+template <int COLUMNS, int ROWS = WGMMA_ROWS>
+__device__ static inline Ring<COLUMNS, ROWS> ring_open(uint32_t shared, int full_arrivals, uint32_t blocks) {
+    Ring<COLUMNS, ROWS> ring = {(shared + 1023) & ~1023u, 0, 0, cluster_rank(), blocks};
     if (threadIdx.x == 0) {
         for (int i = 0; i < ring.STAGES; i++) {
             barrier_init(ring.full() + i * 8, full_arrivals);
-            barrier_init(ring.empty() + i * 8, 2 * (int)blocks);
+            barrier_init(ring.empty() + i * 8, ROWS / 64 * (int)blocks);
         }
         barrier_init_fence();
     }
@@ -87,8 +94,8 @@ __device__ static inline Ring<COLUMNS> ring_open(uint32_t shared, int full_arriv
 
 /* By one thread of the loading group, at the end: waits until every stage has been released by all blocks of the
  * cluster, so that the block does not end while another still reaches into its shared memory. */
-template <int COLUMNS>
-__device__ static inline void ring_close(Ring<COLUMNS> ring) {
+template <int COLUMNS, int ROWS>
+__device__ static inline void ring_close(Ring<COLUMNS, ROWS> ring) {
     for (int i = 0; i < ring.STAGES; i++, ring.next()) {
         barrier_wait(ring.empty(), ring.parity ^ 1);
     }
@@ -180,10 +187,10 @@ __device__ static inline void store_pack_if(T *to, const Pack<T> &pack, bool ins
 }
 
 __device__ static inline void store_float_if(float *to, float value, bool inside) {
-    asm volatile("{\n.reg .pred inside;\nsetp.ne.b32 inside, %0, 0;\n@inside st.global.f32 [%1], %2;\n}" ::"r"(
-                     (int)inside),
-                 "l"(to), "f"(value)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred inside;\nsetp.ne.b32 inside, %0, 0;\n@inside st.global.f32 [%1], %2;\n}" ::"r"((int)inside),
+        "l"(to), "f"(value)
+        : "memory");
 }
 
 /* ---- the host's side ---- */
@@ -199,11 +206,12 @@ static int cluster_blocks(int64_t tiles, int groups) {
     return tiles >= 10 * (int64_t)groups ? 2 : 1;
 }
 
-/* Runs `kernel` in clusters of `blocks`, with the ring and `extra` bytes of shared memory; `tiles`: no more blocks. */
-template <int COLUMNS, class... Arguments>
-static void launch_wgmma(void (*kernel)(Arguments...), size_t extra, int64_t tiles, int blocks, cudaStream_t stream,
+/* Runs `kernel` in clusters of `blocks`, with `bytes` of shared memory from a multiple of 1024 on; `tiles`: no more
+ * blocks. */
+template <class... Arguments>
+static void launch_wgmma(void (*kernel)(Arguments...), size_t bytes, int64_t tiles, int blocks, cudaStream_t stream,
                          Arguments... arguments) {
-    size_t bytes = 1024 + Ring<COLUMNS>::BYTES + extra;
+    bytes += 1024;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     int most = cuda_multiprocessors() / blocks, clusters = ceil_div(tiles, blocks);
     cudaLaunchAttribute cluster = {};

@@ -112,8 +112,11 @@ static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int accu
 
 /* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes
  * two, less what it saves by reading A once. */
-static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g) {
+static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
     WeightProduct p = {left, right, dw, g.offset, g.shape.E, M, N};
+    if (!accumulate) {
+        CUDA_CHECK(cudaMemsetAsync(dw, 0, (size_t)g.shape.E * M * N * sizeof(acc_t), g.stream));
+    }
     if (g.shape.rows == 0) {
         return;
     }

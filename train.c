@@ -283,7 +283,7 @@ static void queue_step(Run *run) {
         size_t first = (size_t)slice * model->N;
         transformer_forward(model, run->batch.tokens + first, slice, NULL);
         transformer_loss(model, run->batch.targets + first, slice, true, NULL);
-        transformer_backward(model, run->batch.tokens + first, NULL);
+        transformer_backward(model, run->batch.tokens + first, slice, NULL);
         recorder_add(&run->trace, model);
     }
     optimizer_step(&run->optimizer, model, &run->config.train, NULL);

@@ -157,7 +157,7 @@ static void forward(Bench *b, Profile *profile) {
 }
 
 static void backward(Bench *b, Profile *profile) {
-    chain_backward(&b->chain, &b->chain_scratch, &b->scratch, b->dx, b->dy, b->x, profile, NULL);
+    chain_backward(&b->chain, &b->chain_scratch, &b->scratch, b->dx, b->dy, b->x, 0, profile, NULL);
 }
 
 /* Median and 95th percentile, in milliseconds, of forward, or of forward and backward. */

@@ -69,7 +69,7 @@ typedef struct {
 static void queue_step(Bench *b) {
     transformer_forward(&b->model, b->tokens, 0, NULL);
     transformer_loss(&b->model, b->tokens + 1, 0, true, NULL);
-    transformer_backward(&b->model, b->tokens, NULL);
+    transformer_backward(&b->model, b->tokens, 0, NULL);
     optimizer_step(&b->optimizer, &b->model, &b->config.train, NULL);
 }
 

@@ -122,6 +122,8 @@ void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, acc_t *gra
                 weights[j] = (real_t)master[j];
             }
         }
-        memset(grads + at, 0, chunk.count * sizeof *grads);
+        if (!chunk.piece->keep_grad) {
+            memset(grads + at, 0, chunk.count * sizeof *grads);
+        }
     }
 }

@@ -1,9 +1,10 @@
 /* AdamW on the GPU: four launches for a whole model. Two make the squared norm of every tensor's gradient, chunk by
- * chunk in double; one thread block decides what the step does; one sweep updates everything and clears the gradients.
+ * chunk in double; one thread block decides what the step does; one sweep updates everything and clears those gradients
+ * that the next step adds to.
  *
- * Bytes per parameter in bf16: the norm reads 4, the sweep reads 16 (gradient, both moments, master) and writes 18. The
- * host knows nothing of the step: its rate and its decision lie in device memory. Called by model/optimizer.c. Read
- * next: update_chunk.
+ * Bytes per parameter in bf16: the norm reads 4, the sweep reads 16 (gradient, both moments, master) and writes 14, and
+ * 4 more where it clears. The host knows nothing of the step: its rate and its decision lie in device memory. Called by
+ * model/optimizer.c. Read next: update_chunk.
  */
 #include "cuda.cuh"
 
@@ -167,8 +168,11 @@ __device__ static void store_four(T *to, const float *from) {
     *reinterpret_cast<Four *>(to) = four;
 }
 
-/* Zeros for the gradient of a chunk. */
-__device__ static void clear(float *grads, int packs, int count) {
+/* Zeros for the gradient of a chunk, unless its piece keeps it. */
+__device__ static void clear(float *grads, int packs, int count, const AdamPiece &piece) {
+    if (piece.keep_grad) {
+        return;
+    }
     for (int i = threadIdx.x; i < packs; i += THREADS) {
         store_pack(grads + i * WIDTH, Pack<float>{});
     }
@@ -188,13 +192,14 @@ __global__ void __launch_bounds__(THREADS)
     update_chunk(float *master, real_t *weights, float *m, float *v, float *grads, const AdamPiece *pieces, int count,
                  const AdamState *state, AdamOptions options) {
     Chunk chunk = find_chunk(pieces, count, blockIdx.x);
+    const AdamPiece &piece = pieces[chunk.piece];
     size_t at = chunk.begin;
     int packs = is_aligned(grads + at) ? chunk.count / WIDTH : 0;
-    if (!pieces[chunk.piece].trained || state->scale == 0) { /* only a skipped step has scale 0 */
-        clear(grads + at, packs, chunk.count);
+    if (!piece.trained || state->scale == 0) { /* only a skipped step has scale 0 */
+        clear(grads + at, packs, chunk.count, piece);
         return;
     }
-    Factors f = piece_factors(state, &options, pieces[chunk.piece].decay);
+    Factors f = piece_factors(state, &options, piece.decay);
     for (int begin = threadIdx.x; begin < packs; begin += IN_FLIGHT * THREADS) {
         Four four[IN_FLIGHT];
 #pragma unroll
@@ -227,7 +232,7 @@ __global__ void __launch_bounds__(THREADS)
             weights[j] = to_real<real_t>(master[j]);
         }
     }
-    clear(grads + at, packs, chunk.count); /* what a thread clears it has read itself */
+    clear(grads + at, packs, chunk.count, piece); /* what a thread clears it has read itself */
 }
 
 void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, acc_t *grads, const AdamPiece *pieces, int count,

@@ -32,7 +32,8 @@ typedef struct {
 typedef struct {
     size_t offset, count; /* elements */
     int first_chunk;
-    int trained; /* 0: frozen, only its gradient is cleared */
+    int trained;   /* 0: frozen, nothing but its gradient changes */
+    int keep_grad; /* 1: its gradient is left as it is, because the next step's overwrites it; 0: it is cleared */
     double decay;
 } AdamPiece;
 
@@ -60,7 +61,7 @@ void adamw_begin(AdamState *state, const double *sums, int count, const acc_t *l
                  AdamOptions options, Stream *stream);
 
 /* All pieces of the flat buffers: master, m, v updated; weights (the compute copy) written from master unless it is the
- * same array; grads read and cleared, those of frozen pieces and of a skipped step too. */
+ * same array; grads read, and cleared unless keep_grad, those of frozen pieces and of a skipped step too. */
 void adamw_update(acc_t *master, real_t *weights, acc_t *m, acc_t *v, acc_t *grads, const AdamPiece *pieces, int count,
                   int chunks, const AdamState *state, AdamOptions options, Stream *stream);
 

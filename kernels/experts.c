@@ -143,15 +143,16 @@ void experts_forward_again(real_t *a, real_t *h, RowSource source, const real_t 
     }
 }
 
-/* dw (M,N) of one expert += left (rows,M)^T right (rows,N), the WEIGHT_ROWS rows of dw from `first` on. */
-static void weight_gradient(acc_t *dw, const real_t *left, const real_t *right, int first, int M, int N, int rows) {
+/* dw (M,N) of one expert = or += left (rows,M)^T right (rows,N), the WEIGHT_ROWS rows of dw from `first` on. */
+static void weight_gradient(acc_t *dw, const real_t *left, const real_t *right, int first, int M, int N, int rows,
+                            int add) {
     int count = M - first < WEIGHT_ROWS ? M - first : WEIGHT_ROWS;
-    block_multiply(dw + (size_t)first * N, N, left + first, 1, M, right, N, 1, count, N, rows, 1);
+    block_multiply(dw + (size_t)first * N, N, left + first, 1, M, right, N, 1, count, N, rows, add);
 }
 
 void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da,
                       RowSource dy_source, RowSource source, const real_t *a, const acc_t *row_weight, const real_t *w1,
-                      const real_t *w2, const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+                      const real_t *w2, const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream) {
     assert(!source.entry && !dy_source.entry && "the CPU's dispatch writes rows out");
     const real_t *x = source.x, *dy = dy_source.x;
     size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
@@ -170,7 +171,7 @@ void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, re
                 drow_weight[p.first + r] = dweight;
             }
         }
-        block_multiply(p_dx, C, p_da, A, 1, w1 + p.expert * A * C, C, 1, p.rows, C, A, accumulate);
+        block_multiply(p_dx, C, p_da, A, 1, w1 + p.expert * A * C, C, 1, p.rows, C, A, add_dx);
     }
 
     int blocks1 = (A + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
@@ -182,10 +183,10 @@ void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, re
         size_t first = offset[e];
         int rows = offset[e + 1] - offset[e];
         if (block < blocks1) {
-            weight_gradient(dw1 + e * A * C, da + first * A, x + first * C, block * WEIGHT_ROWS, A, C, rows);
+            weight_gradient(dw1 + e * A * C, da + first * A, x + first * C, block * WEIGHT_ROWS, A, C, rows, add_dw);
         } else {
-            weight_gradient(dw2 + e * C * H, dy + first * C, h + first * H, (block - blocks1) * WEIGHT_ROWS, C, H,
-                            rows);
+            weight_gradient(dw2 + e * C * H, dy + first * C, h + first * H, (block - blocks1) * WEIGHT_ROWS, C, H, rows,
+                            add_dw);
         }
     }
 }

@@ -76,14 +76,14 @@ void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, 
 
 void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, RowSource dy,
                       RowSource x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
-                      const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+                      const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream) {
     Grouped g = {shape, offset, cuda_stream(stream)};
     uintptr_t outputs = BITS(dx) | BITS(dw1) | BITS(dw2) | BITS(h) | BITS(da);
     int path = choose_path(g, outputs | BITS(dy.x) | BITS(x.x) | BITS(a) | BITS(w1) | BITS(w2));
     int A = experts_a_width(shape);
     RowSource da_rows = {da, NULL, 0}, h_rows = {h, NULL, 0};
     BY(path, hidden(h, da, drow_weight, dy, a, row_weight, w2, g))
-    BY(path, weight(dw2, dy, h_rows, shape.C, shape.H, g))
-    BY(path, weight(dw1, da_rows, x, A, shape.C, g))
-    BY(path, input(dx, da, w1, accumulate, g))
+    BY(path, weight(dw2, dy, h_rows, shape.C, shape.H, add_dw, g))
+    BY(path, weight(dw1, da_rows, x, A, shape.C, add_dw, g))
+    BY(path, input(dx, da, w1, add_dx, g))
 }

@@ -7,7 +7,7 @@
  *
  *     u   = dy W2                     the gradient of h, were the weight 1
  *     dw  = <u, h>                    the gate's gradient: it equals <dy, y> and needs no stored y
- *     dW2 += dy^T (w h)               da = act'(a) (w u)          dW1 += da^T x          dx = da W1
+ *     dW2 = dy^T (w h)                da = act'(a) (w u)          dW1 = da^T x           dx = da W1
  */
 #ifndef KERNELS_EXPERTS_H
 #define KERNELS_EXPERTS_H
@@ -33,11 +33,12 @@ void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t 
 void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,
                            Stream *stream);
 
-/* dx (rows,C) overwritten, or added to when accumulate is 1; drow_weight (rows) overwritten, NULL with row_weight NULL
- * (all weights 1); dw1, dw2 accumulate, those of an expert without rows keep their bits; h (rows,H) and da (rows, 2H or
- * H) are scratch; dy: rows (rows,C), as x; row_weight (rows); x, a, w1, w2, offset as in the forward. */
+/* dx (rows,C) overwritten, or added to when add_dx is 1; drow_weight (rows) overwritten, NULL with row_weight NULL (all
+ * weights 1); dw1, dw2 overwritten, or added to when add_dw is 1: for an expert without rows the one means zeros, the
+ * other that they keep their bits; h (rows,H) and da (rows, 2H or H) are scratch; dy: rows (rows,C), as x; row_weight
+ * (rows); x, a, w1, w2, offset as in the forward. */
 void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, RowSource dy,
                       RowSource x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
-                      const int *offset, ExpertShape shape, int accumulate, Stream *stream);
+                      const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream);
 
 #endif

@@ -6,7 +6,7 @@
  *     down     y = h W2^T                                                W2 (E,C,H)
  *     hidden   u = dy W2         dw = <u, h>   h <- w h   da = act'(a) (w u)      dy (rows,C) by index
  *     input    dx = da W1
- *     weight   dW += left^T right, one sum over the rows of each expert: dW1 = da^T x, dW2 = dy^T (w h)
+ *     weight   dW = left^T right, one sum over the rows of each expert: dW1 = da^T x, dW2 = dy^T (w h)
  *
  * Three paths, chosen once per call in experts.cu:
  *
@@ -15,9 +15,9 @@
  *     grouped_plain.cuh    any width, any number type, any card: 4 x 4 elements to a thread
  *
  * All of them: no size but `shape` is known to the host, so a launch covers the most tiles that shape.rows rows in
- * shape.E experts can have and finds (expert, tile) from offset on the device. Rows of no expert, and dW of an expert
- * without rows, keep their bits. Each element of a result is summed by one thread or warp group over the inner width in
- * ascending order, in steps that do not depend on the number of rows: a row has the same bits in any company.
+ * shape.E experts can have and finds (expert, tile) from offset on the device. Rows of no expert keep their bits. Each
+ * element of a result is summed by one thread or warp group over the inner width in ascending order, in steps that do
+ * not depend on the number of rows: a row has the same bits in any company.
  */
 #ifndef KERNELS_GROUPED_CUH
 #define KERNELS_GROUPED_CUH
@@ -47,8 +47,9 @@ typedef struct {
  *                      const acc_t *row_weight, const real_t *w2, Grouped g);
  * dx (rows,C) overwritten, or added to
  *     void PATH_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g);
- * dw (E,M,N) += left (rows,M)^T right (rows,N); one of the two may be by index
- *     void PATH_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g);
+ * dw (E,M,N) = left (rows,M)^T right (rows,N), zeros for an expert without rows, or that is added to it, and those of
+ * such an expert keep their bits; one of left and right may be by index
+ *     void PATH_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g);
  */
 
 /* For tests and measurements: the fastest path that experts.cu may take from here on (EXPERTS_WGMMA: no limit). Where a

@@ -250,10 +250,10 @@ static void mma_input(real_t *dx, const real_t *da, const real_t *w1, int accumu
 
 /* Grid: z experts, y rows of dw, x columns: the CPU's second sweep. The sum runs over the expert's rows. */
 static __global__ void __launch_bounds__(MMA_THREADS, 1)
-    mma_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, const int *offset) {
+    mma_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, const int *offset) {
     extern __shared__ __align__(128) real_t shared[];
     int e = blockIdx.z, begin = offset[e], end = offset[e + 1];
-    if (begin == end) {
+    if (begin == end && accumulate) {
         return;
     }
     int first_m = blockIdx.y * MMA_ROWS, first_n = blockIdx.x * MMA_COLUMNS;
@@ -270,17 +270,17 @@ static __global__ void __launch_bounds__(MMA_THREADS, 1)
             int n = first_n + across + 8 * j;
             if (m < M && n < N) {
                 float2 *element = reinterpret_cast<float2 *>(dw + ((size_t)e * M + m) * N + n);
-                float2 old = *element;
+                float2 old = accumulate ? *element : float2{0, 0};
                 *element = {old.x + sum[i / 2][j][i % 2 * 2], old.y + sum[i / 2][j][i % 2 * 2 + 1]};
             }
         }
     }
 }
 
-static void mma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g) {
+static void mma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
     mma_allow_shared(mma_weight_kernel);
     dim3 grid(ceil_div(N, MMA_COLUMNS), ceil_div(M, MMA_ROWS), g.shape.E);
-    mma_weight_kernel<<<grid, MMA_THREADS, MMA_SHARED_BYTES, g.stream>>>(dw, left, right, M, N, g.offset);
+    mma_weight_kernel<<<grid, MMA_THREADS, MMA_SHARED_BYTES, g.stream>>>(dw, left, right, M, N, accumulate, g.offset);
     CUDA_LAUNCHED();
 }
 

@@ -218,10 +218,10 @@ static void plain_input(real_t *dx, const real_t *da, const real_t *w1, int accu
 }
 
 /* Grid: z experts, y rows of dw, x columns: the CPU's second sweep. The sum runs over the expert's rows. */
-static __global__ void plain_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N,
+static __global__ void plain_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate,
                                            const int *offset) {
     int e = blockIdx.z, begin = offset[e], end = offset[e + 1];
-    if (begin == end) {
+    if (begin == end && accumulate) {
         return;
     }
     int first_m = blockIdx.y * PLAIN_TILE, first_n = blockIdx.x * PLAIN_TILE;
@@ -234,15 +234,16 @@ static __global__ void plain_weight_kernel(acc_t *dw, RowSource left, RowSource 
         for (int j = 0; j < PLAIN_EACH; j++) {
             int n = first_n + threadIdx.x % PLAIN_SIDE + PLAIN_SIDE * j;
             if (m < M && n < N) {
-                dw[((size_t)e * M + m) * N + n] += sum[i][j];
+                acc_t *element = dw + ((size_t)e * M + m) * N + n;
+                *element = (accumulate ? *element : 0) + sum[i][j];
             }
         }
     }
 }
 
-static void plain_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g) {
+static void plain_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
     dim3 grid(ceil_div(N, PLAIN_TILE), ceil_div(M, PLAIN_TILE), g.shape.E);
-    plain_weight_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(dw, left, right, M, N, g.offset);
+    plain_weight_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(dw, left, right, M, N, accumulate, g.offset);
     CUDA_LAUNCHED();
 }
 

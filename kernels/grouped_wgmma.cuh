@@ -112,7 +112,7 @@ static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int accu
 
 /* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes
  * two, less what it saves by reading A once. */
-static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, Grouped g) {
+static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
     WeightProduct p = {};
     p.turned = right.entry != NULL;
     p.left = p.turned ? right : left;
@@ -122,8 +122,11 @@ static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int 
     p.dw = dw;
     p.offset = g.offset;
     p.E = g.shape.E;
-    p.accumulate = 1;
+    p.accumulate = accumulate;
     if (g.shape.rows == 0) {
+        if (!accumulate) {
+            CUDA_CHECK(cudaMemsetAsync(dw, 0, (size_t)p.E * M * N * sizeof(acc_t), g.stream));
+        }
         return;
     }
     int64_t down = (int64_t)g.shape.E * ceil_div(p.M, WGMMA_ROWS);

@@ -114,12 +114,14 @@ void chain_forward(Chain *chain, MoeScratch *moe_scratch, real_t *branch, const 
 }
 
 void chain_backward(Chain *chain, ChainScratch *scratch, MoeScratch *moe_scratch, real_t *dxn, real_t *dh,
-                    const real_t *xn, Profile *profile, Stream *stream) {
+                    const real_t *xn, int add_dw, Profile *profile, Stream *stream) {
     size_t count = (size_t)chain->N * chain->C, bytes = count * sizeof(real_t);
     const real_t *g = dh; /* the gradient of x_c */
     for (int s = chain->steps - 1; s > 0; s--) {
         ChainStep *step = &chain->step[s];
-        moe_backward(&chain->moe[s], moe_scratch, scratch->du, g, step->xn, profile, stream);
+        moe_backward(&chain->moe[s], moe_scratch, scratch->du, g, step->xn, add_dw, profile, stream);
+        add_dw = 1; /* for the steps before this one, which share its experts */
+
         if (!chain->norm) { /* g = I g + du */
             if (chain->inner) {
                 residual_add(scratch->g, g, scratch->du, count, stream);
@@ -137,7 +139,7 @@ void chain_backward(Chain *chain, ChainScratch *scratch, MoeScratch *moe_scratch
         }
         g = scratch->g;
     }
-    moe_backward(&chain->moe[0], moe_scratch, dxn, g, xn, profile, stream);
+    moe_backward(&chain->moe[0], moe_scratch, dxn, g, xn, add_dw, profile, stream);
     if (chain->inner && !chain->norm) { /* x_0 is xn */
         residual_add(dxn, dxn, g, count, stream);
     }

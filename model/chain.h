@@ -63,8 +63,8 @@ void chain_forward(Chain *chain, MoeScratch *moe_scratch, real_t *branch, const 
                    acc_t *load, int *demand, Profile *profile, Stream *stream);
 
 /* dh (N,C): on entry the gradient of h', on return what of it reaches h past the norm. dxn (N,C), the gradient of xn,
- * is overwritten. Parameter gradients accumulate. */
+ * is overwritten. add_dw: as in moe_backward, for the experts that all steps share; other gradients accumulate. */
 void chain_backward(Chain *chain, ChainScratch *scratch, MoeScratch *moe_scratch, real_t *dxn, real_t *dh,
-                    const real_t *xn, Profile *profile, Stream *stream);
+                    const real_t *xn, int add_dw, Profile *profile, Stream *stream);
 
 #endif

@@ -24,7 +24,7 @@ static ExpertShape expert_shape(const ModelConfig *config, int E, int H, int row
     return (ExpertShape){.E = E, .C = config->dim, .H = H, .rows = rows, .gelu = config->act == ACT_GELU};
 }
 
-void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer) {
+static void add_experts(TensorList *tensors, const ModelConfig *config, int layer) {
     int C = config->dim;
     double std = 0.02;
     double out_std = std / sqrt(2.0 * config->layers); /* what adds to the stream starts smaller: GPT-2's rule */
@@ -42,6 +42,14 @@ void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer) {
         ExpertShape shared = expert_shape(config, 1, config->shared_experts * config->expert_dim, 0);
         tensors_add(tensors, TENSOR_DENSE, layer, std, experts_a_width(shared), C, 0, "layers.%d.moe.shared.w1", layer);
         tensors_add(tensors, TENSOR_DENSE, layer, out_std, C, shared.H, 0, "layers.%d.moe.shared.w2", layer);
+    }
+}
+
+void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer) {
+    int first = tensors->count;
+    add_experts(tensors, config, layer);
+    for (int t = first; t < tensors->count; t++) {
+        tensors->items[t].grad_overwritten = true; /* by experts_backward, see moe_backward */
     }
 }
 
@@ -310,7 +318,7 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
 }
 
 /* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
-static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
+static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,
                           Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
     profile_stage(profile, STAGE_COMBINE, stream);
@@ -321,14 +329,14 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
     profile_stage(profile, STAGE_EXPERTS, stream);
     const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
     experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(scratch->dy_rows),
-                     rows, a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
+                     rows, a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, add_dw, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
     soft_dispatch_backward(dx, scratch->dmix, scratch->din_rows, x, plan, moe->C, moe->shared.H > 0, stream);
 }
 
 /* The same by way of a sparse plan. */
 static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
-                            Profile *profile, Stream *stream) {
+                            int add_dw, Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
     profile_stage(profile, STAGE_COMBINE, stream);
     RowSource dy_rows = combine_backward(scratch->dy_rows, dy, plan, moe->C, stream);
@@ -338,20 +346,20 @@ static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, cons
     profile_stage(profile, STAGE_EXPERTS, stream);
     const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
     experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows,
-                     rows, a, plan->row_weight, moe->w1, moe->w2, plan->offset, moe->experts, 0, stream);
+                     rows, a, plan->row_weight, moe->w1, moe->w2, plan->offset, moe->experts, 0, add_dw, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
     dispatch_backward(dx, scratch->din_rows, plan, moe->C, moe->shared.H > 0, stream);
     profile_stage(profile, STAGE_ROUTE, stream);
     plan_weight_backward(scratch->dweight, scratch->drow_weight, plan, stream);
 }
 
-void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
-                  Stream *stream) {
+void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,
+                  Profile *profile, Stream *stream) {
     if (!moe->router) {
         profile_stage(profile, STAGE_EXPERTS, stream);
         const real_t *a = a_again(moe->a, scratch, rows_of(x), moe->w1, scratch->all_rows, moe->experts, stream);
         experts_backward(dx, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(dy), rows_of(x), a, NULL,
-                         moe->w1, moe->w2, scratch->all_rows, moe->experts, 0, stream);
+                         moe->w1, moe->w2, scratch->all_rows, moe->experts, 0, add_dw, stream);
         return;
     }
     if (moe->shared.H > 0) {
@@ -359,13 +367,13 @@ void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *
         const real_t *a =
             a_again(moe->shared_a, scratch, rows_of(x), moe->shared_w1, scratch->all_rows, moe->shared, stream);
         experts_backward(dx, NULL, moe->dshared_w1, moe->dshared_w2, scratch->h, scratch->da, rows_of(dy), rows_of(x),
-                         a, NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, stream);
+                         a, NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, add_dw, stream);
     }
     if (moe->plan.slots > 0) {
         moe->pass.dmix = scratch->dmix;
-        soft_backward(moe, scratch, dx, dy, x, profile, stream);
+        soft_backward(moe, scratch, dx, dy, x, add_dw, profile, stream);
     } else {
-        sparse_backward(moe, scratch, dx, dy, x, profile, stream);
+        sparse_backward(moe, scratch, dx, dy, x, add_dw, profile, stream);
     }
     if (moe->router->backward) {
         profile_stage(profile, STAGE_ROUTE, stream);

@@ -53,7 +53,8 @@ typedef struct {
     bool soft, a_again;
 } ScratchSize;
 
-/* Describes layer `layer`'s experts; appends them to the list. (Routers are listed by chain.c, one for each step.) */
+/* Describes layer `layer`'s experts, whose gradients are overwritten; appends them to the list. (Routers are listed by
+ * chain.c, one for each step.) */
 void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer);
 
 /* Whether layer `layer` routes at all. */
@@ -84,8 +85,9 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
                  Profile *profile, Stream *stream);
 
 /* After moe_forward of the same layer with the same x, whose plan and activations it reads: another forward in between
- * (an evaluation) ruins them. dx (N,C) is overwritten; parameter gradients accumulate. */
-void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, Profile *profile,
-                  Stream *stream);
+ * (an evaluation) ruins them. dx (N,C) is overwritten; the gradients of the experts' weights, shared and dense ones as
+ * well, are overwritten, or added to when add_dw is 1; the router's accumulate. */
+void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,
+                  Profile *profile, Stream *stream);
 
 #endif

@@ -40,6 +40,7 @@ void optimizer_connect(Optimizer *optimizer, const TensorList *tensors, const Tr
     AdamPiece *pieces = list_pieces(tensors, &optimizer->chunks);
     for (int i = 0; i < tensors->count; i++) {
         pieces[i].trained = !is_frozen(&tensors->items[i], train->freeze);
+        pieces[i].keep_grad = tensors->items[i].grad_overwritten;
         pieces[i].decay = tensors->items[i].decay ? train->weight_decay : 0;
     }
     device_from_host(optimizer->pieces, pieces, optimizer->count * sizeof *pieces, NULL);

@@ -32,8 +32,8 @@ double learning_rate(const TrainConfig *train, int step);
  * as it is. */
 void optimizer_set_rate(Optimizer *optimizer, const TrainConfig *train, int step, Stream *stream);
 
-/* Clips, updates the model's parameters from its gradients, clears the gradients. A step whose gradient or step_loss is
- * not finite changes nothing but the counters in state. */
+/* Clips, updates the model's parameters from its gradients, clears the gradients that the next step does not overwrite.
+ * A step whose gradient or step_loss is not finite changes nothing but the counters in state. */
 void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, Stream *stream);
 
 /* Gradient norms of a step: of everything, and of the routers. */

@@ -22,9 +22,10 @@ typedef struct {
     size_t count;  /* elements */
     size_t offset; /* first element in the flat buffers; a multiple of 16 */
     TensorKind kind;
-    int layer;       /* -1: outside the layers */
-    double init_std; /* normal(0, std); 0: zeros; < 0: ones */
-    bool decay;      /* weight decay: two or more dimensions */
+    int layer;             /* -1: outside the layers */
+    double init_std;       /* normal(0, std); 0: zeros; < 0: ones */
+    bool decay;            /* weight decay: two or more dimensions */
+    bool grad_overwritten; /* by the first backward of a step; else every backward adds, and the optimizer clears */
 } Tensor;
 
 typedef struct {

@@ -462,7 +462,7 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
     }
 }
 
-void transformer_backward(Transformer *model, const int *tokens, Stream *stream) {
+void transformer_backward(Transformer *model, const int *tokens, int slice, Stream *stream) {
     const ModelConfig *c = model->config;
     profile_stage(model->profile, STAGE_NORM, stream);
     device_zero(model->dx, (size_t)model->N * c->dim * sizeof(real_t), stream);
@@ -471,7 +471,7 @@ void transformer_backward(Transformer *model, const int *tokens, Stream *stream)
         Layer *layer = &model->layers[l];
         norm_again(model, layer->mn, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
         chain_backward(&layer->chain, &model->chain_scratch, &model->scratch, model->dn, model->dx, layer->mn,
-                       model->profile, stream);
+                       slice > 0, model->profile, stream);
         norm_block_backward(model, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
         attention_block_backward(model, layer, stream);
         norm_block_backward(model, layer->x, layer->x_rstd, layer->attn_norm, stream);

@@ -6,7 +6,7 @@
  *
  * Use:  transformer_reserve(&model, ...); arena_commit(&arena); transformer_connect(&model); transformer_load(..);
  *       transformer_forward(&model, tokens, slice, s); transformer_loss(&model, targets, slice, true, s);
- *       transformer_backward(&model, tokens, s);
+ *       transformer_backward(&model, tokens, slice, s);
  *
  * Read transformer.c from the top: forward and backward of each part stand next to each other. Then moe.c.
  */
@@ -133,8 +133,9 @@ void transformer_forward(Transformer *model, const int *tokens, int slice, Strea
  * 1 / (predicted * slices). */
 void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream);
 
-/* After transformer_loss with gradient: adds to model->grads. */
-void transformer_backward(Transformer *model, const int *tokens, Stream *stream);
+/* After transformer_loss with gradient: adds to model->grads; slice 0, where a tensor is grad_overwritten, overwrites
+ * what the step before has left. */
+void transformer_backward(Transformer *model, const int *tokens, int slice, Stream *stream);
 
 /* After the optimizer's step, whose state is `adam`: routers that learn without a gradient move what they
  * keep, unless --freeze router holds them. */

@@ -29,7 +29,7 @@
 #include "../kernels/plan.h"
 #include "../kernels/random.h"
 
-enum { EXTENTS = 12, CASE_ARRAYS = 32, CASE_PIECES = 128, CASE_RESULTS = CASE_ARRAYS + 9, POISON_INT = -77777 };
+enum { EXTENTS = 13, CASE_ARRAYS = 32, CASE_PIECES = 128, CASE_RESULTS = CASE_ARRAYS + 9, POISON_INT = -77777 };
 
 typedef enum {
     ROLE_INPUT,   /* differentiable: value is given, gradient is what backward computes */

@@ -189,14 +189,15 @@ static inline void fill(acc_t *x, size_t count, acc_t value) {
     }
 }
 
-/* The gradient of the objective in model.grads; without the main loss, of the balance losses alone. */
+/* The gradient of the objective in model.grads; without the main loss, of the balance losses alone. What the first
+ * slice must overwrite is NaN before. */
 static inline void objective_gradient(Subject *s, bool main_loss) {
     Transformer *m = &s->model;
     fill(m->grads, m->tensors.total, UNTOUCHED);
     for (int i = 0; i < m->tensors.count; i++) {
         const Tensor *t = &m->tensors.items[i];
         if (t->kind != TENSOR_STATE) {
-            fill(m->grads + t->offset, t->count, 0);
+            fill(m->grads + t->offset, t->count, t->grad_overwritten ? (acc_t)NAN : 0);
         }
     }
     for (int slice = 0; slice < s->slices; slice++) {
@@ -204,7 +205,7 @@ static inline void objective_gradient(Subject *s, bool main_loss) {
         if (!main_loss) {
             memset(m->dn, 0, (size_t)m->N * s->config.model.dim * sizeof *m->dn);
         }
-        transformer_backward(m, s->tokens + (size_t)slice * s->slice_tokens, NULL);
+        transformer_backward(m, s->tokens + (size_t)slice * s->slice_tokens, slice, NULL);
     }
 }
 

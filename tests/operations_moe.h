@@ -309,12 +309,12 @@ static inline ExpertShape experts_case_shape(const Case *c) {
 }
 
 /* The first rows as the skew says, the rest evenly; the last expert ends at `rows`. */
-static inline void make_experts(Case *c) { /* rows C H E gelu skew weighted accumulate */
+static inline void make_experts(Case *c) { /* rows C H E gelu skew weighted accumulate add_dw */
     ExpertShape s = experts_case_shape(c);
     size_t rows = (size_t)s.rows, A = (size_t)experts_a_width(s), E = (size_t)s.E;
     add_input(c, "x", ACTIVATION, rows * s.C, c->n[7] ? ACCUMULATED : OVERWRITTEN);
-    add_input(c, "w1", WEIGHT, E * A * s.C, ACCUMULATED);
-    add_input(c, "w2", WEIGHT, E * s.C * s.H, ACCUMULATED);
+    add_input(c, "w1", WEIGHT, E * A * s.C, c->n[8] ? ACCUMULATED : OVERWRITTEN);
+    add_input(c, "w2", WEIGHT, E * s.C * s.H, c->n[8] ? ACCUMULATED : OVERWRITTEN);
     add_saved(c, "y", ACTIVATION, rows * s.C);
     array_named(c, "y")->mode = c->n[7] ? ACCUMULATED : OVERWRITTEN;
     add_output(c, "weighted_y", ACTIVATION, rows * s.C);
@@ -353,7 +353,7 @@ static inline void experts_case_backward(Case *c) {
     RowSource dy = {grad(c, "weighted_y"), NULL, 0}, x = {val(c, "x"), NULL, 0};
     experts_backward(grad(c, "x"), weighted ? grad(c, "row_weight") : NULL, grad(c, "w1"), grad(c, "w2"), val(c, "h"),
                      val(c, "da"), dy, x, val(c, "a"), weighted ? val(c, "row_weight") : NULL, val(c, "w1"),
-                     val(c, "w2"), c->index, experts_case_shape(c), c->n[7], NULL);
+                     val(c, "w2"), c->index, experts_case_shape(c), c->n[7], c->n[8], NULL);
 }
 
 /* The whole layer: gate, choice, plan, dispatch, experts, combine, with the balance and z-loss in the objective. */
@@ -369,7 +369,8 @@ enum {
     MOE_LAYOUT,
     MOE_DROP,
     MOE_SKEW,
-    MOE_PICKED
+    MOE_PICKED,
+    MOE_ADD_DW
 };
 
 static inline ExpertShape moe_shape(const Case *c) {
@@ -411,7 +412,7 @@ static inline void moe_case_backward(Case *c) {
     RowSource rows = dispatch_forward(val(c, "rows_x"), val(c, "x"), plan, C, NULL);
     experts_backward(val(c, "rows_dx"), val(c, "drow_weight"), grad(c, "w1"), grad(c, "w2"), val(c, "h"), val(c, "da"),
                      rows_dy, rows, val(c, "a"), plan->row_weight, val(c, "w1"), val(c, "w2"), plan->offset,
-                     moe_shape(c), 0, NULL);
+                     moe_shape(c), 0, c->n[MOE_ADD_DW], NULL);
     plan_weight_backward(val(c, "dweight"), val(c, "drow_weight"), plan, NULL);
     topk_backward(val(c, "dlogits"), val(c, "dweight"), val(c, "probs"), plan->expert, plan->weight, N, E, K,
                   c->n[MOE_RENORM], NULL);
@@ -429,8 +430,8 @@ static inline void make_moe(Case *c) {
     size_t A = (size_t)experts_a_width(moe_shape(c));
     add_input(c, "x", ACTIVATION, (size_t)N * C, OVERWRITTEN);
     add_input(c, "gate", PRECISE, (size_t)E * C, ACCUMULATED);
-    add_input(c, "w1", WEIGHT, (size_t)E * A * C, ACCUMULATED);
-    add_input(c, "w2", WEIGHT, (size_t)E * C * H, ACCUMULATED);
+    add_input(c, "w1", WEIGHT, (size_t)E * A * C, c->n[MOE_ADD_DW] ? ACCUMULATED : OVERWRITTEN);
+    add_input(c, "w2", WEIGHT, (size_t)E * C * H, c->n[MOE_ADD_DW] ? ACCUMULATED : OVERWRITTEN);
     add_output(c, "y", ACTIVATION, (size_t)N * C);
     add_balance(c, E);
     add_saved(c, "logits", PRECISE, (size_t)N * E);

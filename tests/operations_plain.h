@@ -117,9 +117,9 @@ enum { ADAMW_PIECES, ADAMW_STATE, ADAMW_SUMS, ADAMW_PARTIAL, ADAMW_RATE };
 /* The state of a run under way. */
 static const AdamState adamw_before = {.updates = 3, .scale = 1};
 
-/* Two pieces, one of them with decay, and a frozen third. */
+/* Two pieces, one with decay, one that keeps its gradient, and a frozen third. */
 static inline void make_adamw(Case *c) { /* the counts of the three, thousandths of clip, the loss is not finite */
-    AdamPiece pieces[3] = {{.trained = 1, .decay = 0.1}, {.trained = 1}, {.decay = 0.1}};
+    AdamPiece pieces[3] = {{.trained = 1, .decay = 0.1}, {.trained = 1, .keep_grad = 1}, {.decay = 0.1}};
     const double zeros[3] = {0}, rate = 0.01;
     size_t count = 0;
     for (int i = 0; i < 3; i++) {

@@ -180,7 +180,7 @@ static void expert_batch_run(ExpertBatch *b, const real_t *w1, const real_t *w2)
            *h = case_reals(&scratch, rows * b->shape.H);
     experts_forward(b->y, a, h, (RowSource){b->x, NULL, 0}, w1, w2, b->offset, b->shape, 0, NULL);
     experts_backward(b->dx, b->dweight, b->dw1, b->dw2, h, da, (RowSource){b->dy, NULL, 0}, (RowSource){b->x, NULL, 0},
-                     a, b->weight, w1, w2, b->offset, b->shape, 0, NULL);
+                     a, b->weight, w1, w2, b->offset, b->shape, 0, 0, NULL);
     case_free(&scratch);
 }
 

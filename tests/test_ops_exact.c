@@ -370,6 +370,28 @@ static void test_adamw_skips_what_is_not_finite(void **state) {
     case_free(&c);
 }
 
+/* Whatever a step does with a piece, it leaves a gradient that is to be kept, and clears the others. */
+static void test_adamw_keeps_gradients(void **state) {
+    AdamPiece pieces[4] = {{.count = 1, .trained = 1, .keep_grad = 1},
+                           {.offset = 1, .count = 1, .trained = 1},
+                           {.offset = 2, .count = 1, .keep_grad = 1},
+                           {.offset = 3, .count = 1}};
+    const double lr = 0.5;
+    double sums[4], partial[4];
+    assert_int_equal(adamw_number_chunks(pieces, 4), 4);
+    for (int skip = 0; skip <= 1; skip++) {
+        AdamState adam = {0};
+        AdamOptions options = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8};
+        real_t loss = skip ? (real_t)NAN : 1, grads[4] = {5, 6, 7, 8}, m[4] = {0}, v[4] = {0}, w[4] = {1, 2, 3, 4};
+        adamw_square_sums(sums, partial, grads, pieces, 4, 4, NULL);
+        adamw_begin(&adam, sums, 4, &loss, &lr, options, NULL);
+        adamw_update(w, w, m, v, grads, pieces, 4, 4, &adam, options, NULL);
+        assert_true(grads[0] == 5 && grads[1] == 0 && grads[2] == 7 && grads[3] == 0);
+        assert_true(skip ? w[0] == 1 && w[1] == 2 : w[0] < 1 && w[1] < 2);
+        assert_true(w[2] == 3 && w[3] == 4);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_embedding),
@@ -382,6 +404,7 @@ int main(void) {
         cmocka_unit_test(test_adamw),
         cmocka_unit_test(test_adamw_decay_and_frozen),
         cmocka_unit_test(test_adamw_skips_what_is_not_finite),
+        cmocka_unit_test(test_adamw_keeps_gradients),
     };
     omp_set_num_threads(1); /* thousands of small calls; test_determinism.c shows that threads change no bit */
     return cmocka_run_group_tests_name("operations: exactness and edges", tests, NULL, NULL);

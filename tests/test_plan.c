@@ -352,11 +352,12 @@ static void test_layouts_agree(void **state) {
     assert_true(padding > 1000);
 }
 
-/* In the block layout an expert without rows has no tile, and keeps the bits of its gradients as in the compact one. */
+/* In the block layout an expert without rows has no tile, and keeps the bits of its gradients as in the compact one,
+ * where gradients are added to. */
 static void test_idle_expert_has_no_tile(void **state) {
     const Operation *op = operation_named("moe_layer");
     Case c;
-    run_layer(&c, (int[EXTENTS]){65, 24, 20, 6, 2, 1, [MOE_SKEW] = SKEW_EMPTY}, LAYOUT_BLOCK, 0, 3);
+    run_layer(&c, (int[EXTENTS]){65, 24, 20, 6, 2, 1, [MOE_SKEW] = SKEW_EMPTY, [MOE_ADD_DW] = 1}, LAYOUT_BLOCK, 0, 3);
     for (int i = 0; i < 2; i++) {
         Array *w = array_named(&c, i ? "w2" : "w1");
         fill_value(w->before, w->count, -0.0); /* adding even a zero would change these bits */
@@ -374,14 +375,16 @@ static void test_idle_expert_has_no_tile(void **state) {
     case_free(&c);
 }
 
-/* Experts that want nobody: the layer adds nothing, changes no expert, and its router still has its z-loss. */
+/* Experts that want nobody: the layer adds nothing, the experts' gradients are as they were, or zero where they are
+ * overwritten, and its router still has its z-loss. */
 static void test_no_entries_at_all(void **state) {
     const Operation *op = operation_named("moe_layer");
-    for (int i = 0; i < 3 * 2 * 2; i++) {
-        int N = i / 3 % 2 ? 65 : 1, drop = i / 6 ? DROP_WEIGHT : DROP_TOKEN, capacity = i / 6 ? 2 : 0;
+    for (int i = 0; i < 3 * 2 * 2 * 2; i++) {
+        int N = i / 3 % 2 ? 65 : 1, drop = i / 6 % 2 ? DROP_WEIGHT : DROP_TOKEN, capacity = i / 6 % 2 ? 2 : 0;
+        int add_dw = i / 12;
         Case c;
-        run_layer(&c, (int[EXTENTS]){N, 8, 6, 4, 4, 0, [MOE_DROP] = drop, [MOE_PICKED] = 1}, (Layout)(i % 3), capacity,
-                  3);
+        run_layer(&c, (int[EXTENTS]){N, 8, 6, 4, 4, 0, [MOE_DROP] = drop, [MOE_PICKED] = 1, [MOE_ADD_DW] = add_dw},
+                  (Layout)(i % 3), capacity, 3);
         fill_value(val(&c, "gate"), 4 * 8, 0); /* every p is 1/E, which is not above 1/E */
         case_forward(op, &c);
         case_backward(op, &c);
@@ -391,8 +394,13 @@ static void test_no_entries_at_all(void **state) {
         for (int j = 0; j < N * 8; j++) {
             assert_true(host_val(&c, "y")[j] == 0 && host_grad(&c, "x")[j] == 0);
         }
-        assert_bits(grad(&c, "w1"), array_named(&c, "w1")->before, array_named(&c, "w1")->count);
-        assert_bits(grad(&c, "w2"), array_named(&c, "w2")->before, array_named(&c, "w2")->count);
+        for (int j = 0; j < 2; j++) {
+            const Array *w = array_named(&c, j ? "w2" : "w1");
+            if (!add_dw) {
+                fill_value(w->before, w->count, 0);
+            }
+            assert_bits(w->gradient, w->before, w->count);
+        }
         assert_true(all_finite(grad(&c, "gate"), 4 * 8));
         const acc_t *load = val(&c, "load");
         assert_true(load[LOAD_DROPPED] == 0 && load[LOAD_TOKENS_DROPPED] == 1 && load[LOAD_MAIN_GRADIENT] == 0);

@@ -115,7 +115,7 @@ static void test_soft_of_single_tokens_is_soft_token(void **state) {
     for (int r = 0; r < 2; r++) {
         Transformer *m = &runs[r]->model;
         moe_forward(m->moes[0], &m->scratch, y[r], x, m->load, m->demand, NULL, NULL);
-        moe_backward(m->moes[0], &m->scratch, dx[r], dy, x, NULL, NULL);
+        moe_backward(m->moes[0], &m->scratch, dx[r], dy, x, 0, NULL, NULL);
     }
     assert_true(relative_error(a->pass.probs, b->pass.probs, N * E) <= tolerance);
     assert_true(relative_error(y[0], y[1], N * C) <= tolerance);

@@ -229,7 +229,7 @@ static void test_idle_expert_keeps_its_gradient(void **state) {
         real_t *before[2] = {case_copy(&c, dw[0], E * A * C), case_copy(&c, dw[1], E * C * H)};
         experts_forward(y, a, h, (RowSource){x, NULL, 0}, w1, w2, offset, shape, 0, NULL);
         experts_backward(dx, dweight, dw[0], dw[1], h, da, (RowSource){dy, NULL, 0}, (RowSource){x, NULL, 0}, a, weight,
-                         w1, w2, offset, shape, 0, NULL);
+                         w1, w2, offset, shape, 0, 1, NULL);
         for (int e = 0; e < E; e++) {
             for (int i = 0; i < 2; i++) {
                 bool same = memcmp(dw[i] + e * one[i], before[i] + e * one[i], one[i] * sizeof(real_t)) == 0;
@@ -244,6 +244,50 @@ static void test_idle_expert_keeps_its_gradient(void **state) {
     }
 }
 
+/* Overwriting weight gradients that hold NaN gives the bits of adding to zeros, and zeros where an expert has no rows;
+ * whether dx is added to is another matter. */
+static void check_overwritten_gradients(int gelu, const int *offset, int E, int C, int H) {
+    Case c = {.seed = 16};
+    size_t rows = (size_t)offset[E];
+    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = offset[E], .gelu = gelu};
+    size_t A = (size_t)experts_a_width(shape), count[2] = {E * A * C, (size_t)E * C * H};
+    real_t *x = case_normal(&c, rows * C), *w1 = case_normal(&c, count[0]), *w2 = case_normal(&c, count[1]);
+    real_t *a = case_normal(&c, rows * A), *h = case_poison(&c, rows * H), *da = case_poison(&c, rows * A);
+    real_t *dy = case_normal(&c, rows * C), *weight = case_normal(&c, rows), *dweight = case_poison(&c, rows);
+    real_t *dx_before = case_normal(&c, rows * C), *dw[2][2], *dx[2][2];
+    for (int add_dx = 0; add_dx <= 1; add_dx++) {
+        for (int add_dw = 0; add_dw <= 1; add_dw++) {
+            for (int i = 0; i < 2; i++) {
+                dw[add_dw][i] = add_dw ? case_reals(&c, count[i]) : case_poison(&c, count[i]);
+            }
+            dx[add_dx][add_dw] = add_dx ? case_copy(&c, dx_before, rows * C) : case_poison(&c, rows * C);
+            experts_backward(dx[add_dx][add_dw], dweight, dw[add_dw][0], dw[add_dw][1], h, da, (RowSource){dy, NULL, 0},
+                             (RowSource){x, NULL, 0}, a, weight, w1, w2, offset, shape, add_dx, add_dw, NULL);
+        }
+        assert_bits(dw[0][0], dw[1][0], count[0]);
+        assert_bits(dw[0][1], dw[1][1], count[1]);
+        assert_bits(dx[add_dx][0], dx[add_dx][1], rows * C);
+    }
+    for (int e = 0; e < E; e++) {
+        for (int i = 0; i < 2; i++) {
+            double largest = 0;
+            for (size_t j = count[i] / E * e; j < count[i] / E * (e + 1); j++) {
+                largest = fmax(largest, fabs((double)dw[0][i][j]));
+            }
+            assert_int_equal(largest == 0, offset[e] == offset[e + 1]);
+        }
+    }
+    case_free(&c);
+}
+
+static void test_overwritten_gradients(void **state) {
+    for (int gelu = 0; gelu <= 1; gelu++) {
+        check_overwritten_gradients(gelu, (int[]){0, 0, 25, 25, 40, 40}, 5, 17, 9);
+        check_overwritten_gradients(gelu, (int[]){0, 300, 300, 301}, 3, 64, 160); /* longer than TILE_DEPTH */
+        check_overwritten_gradients(gelu, (int[]){0, 0, 0}, 2, 33, 5);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_topk),
@@ -253,6 +297,7 @@ int main(void) {
         cmocka_unit_test(test_renormalised_top1_has_no_gradient),
         cmocka_unit_test(test_experts),
         cmocka_unit_test(test_idle_expert_keeps_its_gradient),
+        cmocka_unit_test(test_overwritten_gradients),
     };
     omp_set_num_threads(1); /* thousands of small calls; test_determinism.c shows that threads change no bit */
     return cmocka_run_group_tests_name("routing: exactness and edges", tests, NULL, NULL);

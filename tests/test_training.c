@@ -104,6 +104,67 @@ static void load(Trainer *t, const char *run) {
     free(state.v);
 }
 
+/* Each tensor's gradient that the first backward of a step overwrites becomes NaN. The others must be zero. */
+static void spoil_gradients(Trainer *t) {
+    int spoiled = 0;
+    for (int i = 0; i < t->model.tensors.count; i++) {
+        const Tensor *tensor = &t->model.tensors.items[i];
+        for (size_t j = tensor->offset; j < tensor->offset + tensor->count; j++) {
+            assert_true(tensor->grad_overwritten || t->model.grads[j] == 0);
+            t->model.grads[j] = tensor->grad_overwritten ? (acc_t)NAN : 0;
+        }
+        spoiled += tensor->grad_overwritten;
+    }
+    assert_true(spoiled >= 2 * t->config.model.layers);
+}
+
+/* A step that overwrites gradients gives the same bits as one that finds zeros everywhere and adds, whatever the step
+ * before has left: NaN after a skipped one, say. */
+static void test_overwriting_is_adding_to_zeros(void **state) {
+    static const char *const options[] = {
+        "--router topk --capacity-factor 0.5 --allow-leak 1",
+        "--router topk --experts 16 --batch 2 --seq 4 --top-k 1 --renorm 0",
+        "--router topk --shared-experts 1 --grad-accum 2 --moe-every 2",
+        "--router expert-choice --allow-leak 1",
+        "--router coe --chain-steps 2 --grad-accum 2",
+        "--router coe --chain-steps 3 --shared-experts 1",
+        "--router coe --chain-steps 3 --chain-norm 1",
+        "--router soft --allow-leak 1",
+        "--router soft-token --grad-accum 2",
+        "--router dense --grad-accum 2",
+        "--router topk --freeze experts",
+    };
+    enum { STEPS = 4, POISON = 1 };
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
+        Trainer t, zeros;
+        trainer_open(&t, options[i]);
+        trainer_open(&zeros, options[i]);
+        while (t.step < STEPS) {
+            spoil_gradients(&t);
+            device_zero(zeros.model.grads, flat_bytes(&zeros), NULL);
+            for (int slice = 0; slice < t.model.slices; slice++) {
+                read_slice(&t, SPLIT_TRAIN, t.step, slice);
+                read_slice(&zeros, SPLIT_TRAIN, t.step, slice);
+                slice_gradient(&t, slice);
+                transformer_forward(&zeros.model, zeros.tokens, slice, NULL);
+                transformer_loss(&zeros.model, zeros.targets, slice, true, NULL);
+                transformer_backward(&zeros.model, zeros.tokens, 1, NULL); /* any but the first adds */
+            }
+            assert_memory_equal(t.model.grads, zeros.model.grads, flat_bytes(&t));
+            if (t.step == POISON) {
+                poison(t.model.step_loss, 0, NAN);
+                poison(zeros.model.step_loss, 0, NAN);
+            }
+            finish_step(&t);
+            finish_step(&zeros);
+            assert_same_state(&t, &zeros);
+        }
+        assert_int_equal(t.optimizer.state->skipped, 1);
+        trainer_close(&t);
+        trainer_close(&zeros);
+    }
+}
+
 /* A step is skipped on the way, so that steps and updates are not the same number. */
 static void test_resume_is_uninterrupted(void **state) {
     enum { STEPS = 12, POISON = 3 };
@@ -201,9 +262,8 @@ int main(void) {
     omp_set_num_threads(
         1); /* threads have their own test; for models this small, starting threads would be all the work */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits_for_any_threads),
-        cmocka_unit_test(test_resume_is_uninterrupted),
-        cmocka_unit_test(test_padded_equals_compact),
+        cmocka_unit_test(test_same_bits_for_any_threads), cmocka_unit_test(test_overwriting_is_adding_to_zeros),
+        cmocka_unit_test(test_resume_is_uninterrupted),   cmocka_unit_test(test_padded_equals_compact),
         cmocka_unit_test(test_slices_equal_one_batch),
     };
     return cmocka_run_group_tests_name("training", tests, NULL, NULL);

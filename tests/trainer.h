@@ -91,7 +91,7 @@ static inline void read_slice(Trainer *t, Split split, int64_t step, int slice) 
 static inline void slice_gradient(Trainer *t, int slice) {
     transformer_forward(&t->model, t->tokens, slice, NULL);
     transformer_loss(&t->model, t->targets, slice, true, NULL);
-    transformer_backward(&t->model, t->tokens, NULL);
+    transformer_backward(&t->model, t->tokens, slice, NULL);
 }
 
 /* One value of a gradient, loss or weight becomes `value`. */

@@ -276,7 +276,8 @@ static void read_batch(Run *run, Split split, int64_t step, int slice, int place
     batch_to_device(run, place);
 }
 
-/* What a step computes, from tokens, targets and learning rate that lie on the device: the same calls in every step. */
+/* What a step computes, from what lies on the device (tokens, targets, learning rate, routers' random keys): the same
+ * calls in every step. */
 static void queue_step(Run *run) {
     Transformer *model = &run->model;
     for (int slice = 0; slice < model->slices; slice++) {
@@ -293,11 +294,11 @@ static void queue_step(Run *run) {
 static void train_step(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
-    bool record = t->graph && !t->profile && !t->dump_routing[0] && transformer_steps_are_alike(model);
+    bool record = t->graph && !t->profile && !t->dump_routing[0];
     int64_t waits = device_waits();
     model->profile = t->profile ? &run->profile : NULL;
     profile_start(model->profile, NULL);
-    transformer_set_step(model, run->at.step);
+    transformer_begin_step(model, run->at.step, NULL);
     optimizer_set_rate(&run->optimizer, t, run->at.step, NULL);
     for (int slice = 0; slice < model->slices; slice++) {
         read_batch(run, SPLIT_TRAIN, run->at.step, slice, slice);
@@ -356,7 +357,7 @@ static void run_evaluation(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
     Evaluation e = evaluation_start(model, corpus_domains(run->corpus), &run->choices);
-    transformer_set_step(model, run->at.step);
+    transformer_set_step(model, run->at.step, NULL);
     transformer_set_training(model, false, t->eval_drop);
     int64_t forwards = evaluation_batches(run) * t->grad_accum;
     for (int64_t i = 0; i < forwards; i++) {

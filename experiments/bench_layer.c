@@ -112,7 +112,12 @@ static void open_bench(Bench *b, const Layer *l, const Options *o) {
     *b = (Bench){.N = l->tokens, .C = l->dim};
     configure(&b->config, l, o);
     size_t NC = (size_t)b->N * b->C;
-    b->context = (RouterContext){.T = b->config.model.seq, .slices = 1, .routers = 1, .seed = 1, .training = true};
+    b->context = (RouterContext){.T = b->config.model.seq,
+                                 .slices = 1,
+                                 .routers = chain_routers(&b->config.model, 0),
+                                 .seed = 1,
+                                 .training = true};
+    router_context_reserve(&b->context, &b->arena);
     chain_tensors(&b->tensors, &b->config.model, 0);
     size_t total = b->tensors.total;
     arena_reserve(&b->arena, (void **)&b->master, total * sizeof(acc_t), MEMORY_WEIGHTS);
@@ -133,6 +138,7 @@ static void open_bench(Bench *b, const Layer *l, const Options *o) {
     arena_commit(&b->arena);
     b->scratch.din_rows = b->scratch.out_rows;
     b->context.tokens = b->tokens;
+    router_context_set_step(&b->context, 0, NULL);
     int all_rows[2] = {0, b->N};
     device_from_host(b->scratch.all_rows, all_rows, sizeof all_rows, NULL);
     chain_connect(&b->chain, &b->tensors, 0, b->weights, b->master, b->grads);
@@ -148,6 +154,7 @@ static void open_bench(Bench *b, const Layer *l, const Options *o) {
 
 static void close_bench(Bench *b) {
     chain_free(&b->chain);
+    router_context_free(&b->context);
     tensors_free(&b->tensors);
     arena_free(&b->arena);
 }
@@ -161,14 +168,14 @@ static void backward(Bench *b, Profile *profile) {
 }
 
 /* Median and 95th percentile, in milliseconds, of forward, or of forward and backward. */
-static void measure(Bench *b, bool both, bool record, int repeats, double *median, double *p95) {
+static void measure(Bench *b, bool both, int repeats, double *median, double *p95) {
     Recording recording = {0};
     double *ms = calloc(repeats, sizeof(double));
     CHECK(ms, "out of memory for %d times", repeats);
     for (int i = -WARM_UP; i < repeats; i++) {
         Profile profile = {0};
         profile_start(&profile, NULL);
-        if (!record || !recording_replay(&recording, NULL)) {
+        if (!recording_replay(&recording, NULL)) {
             recording_begin(&recording, NULL);
             forward(b, NULL);
             if (both) {
@@ -221,9 +228,8 @@ static void bench_layer(const Layer *l, const Options *o, const char *device) {
     Bench b;
     double ms, p95, forward_ms, unused;
     open_bench(&b, l, o);
-    bool record = !b.chain.moe[0].router || !b.chain.moe[0].router->varies;
-    measure(&b, true, record, o->repeats, &ms, &p95);
-    measure(&b, false, record, o->repeats, &forward_ms, &unused);
+    measure(&b, true, o->repeats, &ms, &p95);
+    measure(&b, false, o->repeats, &forward_ms, &unused);
     Profile stages[2];
     memset(stages, 0, sizeof stages);
     for (int i = 0; i < o->repeats; i++) {

@@ -76,6 +76,7 @@ static void queue_step(Bench *b) {
 static void step(Bench *b, int s, bool record) {
     device_from_host(b->tokens, b->host_tokens + s % 7, (b->model.N + 1) * sizeof(int), NULL);
     optimizer_set_rate(&b->optimizer, &b->config.train, s, NULL);
+    transformer_begin_step(&b->model, s, NULL);
     if (!record) {
         queue_step(b);
     } else if (!recording_replay(&b->recording, NULL)) {
@@ -144,7 +145,6 @@ static void bench_model(const Model *m, Routing routing, int steps, bool graph, 
                         const char *device) {
     Bench b;
     open_bench(&b, m, routing, recompute);
-    graph = graph && transformer_steps_are_alike(&b.model);
     int group = device_runs_ahead() ? GROUP : 1, groups = (steps + group - 1) / group, done = 0;
     double *seconds = calloc(groups, sizeof(double));
     CHECK(seconds, "out of memory for %d times", groups);

@@ -84,7 +84,11 @@ void expert_choice_forward(int *expert, acc_t *cut, const acc_t *probs, int N, i
     }
 }
 
-void threshold_forward(int *expert, const acc_t *tau, const acc_t *probs, int N, int E, Stream *stream) {
+void threshold_forward(int *expert, const acc_t *tau, const acc_t *probs, const int64_t *step, int64_t first, int N,
+                       int E, Stream *stream) {
+    if (*step < first) {
+        return;
+    }
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         for (int e = 0; e < E; e++) {

@@ -172,16 +172,24 @@ __global__ static void __launch_bounds__(SELECT_THREADS)
     }
 }
 
+/* When an entry is there: its key reaches key[e], or, without keys, p > tau_e, from step number `first` on. */
+typedef struct {
+    const uint64_t *key; /* (E) */
+    const float *tau;    /* (E) */
+    const int64_t *step;
+    int64_t first;
+} Mark;
+
 /* Grid and threads replace the loops over tokens and experts, a thread has COUNT entries side by side, which never
- * leave a row. An entry is there when its key reaches key[e], or, without keys, where p > tau_e. */
+ * leave a row. */
 template <int COUNT>
 __global__ static void __launch_bounds__(MARK_THREADS)
-    mark_kernel(int *expert, const float *probs, const uint64_t *key, const float *tau, int N, int E) {
+    mark_kernel(int *expert, const float *probs, Mark mark, int N, int E) {
     const size_t i = ((size_t)blockIdx.x * MARK_THREADS + threadIdx.x) * COUNT;
-    if (i >= (size_t)N * E) {
+    if (i >= (size_t)N * E || (!mark.key && *mark.step < mark.first)) {
         return;
     }
-    const int n = (int)(i / E), first = (int)(i % E);
+    const int n = (int)(i / E), column = (int)(i % E);
     alignas(16) float p[COUNT];
     alignas(16) int taken[COUNT];
     if (COUNT == 4) {
@@ -191,8 +199,8 @@ __global__ static void __launch_bounds__(MARK_THREADS)
     }
 #pragma unroll
     for (int j = 0; j < COUNT; j++) {
-        const int e = first + j;
-        taken[j] = (key ? key_of(rank_of(p[j]), n) >= key[e] : p[j] > tau[e]) ? e : -1;
+        const int e = column + j;
+        taken[j] = (mark.key ? key_of(rank_of(p[j]), n) >= mark.key[e] : p[j] > mark.tau[e]) ? e : -1;
     }
     if (COUNT == 4) {
         *reinterpret_cast<int4 *>(expert + i) = *reinterpret_cast<const int4 *>(taken);
@@ -201,13 +209,12 @@ __global__ static void __launch_bounds__(MARK_THREADS)
     }
 }
 
-static void mark_entries(int *expert, const float *probs, const uint64_t *key, const float *tau, int N, int E,
-                         cudaStream_t stream) {
+static void mark_entries(int *expert, const float *probs, Mark mark, int N, int E, cudaStream_t stream) {
     const size_t count = (size_t)N * E;
     if (packs_fit(probs, E) && packs_fit(expert, E)) {
-        mark_kernel<4><<<ceil_div(count, 4 * MARK_THREADS), MARK_THREADS, 0, stream>>>(expert, probs, key, tau, N, E);
+        mark_kernel<4><<<ceil_div(count, 4 * MARK_THREADS), MARK_THREADS, 0, stream>>>(expert, probs, mark, N, E);
     } else {
-        mark_kernel<1><<<ceil_div(count, MARK_THREADS), MARK_THREADS, 0, stream>>>(expert, probs, key, tau, N, E);
+        mark_kernel<1><<<ceil_div(count, MARK_THREADS), MARK_THREADS, 0, stream>>>(expert, probs, mark, N, E);
     }
     CUDA_LAUNCHED();
 }
@@ -220,11 +227,12 @@ void expert_choice_forward(int *expert, acc_t *cut, const acc_t *probs, int N, i
     CUDA_LAUNCHED();
     select_kernel<<<E, SELECT_THREADS, 0, cuda_stream(stream)>>>(key, cut, rank, N, C);
     CUDA_LAUNCHED();
-    mark_entries(expert, probs, key, NULL, N, E, cuda_stream(stream));
+    mark_entries(expert, probs, Mark{key, NULL, NULL, 0}, N, E, cuda_stream(stream));
 }
 
-void threshold_forward(int *expert, const acc_t *tau, const acc_t *probs, int N, int E, Stream *stream) {
-    mark_entries(expert, probs, NULL, tau, N, E, cuda_stream(stream));
+void threshold_forward(int *expert, const acc_t *tau, const acc_t *probs, const int64_t *step, int64_t first, int N,
+                       int E, Stream *stream) {
+    mark_entries(expert, probs, Mark{NULL, tau, step, first}, N, E, cuda_stream(stream));
 }
 
 /* Grid and threads replace the loop over experts. */

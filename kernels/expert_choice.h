@@ -14,14 +14,18 @@
 #ifndef KERNELS_EXPERT_CHOICE_H
 #define KERNELS_EXPERT_CHOICE_H
 
+#include <stdint.h>
+
 #include "adamw.h"
 #include "types.h"
 
 /* expert (N,E) and cut (E) from probs (N,E); 1 <= C <= N. cut may be NULL. */
 void expert_choice_forward(int *expert, acc_t *cut, const acc_t *probs, int N, int E, int C, Stream *stream);
 
-/* expert (N,E) by tau (E) */
-void threshold_forward(int *expert, const acc_t *tau, const acc_t *probs, int N, int E, Stream *stream);
+/* expert (N,E) by tau (E) from step number `first` on; before that, expert stays as it is. *step, on the device, is the
+ * step at hand: a recorded one ends a warm-up by itself. */
+void threshold_forward(int *expert, const acc_t *tau, const acc_t *probs, const int64_t *step, int64_t first, int N,
+                       int E, Stream *stream);
 
 /* tau (E) moves towards the mean of cut (slices,E), after the optimizer's update number adam->updates (1 at first).
  * Nothing happens when adam says that the step was skipped. */

@@ -49,23 +49,23 @@ static double zipf_score(double s, uint64_t key, int n, int E, int e) {
 
 /* Keeps the best so far in order and inserts. The scores of the few that a newcomer is compared with are computed
  * again, which is cheaper than memory for them. */
-void zipf_choice(int *expert, double s, uint64_t key, int N, int E, int K, Stream *stream) {
+void zipf_choice(int *expert, double s, const uint64_t *key, int N, int E, int K, Stream *stream) {
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         int *best = expert + (size_t)n * K;
         double worst = -INFINITY; /* score of best[K-1] */
         for (int e = 0; e < E; e++) {
-            double score = zipf_score(s, key, n, E, e);
+            double score = zipf_score(s, *key, n, E, e);
             if (e >= K && !(score > worst)) {
                 continue;
             }
             int j = e < K ? e : K - 1;
-            while (j > 0 && score > zipf_score(s, key, n, E, best[j - 1])) {
+            while (j > 0 && score > zipf_score(s, *key, n, E, best[j - 1])) {
                 best[j] = best[j - 1];
                 j--;
             }
             best[j] = e;
-            worst = zipf_score(s, key, n, E, best[e < K ? e : K - 1]);
+            worst = zipf_score(s, *key, n, E, best[e < K ? e : K - 1]);
         }
     }
 }
@@ -107,9 +107,9 @@ void choice_probs(acc_t *probs, const int *expert, const acc_t *weight, int N, i
     }
 }
 
-void random_weights(acc_t *w, double std, uint64_t key, size_t count, Stream *stream) {
+void random_weights(acc_t *w, double std, const uint64_t *key, size_t count, Stream *stream) {
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < count; i++) {
-        w[i] = (acc_t)(std * random_normal(key, i));
+        w[i] = (acc_t)(std * random_normal(*key, i));
     }
 }

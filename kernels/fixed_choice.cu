@@ -65,7 +65,7 @@ __device__ static double zipf_score(double s, uint64_t key, size_t n, int E, int
 /* Grid and warps replace the loop over tokens, lanes that over experts, whose scores wait in shared memory; taken ones
  * are NaN, which is above nothing. */
 __global__ static void __launch_bounds__(THREADS)
-    zipf_kernel(int *expert, double s, uint64_t key, int N, int E, int K) {
+    zipf_kernel(int *expert, double s, const uint64_t *key, int N, int E, int K) {
     extern __shared__ double shared[]; /* (warps of the block, E) */
     const int lane = threadIdx.x % 32;
     const size_t n = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
@@ -74,7 +74,7 @@ __global__ static void __launch_bounds__(THREADS)
     }
     double *score = shared + (size_t)(threadIdx.x / 32) * E;
     for (int e = lane; e < E; e += 32) {
-        score[e] = zipf_score(s, key, n, E, e);
+        score[e] = zipf_score(s, *key, n, E, e);
     }
     for (int j = 0; j < K; j++) {
         double best = -INFINITY;
@@ -100,7 +100,7 @@ __global__ static void __launch_bounds__(THREADS)
     }
 }
 
-void zipf_choice(int *expert, double s, uint64_t key, int N, int E, int K, Stream *stream) {
+void zipf_choice(int *expert, double s, const uint64_t *key, int N, int E, int K, Stream *stream) {
     const int token_bytes = E * (int)sizeof(double), warps = min((int)WARPS, MOST_SHARED / token_bytes);
     assert(warps > 0);
     zipf_kernel<<<ceil_div(N, warps), warps * 32, warps * token_bytes, cuda_stream(stream)>>>(expert, s, key, N, E, K);
@@ -165,14 +165,14 @@ void choice_probs(acc_t *probs, const int *expert, const acc_t *weight, int N, i
 
 /* Grid and threads replace the loop over weights. */
 __global__ static void __launch_bounds__(THREADS)
-    random_weights_kernel(float *w, double std, uint64_t key, size_t count) {
+    random_weights_kernel(float *w, double std, const uint64_t *key, size_t count) {
     const size_t i = entry_index();
     if (i < count) {
-        w[i] = (float)(std * random_normal(key, i));
+        w[i] = (float)(std * random_normal(*key, i));
     }
 }
 
-void random_weights(acc_t *w, double std, uint64_t key, size_t count, Stream *stream) {
+void random_weights(acc_t *w, double std, const uint64_t *key, size_t count, Stream *stream) {
     random_weights_kernel<<<entry_blocks(count), THREADS, 0, cuda_stream(stream)>>>(w, std, key, count);
     CUDA_LAUNCHED();
 }

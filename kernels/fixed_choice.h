@@ -28,8 +28,9 @@ void position_choice(int *expert, int start, int N, int T, int E, int K, Stream 
 /* expert[n,j] = (n*K + j) mod E */
 void balanced_choice(int *expert, int N, int E, int K, Stream *stream);
 
-/* Best (largest noisy score) first; numbers from `key` at index n*E + e. */
-void zipf_choice(int *expert, double s, uint64_t key, int N, int E, int K, Stream *stream);
+/* Best (largest noisy score) first; numbers from *key at index n*E + e. The key lies on the device, here and in
+ * random_weights: a recorded step can be repeated with another. */
+void zipf_choice(int *expert, double s, const uint64_t *key, int N, int E, int K, Stream *stream);
 
 /* expert[n,0] = 0, expert[n,j] = 1 + (n*(K-1) + j-1) mod (E-1) */
 void one_choice(int *expert, int N, int E, int K, Stream *stream);
@@ -40,7 +41,7 @@ void equal_weight(acc_t *weight, int N, int K, Stream *stream);
 /* probs (N,E) = weight of the token's entry for e, 0 without one: the choice as shares, for statistics */
 void choice_probs(acc_t *probs, const int *expert, const acc_t *weight, int N, int E, int K, Stream *stream);
 
-/* w (count) = std * normal numbers of `key`: a random projection made where it is used */
-void random_weights(acc_t *w, double std, uint64_t key, size_t count, Stream *stream);
+/* w (count) = std * normal numbers of *key: a random projection made where it is used */
+void random_weights(acc_t *w, double std, const uint64_t *key, size_t count, Stream *stream);
 
 #endif

@@ -40,14 +40,14 @@ static void softmax_in_place(acc_t *p, int count) {
 }
 
 void noisy_forward(acc_t *h, acc_t *noise, int *expert, acc_t *weight, acc_t *probs, const acc_t *clean,
-                   const acc_t *raw, uint64_t key, int noisy, int N, int E, int K, Stream *stream) {
+                   const acc_t *raw, const uint64_t *key, int noisy, int N, int E, int K, Stream *stream) {
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         size_t row = (size_t)n * E;
         int *chosen = expert + (size_t)n * K;
         acc_t *w = weight + (size_t)n * K;
         for (size_t i = row; i < row + E; i++) {
-            noise[i] = noisy ? (acc_t)random_normal(key, i) : 0;
+            noise[i] = noisy ? (acc_t)random_normal(*key, i) : 0;
             h[i] = noisy ? (acc_t)(clean[i] + noise[i] * noise_deviation(raw[i])) : clean[i];
         }
         choose_largest(chosen, h + row, E, K);

@@ -54,7 +54,7 @@ __device__ static void warp_softmax(float *out, const float *x, int count) {
 /* Grid and warps replace the loop over tokens, lanes those over experts and over entries. */
 __global__ static void __launch_bounds__(THREADS)
     noisy_kernel(float *h, float *noise, int *expert, float *weight, float *probs, const float *clean, const float *raw,
-                 uint64_t random, int noisy, int N, int E, int K) {
+                 const uint64_t *random, int noisy, int N, int E, int K) {
     extern __shared__ unsigned shared[]; /* (warps of the block, E) */
     const int lane = threadIdx.x % 32;
     const size_t n = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, row = n * E;
@@ -64,7 +64,7 @@ __global__ static void __launch_bounds__(THREADS)
     unsigned *key = shared + threadIdx.x / 32 * E;
     for (int e = lane; e < E; e += 32) {
         const size_t i = row + e;
-        const float eps = noisy ? (float)random_normal(random, i) : 0;
+        const float eps = noisy ? (float)random_normal(*random, i) : 0;
         const float logit = noisy ? (float)(clean[i] + eps * noise_deviation(raw[i])) : clean[i];
         noise[i] = eps;
         h[i] = logit;
@@ -83,7 +83,7 @@ __global__ static void __launch_bounds__(THREADS)
 }
 
 void noisy_forward(acc_t *h, acc_t *noise, int *expert, acc_t *weight, acc_t *probs, const acc_t *clean,
-                   const acc_t *raw, uint64_t key, int noisy, int N, int E, int K, Stream *stream) {
+                   const acc_t *raw, const uint64_t *key, int noisy, int N, int E, int K, Stream *stream) {
     const int token_bytes = E * (int)sizeof(unsigned), warps = min(WARPS, MOST_SHARED / token_bytes);
     assert(warps > 0);
     noisy_kernel<<<ceil_div(N, warps), warps * 32, warps * token_bytes, cuda_stream(stream)>>>(

@@ -20,10 +20,11 @@
 #include "balance_loss.h"
 #include "plan.h"
 
-/* h, noise (N,E): the noisy logits and eps, drawn from `key` at index n*E + e (random.h), or 0 when noisy is 0;
- * expert, weight (N,K), best first; probs (N,E) = softmax of c, for statistics; clean (N,E) = c, raw (N,E) = r */
+/* h, noise (N,E): the noisy logits and eps, drawn from *key at index n*E + e (random.h), or 0 when noisy is 0. The key
+ * lies on the device: a recorded step can be repeated with another. expert, weight (N,K), best first; probs (N,E) =
+ * softmax of c, for statistics; clean (N,E) = c, raw (N,E) = r */
 void noisy_forward(acc_t *h, acc_t *noise, int *expert, acc_t *weight, acc_t *probs, const acc_t *clean,
-                   const acc_t *raw, uint64_t key, int noisy, int N, int E, int K, Stream *stream);
+                   const acc_t *raw, const uint64_t *key, int noisy, int N, int E, int K, Stream *stream);
 
 /* dclean, draw (N,E) overwritten */
 void noisy_backward(acc_t *dclean, acc_t *draw, const acc_t *dweight, const acc_t *raw, const acc_t *noise,

@@ -20,7 +20,7 @@ void generator_open(Generator *generator, const Config *config, Transformer *sou
     arena_reserve(&generator->arena, (void **)&generator->tokens, sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&generator->arena);
     transformer_connect(&generator->model);
-    transformer_set_step(&generator->model, source->context.step);
+    transformer_set_step(&generator->model, source->context.host_step->number, NULL);
 }
 
 void generator_close(Generator *generator) {

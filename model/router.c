@@ -1,9 +1,11 @@
-/* The list of routers: to add one, name its table here. */
+/* The list of routers: to add one, name its table here. Below it, what their random numbers depend on. */
 #include "router.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include "../kernels/check.h"
 #include "../kernels/random.h"
 
 #define ROUTERS(each)                                                                                                \
@@ -41,8 +43,36 @@ const char *router_names(void) {
     return names;
 }
 
-uint64_t router_key(const RouterPass *pass) {
+/* ---- the step at hand, and its random numbers */
+
+static size_t step_bytes(const RouterContext *c) {
+    return sizeof(RouterStep) + (size_t)c->slices * c->routers * sizeof(uint64_t);
+}
+
+void router_context_reserve(RouterContext *context, Arena *arena) {
+    context->host_step = calloc(1, step_bytes(context));
+    CHECK(context->host_step, "out of memory for the keys of %d slices: lower --grad-accum", context->slices);
+    arena_reserve(arena, (void **)&context->step, step_bytes(context), MEMORY_ACTIVATIONS);
+}
+
+void router_context_free(RouterContext *context) {
+    free(context->host_step);
+}
+
+void router_context_set_step(RouterContext *context, int64_t step, Stream *stream) {
+    RouterContext *c = context;
+    c->host_step->number = step;
+    for (int slice = 0; slice < c->slices; slice++) {
+        uint64_t forward = (uint64_t)step * (uint64_t)c->slices + (uint64_t)slice;
+        for (int site = 0; site < c->routers; site++) {
+            c->host_step->key[slice * c->routers + site] =
+                random_key(c->seed, RANDOM_ROUTER, random_mix(forward) ^ (uint64_t)site);
+        }
+    }
+    device_from_host(c->step, c->host_step, step_bytes(c), stream);
+}
+
+const uint64_t *router_key(const RouterPass *pass) {
     const RouterContext *c = pass->context;
-    uint64_t forward = (uint64_t)c->step * (uint64_t)c->slices + (uint64_t)c->slice;
-    return random_key(c->seed, RANDOM_ROUTER, random_mix(forward) ^ (uint64_t)pass->site);
+    return &c->step->key[c->slice * c->routers + pass->site];
 }

@@ -38,6 +38,13 @@
 
 enum { ROUTER_PARAMS = 3, ROUTER_ALL_EXPERTS = -1 };
 
+/* What is another in every step. Kernels read it on the device, so that the calls of a step are the same in all of them
+ * and one recording serves for all (device.h). */
+typedef struct {
+    int64_t number; /* optimizer steps done before this one */
+    uint64_t key[]; /* (slices,routers): of the random numbers that a router draws in a forward (random.h) */
+} RouterStep;
+
 /* What all routers of a model know of the forward at hand. Row n is the token at position start + n % T of sequence
  * n / T. */
 typedef struct {
@@ -45,9 +52,10 @@ typedef struct {
     int T, start;
     int slice, slices; /* which of the step's forwards this is */
     int routers;       /* of the whole model */
-    int64_t step;      /* optimizer steps done before this one */
     uint64_t seed;
-    bool training; /* evaluation and generation draw no noise and leave running values alone */
+    bool training;         /* evaluation and generation draw no noise and leave running values alone */
+    RouterStep *step;      /* on the device */
+    RouterStep *host_step; /* the same on the host, owned */
 } RouterContext;
 
 typedef struct {
@@ -87,7 +95,6 @@ typedef struct Router {
     bool sees_batch;     /* .. on other sequences of the batch */
     bool across;         /* soft: groups are tokens of equal position, not sequences */
     bool exact_share;    /* experts choose: each takes exactly ceil(N K / E) tokens */
-    bool varies;         /* its calls have other arguments in every step (random numbers, a warm-up) */
     bool learned;        /* has parameters that the main loss trains */
     int renorm_default;
     int fixed_top_k; /* 0: --top-k decides; ROUTER_ALL_EXPERTS: E */
@@ -108,8 +115,12 @@ typedef struct Router {
     /* Reserves what it keeps beside RouterPass's own arrays, in pass->own (NULL: nothing). */
     void (*reserve)(RouterPass *pass, Arena *arena);
 
+    /* Before a training step, outside of what is recorded: brings to the device what the host alone knows of all its
+     * slices (NULL: nothing). */
+    void (*before_step)(RouterPass *pass, Stream *stream);
+
     /* Fills plan->expert and plan->weight (soft: mix and weight) and pass->probs from pass->x; saves what backward
-     * needs. */
+     * needs. Its arguments to kernels are the same in every training step. */
     void (*forward)(RouterPass *pass, Plan *plan, Stream *stream);
 
     /* After plan_build: its balance losses, load[LOAD_BALANCE] and load[LOAD_Z] (NULL: both 0). */
@@ -137,7 +148,14 @@ const Router *router_at(int i);
 /* "dense, top1, topk, ..." */
 const char *router_names(void);
 
-/* The key of the random numbers that this router draws in this forward, and in no other (random.h). */
-uint64_t router_key(const RouterPass *pass);
+/* Reserves the context's step; `slices` and `routers` are set, all else of it may be set later. */
+void router_context_reserve(RouterContext *context, Arena *arena);
+void router_context_free(RouterContext *context);
+
+/* After arena_commit: the next forwards belong to the step that comes after `step` others. */
+void router_context_set_step(RouterContext *context, int64_t step, Stream *stream);
+
+/* The key of the random numbers that this router draws in this forward, and in no other; on the device. */
+const uint64_t *router_key(const RouterPass *pass);
 
 #endif

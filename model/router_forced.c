@@ -10,6 +10,7 @@
  *
  * The first three look at nothing but a token's place in the batch. Kernels: fixed_choice.h, topk.h. Trace: trace.h.
  */
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,8 @@ typedef struct {
     double zipf;
     Trace trace;
     int *recorded; /* (N,K), host */
+    int *choices;  /* (slices,N,K) of a step, device; a trace alone has them, where there are training steps */
+    int64_t step;  /* of the choices */
 } Own;
 
 static Force force_of(const char *text, double *zipf) {
@@ -67,20 +70,38 @@ static void reserve(RouterPass *p, Arena *arena) {
     Own *own = p->own = calloc(1, sizeof(Own));
     CHECK(own, "out of memory for a router");
     own->force = force_of(model->force, &own->zipf);
+    if (own->force == FORCE_TRACE && p->context->training) {
+        size_t count = (size_t)p->context->slices * p->N * p->K;
+        arena_reserve(arena, (void **)&own->choices, count * sizeof(int), MEMORY_ACTIVATIONS);
+    }
 }
 
-/* The trace is opened with the first forward that needs it: generation and evaluation alone never do. */
-static void replay(RouterPass *p, int *expert, Stream *stream) {
+/* The trace is opened with the first step that needs it: generation and evaluation alone never do. */
+static void before_step(RouterPass *p, Stream *stream) {
     Own *own = p->own;
     const RouterContext *c = p->context;
+    size_t count = (size_t)p->N * p->K;
+    if (own->force != FORCE_TRACE) {
+        return;
+    }
     if (!own->trace.file) {
         TraceShape shape = {.N = p->N, .K = p->K, .E = p->E, .routers = c->routers, .slices = c->slices};
         trace_open(&own->trace, p->config->model.force, shape);
-        own->recorded = calloc((size_t)p->N * p->K, sizeof(int));
+        own->recorded = calloc(count, sizeof(int));
         CHECK(own->recorded, "out of memory for a record of %d tokens", p->N);
     }
-    trace_read(&own->trace, own->recorded, c->step, c->slice, p->site);
-    device_from_host(expert, own->recorded, (size_t)p->N * p->K * sizeof(int), stream);
+    own->step = c->host_step->number;
+    for (int slice = 0; slice < c->slices; slice++) {
+        trace_read(&own->trace, own->recorded, own->step, slice, p->site);
+        device_from_host(own->choices + slice * count, own->recorded, count * sizeof(int), stream);
+    }
+}
+
+static void replay(const RouterPass *p, int *expert, Stream *stream) {
+    const Own *own = p->own;
+    size_t count = (size_t)p->N * p->K;
+    assert(own->trace.file && own->step == p->context->host_step->number); /* before_step has brought this step */
+    device_copy(expert, own->choices + p->context->slice * count, count * sizeof(int), stream);
 }
 
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
@@ -113,7 +134,6 @@ const Router router_forced = {
     .summary = "where `--force` says (balanced, zipf:S, one, a recorded trace), weights learned: for benchmarks",
     .paper = "",
     .plan = PLAN_TOKENS_CHOOSE,
-    .varies = true,
     .learned = true,
     .renorm_default = 1,
     .aux_default = 0.01,
@@ -123,6 +143,7 @@ const Router router_forced = {
     .check = check,
     .tensors = softmax_gate_tensors,
     .reserve = reserve,
+    .before_step = before_step,
     .forward = forward,
     .balance = softmax_gate_balance,
     .backward = softmax_gate_backward,

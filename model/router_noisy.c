@@ -81,7 +81,6 @@ const Router router_noisy = {
     .summary = "the K largest noisy logits, the noise learned; importance and load losses",
     .paper = "Shazeer et al. 1701.06538",
     .plan = PLAN_TOKENS_CHOOSE,
-    .varies = true,
     .learned = true,
     .renorm_default = 1,
     .aux_default = 0.01,

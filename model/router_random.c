@@ -74,7 +74,6 @@ const Router router_random_step = {
     .summary = "the same, drawn anew in each step: the lower bound of routing",
     .paper = "",
     .plan = PLAN_TOKENS_CHOOSE,
-    .varies = true,
     .renorm_default = 1,
     .check = check,
     .reserve = reserve,

@@ -55,9 +55,8 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
         acc_t *cut = own->cut + (size_t)context->slice * p->E;
         expert_choice_forward(plan->expert, cut, p->probs, p->N, p->E, share, stream);
     }
-    if (!context->training || context->step >= p->config->train.threshold_warmup) {
-        threshold_forward(plan->expert, p->param[TAU].w, p->probs, p->N, p->E, stream);
-    }
+    int first = context->training ? p->config->train.threshold_warmup : 0;
+    threshold_forward(plan->expert, p->param[TAU].w, p->probs, &context->step->number, first, p->N, p->E, stream);
     choice_weight(plan->weight, plan->expert, p->probs, p->N, p->E, plan->K, 0, stream);
 }
 
@@ -72,7 +71,6 @@ const Router router_threshold = {
     .summary = "the experts whose running threshold its probability passes: expert choice, causal",
     .paper = "Expert Threshold 2603.11535",
     .plan = PLAN_EXPERTS_CHOOSE,
-    .varies = true,
     .learned = true,
     .z_default = 0.001,
     .has_z_loss = true,

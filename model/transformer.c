@@ -106,6 +106,7 @@ void transformer_connect(Transformer *model) {
     rope_table(model->angles, c->seq, c->head_dim, c->rope_base, NULL);
     int all_rows[2] = {0, model->N};
     device_from_host(model->scratch.all_rows, all_rows, sizeof all_rows, NULL);
+    transformer_set_step(model, 0, NULL);
 }
 
 void transformer_init(const Transformer *model, acc_t *host, uint64_t seed, const double *frequency) {
@@ -246,6 +247,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
                                      .routers = model->moe_count,
                                      .seed = config->train.seed,
                                      .training = use == USE_TRAIN};
+    router_context_reserve(&model->context, arena);
     if (use == USE_TRAIN) {
         reserve(arena, &model->master, model->tensors.total, sizeof(acc_t), MEMORY_WEIGHTS);
         if (!weights_are_master()) {
@@ -293,14 +295,15 @@ void transformer_free(Transformer *model) {
     free(model->layers);
     free(model->moe_layers);
     free(model->moes);
+    router_context_free(&model->context);
     tensors_free(&model->tensors);
     *model = (Transformer){0};
 }
 
 /* ---- what the next forwards are ---- */
 
-void transformer_set_step(Transformer *model, int64_t step) {
-    model->context.step = step;
+void transformer_set_step(Transformer *model, int64_t step, Stream *stream) {
+    router_context_set_step(&model->context, step, stream);
 }
 
 void transformer_set_training(Transformer *model, bool training, bool keep_capacity) {
@@ -310,8 +313,14 @@ void transformer_set_training(Transformer *model, bool training, bool keep_capac
     }
 }
 
-bool transformer_steps_are_alike(const Transformer *model) {
-    return model->moe_count == 0 || !model->moes[0]->router->varies;
+void transformer_begin_step(Transformer *model, int64_t step, Stream *stream) {
+    transformer_set_step(model, step, stream);
+    for (int i = 0; i < model->moe_count; i++) {
+        const Router *router = model->moes[i]->router;
+        if (router->before_step) {
+            router->before_step(&model->moes[i]->pass, stream);
+        }
+    }
 }
 
 /* ---- one layer, forward and backward ---- */

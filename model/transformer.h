@@ -119,11 +119,13 @@ double transformer_flops_per_token(const Transformer *model);
 
 /* Says which step the next forwards belong to, and whether they train: evaluation draws no noise and takes every token
  * (capacity 0) unless the user wants training's drops. */
-void transformer_set_step(Transformer *model, int64_t step);
+void transformer_set_step(Transformer *model, int64_t step, Stream *stream);
 void transformer_set_training(Transformer *model, bool training, bool keep_capacity);
 
-/* Whether every training step queues the same calls with the same arguments, so that one can be recorded for all. */
-bool transformer_steps_are_alike(const Transformer *model);
+/* Before the forwards of a training step: the same as transformer_set_step, and routers bring to the device what they
+ * need of the step. What follows is the same calls with the same arguments in every step, so that one step can be
+ * recorded for all; this is not part of it. */
+void transformer_begin_step(Transformer *model, int64_t step, Stream *stream);
 
 /* tokens (N) on the device -> model->hidden. Books routing statistics under `slice`. */
 void transformer_forward(Transformer *model, const int *tokens, int slice, Stream *stream);

@@ -248,6 +248,13 @@ static inline void add_index(Case *c, size_t count) {
     c->host_index = m.host;
 }
 
+/* A struct, or anything else made of int, that the case holds as it is. */
+static inline Mirror case_struct(Case *c, const void *content, size_t bytes) {
+    Mirror m = case_mirror(c, NUMBER_INT, bytes / sizeof(int));
+    memcpy(m.host, content, bytes);
+    return m;
+}
+
 /* What kernels are given. */
 static inline void *val(Case *c, const char *name) {
     return array_named(c, name)->device_value;

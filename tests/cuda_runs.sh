@@ -77,10 +77,18 @@ test_recorded_steps_give_the_same_bits() {
     same_state recorded queued
     same_state recorded again
     same_figures recorded queued
-    for router in sigmoid soft expert-choice; do
+    run "${MODEL[@]}" --steps 12 --router topk --grad-accum 2 --dump-routing trace --out traced
+    ends 0
+    for router in sigmoid soft expert-choice noisy "noisy --grad-accum 2" random-step "threshold --threshold-warmup 6" \
+        "forced --force zipf:1.2" "forced --force trace --grad-accum 2"; do
         rm -rf recorded queued
-        run "${MODEL[@]}" --steps 12 --router $router --allow-leak --graph 1 --out recorded
-        run "${MODEL[@]}" --steps 12 --router $router --allow-leak --graph 0 --out queued
+        echo "  $router"
+        # shellcheck disable=SC2086  # words
+        run "${MODEL[@]}" --steps 12 --allow-leak --graph 1 --out recorded --router $router
+        ends 0
+        # shellcheck disable=SC2086
+        run "${MODEL[@]}" --steps 12 --allow-leak --graph 0 --out queued --router $router
+        ends 0
         same_state recorded queued
     done
 }

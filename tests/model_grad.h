@@ -81,7 +81,7 @@ static inline void subject_open(Subject *s, const char *options, int head_rows) 
     arena_reserve(&s->arena, (void **)&s->targets, bytes, MEMORY_ACTIVATIONS);
     arena_commit(&s->arena);
     transformer_connect(&s->model);
-    transformer_set_step(&s->model, SUBJECT_STEP);
+    transformer_set_step(&s->model, SUBJECT_STEP, NULL);
     s->model.head_rows = head_rows ? head_rows : s->model.head_rows;
     s->choices = calloc(s->slices * slice_choices(&s->model) + 1, sizeof(int));
     CHECK(s->choices, "out of memory: close other programs");

@@ -30,7 +30,7 @@ static inline bool rows_are_clear(const acc_t *x, int N, int E) {
 
 static inline void noisy_case_forward(Case *c) { /* N E K */
     noisy_forward(val(c, "h"), val(c, "noise"), c->plan.expert, val(c, "weight"), val(c, "probs"), val(c, "clean"),
-                  val(c, "raw"), random_key(c->seed, RANDOM_TEST, 5), 1, c->n[0], c->n[1], c->n[2], NULL);
+                  val(c, "raw"), c->structs[0].device, 1, c->n[0], c->n[1], c->n[2], NULL);
 }
 
 static inline bool noisy_suits(Case *c) {
@@ -39,6 +39,8 @@ static inline bool noisy_suits(Case *c) {
 
 static inline void make_noisy_arrays(Case *c, Mode mode) {
     int N = c->n[0], E = c->n[1], K = c->n[2];
+    const uint64_t key = random_key(c->seed, RANDOM_TEST, 5);
+    c->structs[0] = case_struct(c, &key, sizeof key);
     add_input(c, "clean", PRECISE, (size_t)N * E, mode);
     add_input(c, "raw", PRECISE, (size_t)N * E, mode);
     add_output(c, "weight", PRECISE, (size_t)N * K);

@@ -378,6 +378,14 @@ static inline ExpertShape moe_shape(const Case *c) {
         .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .gelu = c->n[MOE_GELU]};
 }
 
+/* The step at hand is the last of a warm-up of so many, counted from 0. */
+enum { WARM_UP = 3 };
+
+static inline void add_warm_up(Case *c) {
+    const int64_t step = WARM_UP - 1;
+    c->structs[0] = case_struct(c, &step, sizeof step);
+}
+
 /* Tokens choose their K best, or, with MOE_PICKED and K = E, each expert picks the tokens with p above 1/E. */
 static inline void moe_case_choose(Case *c) {
     int N = c->n[MOE_N], E = c->n[MOE_E], K = c->n[MOE_K], renorm = c->n[MOE_RENORM];
@@ -388,7 +396,7 @@ static inline void moe_case_choose(Case *c) {
         return;
     }
     softmax_forward(probs, val(c, "lse"), val(c, "logits"), N, E, NULL);
-    threshold_forward(plan->expert, val(c, "threshold"), probs, N, E, NULL);
+    threshold_forward(plan->expert, val(c, "threshold"), probs, c->structs[0].device, WARM_UP - 1, N, E, NULL);
     choice_weight(plan->weight, plan->expert, probs, N, E, K, renorm, NULL);
 }
 
@@ -438,6 +446,7 @@ static inline void make_moe(Case *c) {
     add_saved(c, "probs", PRECISE, (size_t)N * E);
     add_saved(c, "lse", PRECISE, (size_t)N);
     fill_value(add_given(c, "threshold", PRECISE, (size_t)E), (size_t)E, 1.0 / E);
+    add_warm_up(c);
     const char *row_arrays[] = {"rows_x", "rows_y", "rows_dy", "rows_dx"};
     for (int i = 0; i < 4; i++) {
         add_scratch(c, row_arrays[i], ACTIVATION, rows * C);

@@ -73,44 +73,45 @@ static inline void make_fixed_choice(Case *c) { /* N E K T choice */
         c->host_index[n] = (int)random_below(random_key(c->seed, RANDOM_TEST, 7), (uint64_t)n, V);
     }
     balanced_table(add_given(c, "table", PRECISE, (size_t)V * K), NULL, c->seed, V, E, K);
+    const uint64_t keys[2] = {random_key(c->seed, RANDOM_TEST, 8), random_key(c->seed, RANDOM_TEST, 9)};
+    c->structs[0] = case_struct(c, keys, sizeof keys);
 }
 
 static inline void fixed_choice_case_forward(Case *c) {
     int N = c->n[0], E = c->n[1], K = c->n[2], *expert = c->plan.expert;
+    const uint64_t *keys = c->structs[0].device;
     switch (c->n[4]) {
         case CHOICE_POSITION: position_choice(expert, 3, N, c->n[3], E, K, NULL); break;
         case CHOICE_BALANCED: balanced_choice(expert, N, E, K, NULL); break;
-        case CHOICE_ZIPF: zipf_choice(expert, 1.1, random_key(c->seed, RANDOM_TEST, 8), N, E, K, NULL); break;
+        case CHOICE_ZIPF: zipf_choice(expert, 1.1, &keys[0], N, E, K, NULL); break;
         case CHOICE_ONE: one_choice(expert, N, E, K, NULL); break;
         default: table_choice(expert, c->index, val(c, "table"), N, K, NULL); break;
     }
     equal_weight(c->plan.weight, N, K, NULL);
     plan_build(&c->plan, NULL);
     choice_probs(val(c, "probs"), expert, c->plan.weight, N, E, K, NULL);
-    random_weights(val(c, "random"), 0.02, random_key(c->seed, RANDOM_TEST, 9), (size_t)N * E, NULL);
+    random_weights(val(c, "random"), 0.02, &keys[1], (size_t)N * E, NULL);
 }
 
+/* As router_threshold.c chooses in its warm-up: thresholds that no probability passes have no say yet. */
 static inline void make_expert_choice(Case *c) { /* N E C */
     int N = c->n[0], E = c->n[1];
     add_plan(c, N, E, E, c->n[2], LAYOUT_COMPACT, DROP_TOKEN);
     fill_positive(add_given(c, "probs", PRECISE, (size_t)N * E), (size_t)N * E, c->seed, 902);
     add_saved(c, "cut", PRECISE, (size_t)E);
+    fill_value(add_given(c, "tau", PRECISE, (size_t)E), (size_t)E, 2);
+    add_warm_up(c);
 }
 
 static inline void expert_choice_case_forward(Case *c) {
     int N = c->n[0], E = c->n[1];
     expert_choice_forward(c->plan.expert, val(c, "cut"), val(c, "probs"), N, E, c->n[2], NULL);
+    threshold_forward(c->plan.expert, val(c, "tau"), val(c, "probs"), c->structs[0].device, WARM_UP, N, E, NULL);
     choice_weight(c->plan.weight, c->plan.expert, val(c, "probs"), N, E, E, 0, NULL);
     plan_build(&c->plan, NULL);
 }
 
 /* ---- after a step: the optimizer, and what follows it */
-
-static inline Mirror case_struct(Case *c, const void *content, size_t bytes) {
-    Mirror m = case_mirror(c, NUMBER_INT, bytes / sizeof(int));
-    memcpy(m.host, content, bytes);
-    return m;
-}
 
 enum { ADAMW_PIECES, ADAMW_STATE, ADAMW_SUMS, ADAMW_PARTIAL, ADAMW_RATE };
 

@@ -121,12 +121,12 @@ static void prepare(Subject *s, uint64_t seed) {
     int tokens[N];
     draw_weights(s, seed);
     for (int step = 0; step < WARM_UP; step++) {
-        transformer_set_step(&s->model, step);
+        transformer_begin_step(&s->model, step, NULL);
         draw_tokens(tokens, random_mix(seed) + step);
         forward(s, tokens, TRAINING);
         transformer_update_routers(&s->model, &taken, NULL);
     }
-    transformer_set_step(&s->model, WARM_UP);
+    transformer_begin_step(&s->model, WARM_UP, NULL);
 }
 
 static void observe(Outcome *outcome, Subject *s, const int *tokens, Mode mode) {
@@ -386,7 +386,7 @@ static void test_threshold_during_warm_up(void **state) {
         m = (Measured){0};
         subject_open(&s, "--router threshold", B);
         prepare(&s, 1);
-        transformer_set_step(&s.model, steps[i]);
+        transformer_set_step(&s.model, steps[i], NULL);
         measure_mode(m.flips[TRAINING], &s, TRAINING, 1);
         measure_mode(m.flips[EVALUATION], &s, EVALUATION, 1);
         subject_close(&s);
@@ -473,7 +473,7 @@ static void test_texts_alone_and_in_company(void **state) {
         subject_open(&alone, options, 1);
         prepare(&company, 1);
         transformer_load(&alone.model, company.model.master);
-        transformer_set_step(&alone.model, WARM_UP);
+        transformer_set_step(&alone.model, WARM_UP, NULL);
         draw_tokens(tokens, 1);
         for (Mode mode = TRAINING; mode < MODES; mode++) {
             observe(&all, &company, tokens, mode);

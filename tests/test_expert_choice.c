@@ -13,6 +13,7 @@
 #include "../kernels/expert_choice.h"
 
 static const AdamState skipped = {.scale = 0};
+static const int64_t step = 7;
 
 /* ---- expert choice */
 
@@ -142,7 +143,7 @@ static void test_choice_with_any_number_of_threads(void **state) {
         for (int run = 0; run < 4; run++) {
             omp_set_num_threads(threads[run]);
             expert_choice_forward(expert[run > 0], cut[run > 0], probs, N, E, 130, NULL);
-            threshold_forward(expert[run > 0] + entries, tau, probs, N, E, NULL);
+            threshold_forward(expert[run > 0] + entries, tau, probs, &step, 0, N, E, NULL);
             assert_bits(expert[run > 0], expert[0], 2 * entries);
             assert_bits(cut[run > 0], cut[0], E);
         }
@@ -163,7 +164,7 @@ static void test_cut_lets_exactly_c_through(void **state) {
         acc_t *probs = make_probs(&c, N, E, kinds[i % 3], c.seed), *cut = case_poison(&c, (size_t)E);
         int *chosen = case_ints(&c, (size_t)N * E), *passed = case_ints(&c, (size_t)N * E);
         expert_choice_forward(chosen, cut, probs, N, E, 1 + i / 6, NULL);
-        threshold_forward(passed, cut, probs, N, E, NULL);
+        threshold_forward(passed, cut, probs, &step, 0, N, E, NULL);
         assert_bits(passed, chosen, (size_t)N * E);
         case_free(&c);
     }
@@ -174,8 +175,19 @@ static void test_threshold_is_strict(void **state) {
     const acc_t probs[3 * 3] = {0.25, 0, 1, (acc_t)0.2500001, (acc_t)1e-30, 1, (acc_t)NAN, (acc_t)NAN, (acc_t)NAN};
     const int expected[3 * 3] = {-1, -1, -1, 0, 1, -1, -1, -1, -1};
     int expert[3 * 3];
-    threshold_forward(expert, tau, probs, 3, 3, NULL);
+    threshold_forward(expert, tau, probs, &step, 0, 3, 3, NULL);
     assert_memory_equal(expert, expected, sizeof expected);
+}
+
+/* The first step that goes by thresholds does, the one before it leaves what was chosen. */
+static void test_threshold_waits_for_its_step(void **state) {
+    const acc_t tau[2] = {0.5, 0.5}, probs[2] = {1, 0};
+    const int passed[2] = {0, -1};
+    int expert[2] = {-1, 1}, chosen[2] = {-1, 1};
+    threshold_forward(expert, tau, probs, &step, step + 1, 1, 2, NULL);
+    assert_memory_equal(expert, chosen, sizeof chosen);
+    threshold_forward(expert, tau, probs, &step, step, 1, 2, NULL);
+    assert_memory_equal(expert, passed, sizeof passed);
 }
 
 /* A token keeps its experts whatever all the others become; with expert choice it does not. */
@@ -188,9 +200,9 @@ static void test_threshold_looks_at_one_token(void **state) {
         acc_t *cut = case_reals(&c, E);
         int *chosen = case_ints(&c, N * E), *before = case_ints(&c, N * E), *after = case_ints(&c, N * E);
         expert_choice_forward(chosen, cut, probs, N, E, C, NULL);
-        threshold_forward(before, cut, probs, N, E, NULL);
+        threshold_forward(before, cut, probs, &step, 0, N, E, NULL);
         memcpy(other + n * E, probs + n * E, E * sizeof *other);
-        threshold_forward(after, cut, other, N, E, NULL);
+        threshold_forward(after, cut, other, &step, 0, N, E, NULL);
         assert_bits(after + n * E, before + n * E, E);
         expert_choice_forward(after, NULL, other, N, E, C, NULL);
         moved += memcmp(after + n * E, chosen + n * E, E * sizeof *after) != 0;
@@ -246,7 +258,7 @@ static double worst_load(Case *c, const acc_t *tau, int batches, int N, int E, i
     int *expert = case_ints(c, (size_t)N * E), load[16] = {0};
     for (int batch = 0; batch < batches; batch++) {
         draw_stream(probs, N, E, 1000000 + (uint64_t)batch);
-        threshold_forward(expert, tau, probs, N, E, NULL);
+        threshold_forward(expert, tau, probs, &step, 0, N, E, NULL);
         for (int i = 0; i < N * E; i++) {
             load[i % E] += expert[i] >= 0;
         }
@@ -287,6 +299,7 @@ int main(void) {
         cmocka_unit_test(test_choice_with_any_number_of_threads),
         cmocka_unit_test(test_cut_lets_exactly_c_through),
         cmocka_unit_test(test_threshold_is_strict),
+        cmocka_unit_test(test_threshold_waits_for_its_step),
         cmocka_unit_test(test_threshold_looks_at_one_token),
         cmocka_unit_test(test_threshold_update),
         cmocka_unit_test(test_running_threshold_finds_the_load),

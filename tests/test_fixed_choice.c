@@ -64,7 +64,9 @@ static void test_experts_of_a_token_differ(void **state) {
                 case 2: one_choice(expert, N, E, K, NULL); break;
                 case 3:
                 case 4:
-                case 5: zipf_choice(expert, (double[]){0, 1.5, 100}[kind - 3], test_key(1), N, E, K, NULL); break;
+                case 5:
+                    zipf_choice(expert, (double[]){0, 1.5, 100}[kind - 3], &(uint64_t){test_key(1)}, N, E, K, NULL);
+                    break;
                 default:
                     balanced_table(table, kind == 6 ? NULL : frequency, test_key(2), N, E, K);
                     table_choice(expert, tokens, table, N, K, NULL);
@@ -241,7 +243,7 @@ static void test_zipf_cv(void **state) {
         for (int e = 0; e < E; e++) {
             sum += p[e] = pow(e + 1, -exponents[i]);
         }
-        zipf_choice(expert, exponents[i], test_key((uint64_t)i), N, E, 1, NULL);
+        zipf_choice(expert, exponents[i], &(uint64_t){test_key((uint64_t)i)}, N, E, 1, NULL);
         count_experts(count, expert, N, E);
         for (int e = 0; e < E; e++) {
             p[e] /= sum;
@@ -264,7 +266,7 @@ static void test_zipf_tokens_are_independent(void **state) {
     enum { N = 20001, E = 8 };
     Case c = {.seed = 1};
     int *expert = case_ints(&c, N), count[E] = {0};
-    zipf_choice(expert, 0, test_key(20), N, E, 1, NULL);
+    zipf_choice(expert, 0, &(uint64_t){test_key(20)}, N, E, 1, NULL);
     for (int n = 1; n < N; n++) {
         count[(expert[n] - expert[n - 1] + E) % E]++;
     }
@@ -287,7 +289,7 @@ static void test_zipf_pairs(void **state) {
         for (int e = 0; e < E; e++) {
             sum += p[e] = pow(e + 1, -exponents[i]);
         }
-        zipf_choice(expert, exponents[i], test_key(10 + (uint64_t)i), N, E, K, NULL);
+        zipf_choice(expert, exponents[i], &(uint64_t){test_key(10 + (uint64_t)i)}, N, E, K, NULL);
         for (int n = 0; n < N; n++) {
             count[expert[n * K] * E + expert[n * K + 1]]++;
         }
@@ -304,20 +306,20 @@ static void test_zipf_pairs(void **state) {
 static void test_zipf_is_a_function_of_its_key(void **state) {
     enum { N = 500, E = 12 };
     int all[N * E], three[N * 3], again[N * 3];
-    zipf_choice(all, 0.7, 5, N, E, E, NULL);
-    zipf_choice(three, 0.7, 5, N, E, 3, NULL);
+    zipf_choice(all, 0.7, &(uint64_t){5}, N, E, E, NULL);
+    zipf_choice(three, 0.7, &(uint64_t){5}, N, E, 3, NULL);
     for (int i = 0; i < N * 3; i++) {
         assert_int_equal(three[i], all[i / 3 * E + i % 3]);
     }
     for (int threads = 2; threads <= 4; threads++) {
         omp_set_num_threads(threads);
-        zipf_choice(again, 0.7, 5, N, E, 3, NULL);
+        zipf_choice(again, 0.7, &(uint64_t){5}, N, E, 3, NULL);
         assert_bits(again, three, N * 3);
     }
     omp_set_num_threads(1);
-    zipf_choice(again, 0.7, 6, N, E, 3, NULL);
+    zipf_choice(again, 0.7, &(uint64_t){6}, N, E, 3, NULL);
     assert_memory_not_equal(again, three, sizeof three);
-    zipf_choice(three, 1000, 5, N, E, 3, NULL);
+    zipf_choice(three, 1000, &(uint64_t){5}, N, E, 3, NULL);
     for (int i = 0; i < N * 3; i++) {
         assert_int_equal(three[i], i % 3);
     }
@@ -330,7 +332,7 @@ static void test_equal_weight_and_shares(void **state) {
     for (int K = 1; K <= E; K++) {
         int expert[N * E];
         acc_t weight[N * E], probs[N * E];
-        zipf_choice(expert, 1, 7, N, E, K, NULL);
+        zipf_choice(expert, 1, &(uint64_t){7}, N, E, K, NULL);
         equal_weight(weight, N, K, NULL);
         fill_value(probs, N * E, NAN);
         choice_probs(probs, expert, weight, N, E, K, NULL);
@@ -367,16 +369,16 @@ static void test_random_weights(void **state) {
     Case c = {.seed = 1};
     acc_t *w = case_poison(&c, COUNT), *again = case_poison(&c, COUNT), *other = case_poison(&c, COUNT);
     double sum = 0, square = 0, product = 0, next = 0;
-    random_weights(w, std, 1, COUNT, NULL);
+    random_weights(w, std, &(uint64_t){1}, COUNT, NULL);
     for (int threads = 2; threads <= 4; threads++) {
         omp_set_num_threads(threads);
-        random_weights(again, std, 1, COUNT, NULL);
+        random_weights(again, std, &(uint64_t){1}, COUNT, NULL);
         assert_bits(again, w, COUNT);
     }
     omp_set_num_threads(1);
-    random_weights(again, std, 1, 100, NULL); /* a number does not depend on how many there are */
+    random_weights(again, std, &(uint64_t){1}, 100, NULL); /* a number does not depend on how many there are */
     assert_bits(again, w, COUNT);
-    random_weights(other, std, 2, COUNT, NULL);
+    random_weights(other, std, &(uint64_t){2}, COUNT, NULL);
     for (int i = 0; i < COUNT; i++) {
         sum += w[i];
         square += (double)w[i] * w[i];

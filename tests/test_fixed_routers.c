@@ -108,19 +108,19 @@ static void check_draws(const char *router, bool training, bool differ) {
     open_run(&t, "--router %s", router);
     train_to(&t, 3);
     transformer_set_training(&t.model, training, false);
-    transformer_set_step(&t.model, 10);
+    transformer_set_step(&t.model, 10, NULL);
     forward(&t, SPLIT_VAL, 0);
     int *choices = copy_choices(&t.model);
     real_t *hidden = copy_hidden(&t);
     forward(&t, SPLIT_VAL, 0);
     assert_true(same_choices(&t.model, choices) && same_hidden(&t, hidden));
-    transformer_set_step(&t.model, 11);
+    transformer_set_step(&t.model, 11, NULL);
     forward(&t, SPLIT_VAL, 0);
     if (same_choices(&t.model, choices) == differ || same_hidden(&t, hidden) == differ) {
         fail_msg("%s: %s in step 11 %s that in step 10", router, training ? "training" : "evaluation",
                  differ ? "is" : "differs from");
     }
-    transformer_set_step(&t.model, 10);
+    transformer_set_step(&t.model, 10, NULL);
     forward(&t, SPLIT_VAL, 0);
     assert_true(same_choices(&t.model, choices) && same_hidden(&t, hidden));
     free(choices);
@@ -196,7 +196,7 @@ static void load_cvs(const char *options, int steps, double *cv) {
     const int E = t.config.model.experts;
     double counts[2 * 64] = {0};
     for (int step = 0; step < steps; step++) {
-        transformer_set_step(&t.model, step);
+        transformer_set_step(&t.model, step, NULL);
         forward(&t, SPLIT_TRAIN, step);
         for (int i = 0; i < 2 * E; i++) {
             counts[i] += t.model.demand[i];
@@ -331,7 +331,7 @@ static void test_replay_follows_the_recording(void **state) {
     memcpy(replayed.optimizer.v, drawn.optimizer.v, flat_bytes(&drawn));
     *replayed.optimizer.state = *drawn.optimizer.state;
     replayed.step = drawn.step;
-    transformer_set_step(&replayed.model, replayed.step);
+    transformer_set_step(&replayed.model, replayed.step, NULL);
     while (drawn.step < STEPS) {
         record_step(&drawn, &trace);
     }

@@ -36,7 +36,8 @@ static Gate gate_make(int N, int E, int K, uint64_t seed) {
 }
 
 static void gate_forward_noisy(Gate *g, int noisy) {
-    noisy_forward(g->h, g->noise, g->expert, g->weight, g->probs, g->clean, g->raw, KEY, noisy, g->N, g->E, g->K, NULL);
+    noisy_forward(g->h, g->noise, g->expert, g->weight, g->probs, g->clean, g->raw, &(uint64_t){KEY}, noisy, g->N, g->E,
+                  g->K, NULL);
 }
 
 static void gate_balance(Gate *g, int noisy) {

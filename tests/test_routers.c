@@ -352,7 +352,7 @@ static void test_resumed_runs(void **state) {
         open_run(&rest, "--router %s --steps %d --out %s --resume %s", routers[i], STEPS, run, run);
         memset(rest.model.master, 0, flat_bytes(&rest));
         rest.step = training_load(&rest.config, &rest.model, &rest.optimizer).step;
-        transformer_set_step(&rest.model, rest.step);
+        transformer_set_step(&rest.model, rest.step, NULL);
         assert_memory_equal(rest.model.master, half.model.master, flat_bytes(&rest));
         train_to(&rest, STEPS);
         assert_int_equal(rest.optimizer.state->skipped, 1);

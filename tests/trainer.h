@@ -105,10 +105,11 @@ static inline void finish_step(Trainer *t) {
     optimizer_step(&t->optimizer, &t->model, &t->config.train, NULL);
     transformer_update_routers(&t->model, t->optimizer.state, NULL);
     t->step++;
-    transformer_set_step(&t->model, t->step);
+    transformer_set_step(&t->model, t->step, NULL);
 }
 
 static inline double train_step(Trainer *t) {
+    transformer_begin_step(&t->model, t->step, NULL);
     for (int slice = 0; slice < t->model.slices; slice++) {
         read_slice(t, SPLIT_TRAIN, t->step, slice);
         slice_gradient(t, slice);

@@ -18,7 +18,7 @@ enum { WIDTH = Pack<real_t>::COUNT, MOST_THREADS = 512, WARP_ROWS = 8, IN_FLIGHT
 
 /* exp(x) as a power of two; the argument is a difference, so that its error is small where its result is large. */
 __device__ static float exp_below(float x) {
-    return exp2f(x * 1.44269504088896341f);
+    return exp2_fast(x * 1.44269504088896341f);
 }
 
 /* max of some logits, and the sum of exp(l - max) over them. A NaN goes into the sum. */
@@ -54,6 +54,13 @@ __device__ static RowPart row_part(const real_t *l, int V) {
     int t = threadIdx.x, edge = t < part.head ? t : t + part.packs * WIDTH;
     part.edge = edge < V && t < 2 * WIDTH ? edge : -1;
     return part;
+}
+
+/* Whether logit v is in the thread's part. */
+__device__ static bool part_has(RowPart part, int v) {
+    int pack = (v - part.head) / WIDTH;
+    bool in_packs = v >= part.head && pack < part.packs;
+    return in_packs ? pack % blockDim.x == threadIdx.x : v == part.edge;
 }
 
 /* A row of zeros. */
@@ -134,16 +141,16 @@ __global__ void __launch_bounds__(MOST_THREADS, 2)
     for (int i = threadIdx.x; i < part.packs; i += blockDim.x) {
         real_t *to = l + part.head + (size_t)i * WIDTH;
         Pack<real_t> out = i < keep ? kept[i] : load_pack(to);
-        int at = target - part.head - i * WIDTH;
         for (int j = 0; j < WIDTH; j++) {
-            float p = factor * exp_below(to_float(out.v[j]) - max);
-            out.v[j] = to_real<real_t>(j == at ? p - scale : p);
+            out.v[j] = to_real<real_t>(factor * exp_below(to_float(out.v[j]) - max));
         }
         store_pack(to, out);
     }
     if (part.edge >= 0) {
-        float p = factor * exp_below(to_float(l[part.edge]) - max);
-        l[part.edge] = to_real<real_t>(part.edge == target ? p - scale : p);
+        l[part.edge] = to_real<real_t>(factor * exp_below(to_float(l[part.edge]) - max));
+    }
+    if (part_has(part, target)) { /* written once more, by the same thread */
+        l[target] = to_real<real_t>(factor * exp_below(target_logit - max) - scale);
     }
 }
 

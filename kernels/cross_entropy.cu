@@ -27,17 +27,17 @@ typedef struct {
 } Running;
 
 template <int COUNT>
-__device__ static void running_add(Running *r, const real_t *l) {
+__device__ static void running_add(Running *r, const float *l) {
     float max = r->max;
     for (int j = 0; j < COUNT; j++) {
-        max = fmaxf(max, to_float(l[j]));
+        max = fmaxf(max, l[j]);
     }
     if (max > r->max) {
         r->sum *= exp_below(r->max - max);
         r->max = max;
     }
     for (int j = 0; j < COUNT; j++) {
-        r->sum += exp_below(to_float(l[j]) - max);
+        r->sum += exp_below(l[j] - max);
     }
 }
 
@@ -82,9 +82,7 @@ __device__ static Running read_row(Pack<real_t> *kept, int keep, const real_t *l
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; k++) {
             int i = begin + k * blockDim.x;
-            if (i < part.packs) {
-                in[k] = load_pack(packs + (size_t)i * WIDTH);
-            }
+            in[k] = load_pack_if(i < part.packs, packs + (size_t)i * WIDTH);
         }
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; k++) {
@@ -93,12 +91,17 @@ __device__ static Running read_row(Pack<real_t> *kept, int keep, const real_t *l
                 kept[i] = in[k];
             }
             if (i < part.packs) {
-                running_add<WIDTH>(&r, in[k].v);
+                float logits[WIDTH];
+                for (int j = 0; j < WIDTH; j++) {
+                    logits[j] = float_at(in[k], j);
+                }
+                running_add<WIDTH>(&r, logits);
             }
         }
     }
     if (part.edge >= 0) {
-        running_add<1>(&r, l + part.edge);
+        float logit = to_float(l[part.edge]);
+        running_add<1>(&r, &logit);
     }
     return r;
 }
@@ -140,9 +143,9 @@ __global__ void __launch_bounds__(MOST_THREADS, 2)
     float factor = scale / sum;
     for (int i = threadIdx.x; i < part.packs; i += blockDim.x) {
         real_t *to = l + part.head + (size_t)i * WIDTH;
-        Pack<real_t> out = i < keep ? kept[i] : load_pack(to);
+        Pack<real_t> in = i < keep ? kept[i] : load_pack(to), out;
         for (int j = 0; j < WIDTH; j++) {
-            out.v[j] = to_real<real_t>(factor * exp_below(to_float(out.v[j]) - max));
+            out.v[j] = to_real<real_t>(factor * exp_below(float_at(in, j) - max));
         }
         store_pack(to, out);
     }

@@ -111,8 +111,8 @@ __device__ static inline void store_pack(T *to, const Pack<T> &pack) {
     *reinterpret_cast<int4 *>(to) = *reinterpret_cast<const int4 *>(&pack);
 }
 
-/* Number j of a pack. Of bf16 by bits, a bf16 being the upper half of a float: the compiler would move each odd one into
- * a register of its own first. */
+/* Number j of a pack. Of bf16 by bits, a bf16 being the upper half of a float: the compiler would first move each odd
+ * one into a register of its own. */
 __device__ static inline float float_at(const Pack<float> &pack, int j) {
     return pack.v[j];
 }

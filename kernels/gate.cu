@@ -168,8 +168,8 @@ static void forward_by_warps(float *logits, const real_t *x, const float *w, int
 /* ---- backward, up to 16 experts ---- */
 
 /* A block for each multiprocessor, of few threads: the weights and their gradients fill the registers. A thread moves
- * BACK_COLUMNS numbers of a row by one instruction and has the rows of x and dx of several tokens on the way at once: as
- * many as have BACK_GRADIENTS logits, two for each lane of a warp. */
+ * BACK_COLUMNS numbers of a row by one instruction and has the rows of x and dx of several tokens on the way at once,
+ * those of BACK_GRADIENTS logits, two for each lane of a warp. */
 enum { BACK_BLOCKS = 132, BACK_THREADS = 384, BACK_COLUMNS = 4, BACK_GRADIENTS = 64 };
 
 __device__ static uint2 load_columns(const real_t *from) {

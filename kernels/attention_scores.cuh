@@ -10,12 +10,6 @@
 
 #define LOG2_E 1.4426950408889634f
 
-__device__ static inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* The two rows of a thread among the 64 of its warp group: g and g + 8 */
 __device__ static inline int thread_row(int r) {
     return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;

@@ -18,7 +18,7 @@ enum { WIDTH = Pack<real_t>::COUNT, MOST_THREADS = 512, WARP_ROWS = 8, IN_FLIGHT
 
 /* exp(x) as a power of two; the argument is a difference, so that its error is small where its result is large. */
 __device__ static float exp_below(float x) {
-    return exp2f(x * 1.44269504088896341f);
+    return exp2_fast(x * 1.44269504088896341f);
 }
 
 /* max of some logits, and the sum of exp(l - max) over them. A NaN goes into the sum. */
@@ -27,17 +27,17 @@ typedef struct {
 } Running;
 
 template <int COUNT>
-__device__ static void running_add(Running *r, const real_t *l) {
+__device__ static void running_add(Running *r, const float *l) {
     float max = r->max;
     for (int j = 0; j < COUNT; j++) {
-        max = fmaxf(max, to_float(l[j]));
+        max = fmaxf(max, l[j]);
     }
     if (max > r->max) {
         r->sum *= exp_below(r->max - max);
         r->max = max;
     }
     for (int j = 0; j < COUNT; j++) {
-        r->sum += exp_below(to_float(l[j]) - max);
+        r->sum += exp_below(l[j] - max);
     }
 }
 
@@ -54,6 +54,13 @@ __device__ static RowPart row_part(const real_t *l, int V) {
     int t = threadIdx.x, edge = t < part.head ? t : t + part.packs * WIDTH;
     part.edge = edge < V && t < 2 * WIDTH ? edge : -1;
     return part;
+}
+
+/* Whether logit v is in the thread's part. */
+__device__ static bool part_has(RowPart part, int v) {
+    int pack = (v - part.head) / WIDTH;
+    bool in_packs = v >= part.head && pack < part.packs;
+    return in_packs ? pack % blockDim.x == threadIdx.x : v == part.edge;
 }
 
 /* A row of zeros. */
@@ -75,9 +82,7 @@ __device__ static Running read_row(Pack<real_t> *kept, int keep, const real_t *l
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; k++) {
             int i = begin + k * blockDim.x;
-            if (i < part.packs) {
-                in[k] = load_pack(packs + (size_t)i * WIDTH);
-            }
+            in[k] = load_pack_if(i < part.packs, packs + (size_t)i * WIDTH);
         }
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; k++) {
@@ -86,12 +91,17 @@ __device__ static Running read_row(Pack<real_t> *kept, int keep, const real_t *l
                 kept[i] = in[k];
             }
             if (i < part.packs) {
-                running_add<WIDTH>(&r, in[k].v);
+                float logits[WIDTH];
+                for (int j = 0; j < WIDTH; j++) {
+                    logits[j] = float_at(in[k], j);
+                }
+                running_add<WIDTH>(&r, logits);
             }
         }
     }
     if (part.edge >= 0) {
-        running_add<1>(&r, l + part.edge);
+        float logit = to_float(l[part.edge]);
+        running_add<1>(&r, &logit);
     }
     return r;
 }
@@ -133,17 +143,17 @@ __global__ void __launch_bounds__(MOST_THREADS, 2)
     float factor = scale / sum;
     for (int i = threadIdx.x; i < part.packs; i += blockDim.x) {
         real_t *to = l + part.head + (size_t)i * WIDTH;
-        Pack<real_t> out = i < keep ? kept[i] : load_pack(to);
-        int at = target - part.head - i * WIDTH;
+        Pack<real_t> in = i < keep ? kept[i] : load_pack(to), out;
         for (int j = 0; j < WIDTH; j++) {
-            float p = factor * exp_below(to_float(out.v[j]) - max);
-            out.v[j] = to_real<real_t>(j == at ? p - scale : p);
+            out.v[j] = to_real<real_t>(factor * exp_below(float_at(in, j) - max));
         }
         store_pack(to, out);
     }
     if (part.edge >= 0) {
-        float p = factor * exp_below(to_float(l[part.edge]) - max);
-        l[part.edge] = to_real<real_t>(part.edge == target ? p - scale : p);
+        l[part.edge] = to_real<real_t>(factor * exp_below(to_float(l[part.edge]) - max));
+    }
+    if (part_has(part, target)) { /* written once more, by the same thread */
+        l[target] = to_real<real_t>(factor * exp_below(target_logit - max) - scale);
     }
 }
 

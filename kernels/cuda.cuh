@@ -75,6 +75,13 @@ __host__ __device__ inline __nv_bfloat16 to_real<__nv_bfloat16>(float x) {
     return __float2bfloat16(x);
 }
 
+/* 2^x in one instruction, 0 for results below the smallest normal float; exp2f takes four for the sake of those. */
+__device__ static inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* 16 bytes of numbers, moved by one instruction: 8 of bf16, 4 of float. The address must be a multiple of 16. */
 template <class T>
 struct alignas(16) Pack {
@@ -89,9 +96,29 @@ __device__ static inline Pack<T> load_pack(const T *from) {
     return pack;
 }
 
+/* The same, or zeros. Several in a row are on their way at once; in branches around load_pack each would wait for the
+ * one before, for the compiler takes a pack apart where it was loaded. */
+template <class T>
+__device__ static inline Pack<T> load_pack_if(bool there, const T *from) {
+    const int4 bits = there ? *reinterpret_cast<const int4 *>(from) : make_int4(0, 0, 0, 0);
+    Pack<T> pack;
+    *reinterpret_cast<int4 *>(&pack) = bits;
+    return pack;
+}
+
 template <class T>
 __device__ static inline void store_pack(T *to, const Pack<T> &pack) {
     *reinterpret_cast<int4 *>(to) = *reinterpret_cast<const int4 *>(&pack);
+}
+
+/* Number j of a pack. Of bf16 by bits, a bf16 being the upper half of a float: the compiler would first move each odd
+ * one into a register of its own. */
+__device__ static inline float float_at(const Pack<float> &pack, int j) {
+    return pack.v[j];
+}
+__device__ static inline float float_at(const Pack<__nv_bfloat16> &pack, int j) {
+    const uint32_t two = reinterpret_cast<const uint32_t *>(&pack)[j / 2];
+    return __uint_as_float(j % 2 ? two & 0xffff0000u : two << 16);
 }
 
 /* Whether rows of `width` numbers can be moved in packs: then every row starts at a multiple of 16 bytes. */

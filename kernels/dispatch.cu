@@ -15,7 +15,8 @@ extern "C" {
 
 enum {
     THREADS = 256,
-    IN_FLIGHT = 8, /* loads of a thread before it uses the first */
+    IN_FLIGHT = 8,     /* loads of a thread before it uses the first */
+    BLOCKS_PER_SM = 3, /* of sums: a token's rows are waited for twice, for their index and for themselves */
 };
 
 /* A column: as many neighbouring numbers as one instruction moves. */
@@ -25,12 +26,13 @@ struct Column {
     Pack<real_t> pack; /* the first WIDTH of it */
 };
 
+/* Zeros where there is none. */
 template <bool PACKED>
-__device__ static inline Column<PACKED> load_column(const real_t *from) {
-    Column<PACKED> column;
+__device__ static inline Column<PACKED> load_column(bool there, const real_t *from) {
+    Column<PACKED> column = {};
     if constexpr (PACKED) {
-        column.pack = load_pack(from);
-    } else {
+        column.pack = load_pack_if(there, from);
+    } else if (there) {
         column.pack.v[0] = *from;
     }
     return column;
@@ -59,12 +61,11 @@ __global__ static void __launch_bounds__(THREADS)
     }
     int columns = C / WIDTH, step = blockDim.x;
     for (int first = threadIdx.x; first < columns; first += COLUMNS * step) {
-        Column<PACKED> column[COLUMNS] = {};
+        Column<PACKED> column[COLUMNS];
 #pragma unroll
         for (int i = 0; i < COLUMNS; i++) {
-            if (!clears && first + i * step < columns) {
-                column[i] = load_column<PACKED>(x + (size_t)n * C + (first + i * step) * WIDTH);
-            }
+            bool there = !clears && first + i * step < columns;
+            column[i] = load_column<PACKED>(there, x + (size_t)n * C + (first + i * step) * WIDTH);
         }
         for (int j = 0; j < (clears ? 1 : K); j++) {
             int target = clears ? r : row[(size_t)n * K + j];
@@ -101,7 +102,7 @@ static void copy_rows(real_t *rows, const real_t *x, const Plan *plan, int C, cu
 /* y[n] (+)= sum_j weight[n,j] rows[row[n,j]], a weight of 1 when there are none; ROWS of the sum at a time. Blocks and
  * blockDim.y replace the loop over tokens, blockDim.x and the columns of a thread that over the C numbers of a row. */
 template <bool PACKED, int ROWS>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(THREADS, ROWS == 1 ? 2 : BLOCKS_PER_SM)
     gather_sum_kernel(real_t *y, const real_t *rows, const float *weight, const int *row, int N, int K, int C,
                       int accumulate) {
     enum { WIDTH = Column<PACKED>::WIDTH, COLUMNS = IN_FLIGHT / ROWS };
@@ -115,15 +116,14 @@ __global__ static void __launch_bounds__(THREADS)
     for (int first = threadIdx.x; first < columns; first += COLUMNS * step) {
         float sum[COLUMNS][WIDTH] = {};
         for (int i = 0; accumulate && i < COLUMNS; i++) {
-            if (first + i * step < columns) {
-                Column<PACKED> before = load_column<PACKED>(y + (first + i * step) * WIDTH);
-                for (int k = 0; k < WIDTH; k++) {
-                    sum[i][k] = to_float(before.pack.v[k]);
-                }
+            bool there = first + i * step < columns;
+            Column<PACKED> before = load_column<PACKED>(there, y + (first + i * step) * WIDTH);
+            for (int k = 0; k < WIDTH; k++) {
+                sum[i][k] = float_at(before.pack, k);
             }
         }
         for (int j0 = 0; j0 < K; j0 += ROWS) {
-            Column<PACKED> column[ROWS][COLUMNS] = {};
+            Column<PACKED> column[ROWS][COLUMNS];
             float w[ROWS];
 #pragma unroll
             for (int j = 0; j < ROWS; j++) {
@@ -131,9 +131,8 @@ __global__ static void __launch_bounds__(THREADS)
                 w[j] = from < 0 ? 0.0f : weight ? weight[(size_t)n * K + j0 + j] : 1.0f;
 #pragma unroll
                 for (int i = 0; i < COLUMNS; i++) {
-                    if (from >= 0 && first + i * step < columns) {
-                        column[j][i] = load_column<PACKED>(rows + (size_t)from * C + (first + i * step) * WIDTH);
-                    }
+                    bool there = from >= 0 && first + i * step < columns;
+                    column[j][i] = load_column<PACKED>(there, rows + (size_t)from * C + (first + i * step) * WIDTH);
                 }
             }
 #pragma unroll
@@ -142,7 +141,7 @@ __global__ static void __launch_bounds__(THREADS)
                 for (int i = 0; i < COLUMNS; i++) {
 #pragma unroll
                     for (int k = 0; k < WIDTH; k++) {
-                        sum[i][k] += w[j] * to_float(column[j][i].pack.v[k]);
+                        sum[i][k] += w[j] * float_at(column[j][i].pack, k);
                     }
                 }
             }

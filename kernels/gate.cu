@@ -5,7 +5,7 @@
  *
  *   up to 16 experts, what counts is to read x once, and to launch little:
  *       forward    a warp takes 16 tokens and all experts, the parts of w are in shared memory
- *       backward   plain float arithmetic; a thread owns some columns of w and adds to dx, or of dw
+ *       backward   plain float arithmetic; a thread owns some columns of w and of dw and walks over the tokens
  *   more experts: the parts are stacked and cuBLAS multiplies (dx leaves out what is below 2^-16, bf16 being coarser):
  *
  *       (N,3E)     = x [hi; mid; lo](w)^T, then the three are added, the smallest first
@@ -167,158 +167,133 @@ static void forward_by_warps(float *logits, const real_t *x, const float *w, int
 
 /* ---- backward, up to 16 experts ---- */
 
-enum { BACK_THREADS = 128, BACK_ROWS = 8, BACK_BLOCKS = 132 * 3 };
+/* A block for each multiprocessor, of few threads: the weights and their gradients fill the registers. A thread moves
+ * BACK_COLUMNS numbers of a row by one instruction and has the rows of x and dx of several tokens on the way at once,
+ * those of BACK_GRADIENTS logits, two for each lane of a warp. */
+enum { BACK_BLOCKS = 132, BACK_THREADS = 384, BACK_COLUMNS = 4, BACK_GRADIENTS = 64 };
 
-/* COLUMNS neighbouring numbers of a row, moved by one instruction. */
-template <int COLUMNS>
-struct alignas(2 * COLUMNS) Columns {
-    real_t v[COLUMNS];
-};
-
-/* The gradient of one token's logits; zeros from E on. */
-template <int EXPERTS>
-__device__ static void load_gradient(float *g, const float *dlogits, int E) {
-    if (E == EXPERTS) {
-        for (int e = 0; e < EXPERTS; e += 4) {
-            *reinterpret_cast<float4 *>(g + e) = *reinterpret_cast<const float4 *>(dlogits + e);
-        }
-    } else {
-        for (int e = 0; e < EXPERTS; e++) {
-            g[e] = e < E ? dlogits[e] : 0;
-        }
-    }
+__device__ static uint2 load_columns(const real_t *from) {
+    return *reinterpret_cast<const uint2 *>(from);
 }
 
-/* The tokens that a thread walks over: BACK_ROWS from `first`, then those `stride` further on. */
+/* A bf16 is the upper half of a float. */
+__device__ static Pack<float> unpack(uint2 columns) {
+    return {__uint_as_float(columns.x << 16), __uint_as_float(columns.x & 0xffff0000u),
+            __uint_as_float(columns.y << 16), __uint_as_float(columns.y & 0xffff0000u)};
+}
+
+__device__ static void store_columns(real_t *to, const float *from) {
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(from[0], from[1]), __floats2bfloat162_rn(from[2], from[3])};
+    *reinterpret_cast<uint2 *>(to) = *reinterpret_cast<const uint2 *>(pairs);
+}
+
+/* The gradients of the logits of a warp's tokens, dealt out to its lanes. */
 typedef struct {
-    int first, stride;
-} Walk;
+    float mine[BACK_GRADIENTS / 32];
+} Gradients;
 
-/* dx += dlogits w for the thread's columns. */
-template <int EXPERTS, int COLUMNS>
-__device__ static void add_to_dx(real_t *dx, const float *dlogits, const float *w, Walk walk, int N, int C, int E) {
-    float weight[EXPERTS][COLUMNS];
-    for (int e = 0; e < EXPERTS; e++) {
-        for (int j = 0; j < COLUMNS; j++) {
-            weight[e][j] = e < E ? w[(size_t)e * C + j] : 0;
-        }
-    }
-    for (int n = walk.first; n < N; n += walk.stride) {
-        Columns<COLUMNS> out[BACK_ROWS];
+/* Those of the tokens from n on; zeros beyond N and E. */
+template <int EXPERTS>
+__device__ static Gradients load_gradients(const float *dlogits, int n, int N, int E) {
+    Gradients g;
 #pragma unroll
-        for (int r = 0; r < BACK_ROWS; r++) {
-            if (n + r < N) {
-                out[r] = *reinterpret_cast<const Columns<COLUMNS> *>(dx + (size_t)(n + r) * C);
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < BACK_ROWS; r++) {
-            if (n + r < N) {
-                alignas(16) float g[EXPERTS];
-                load_gradient<EXPERTS>(g, dlogits + (size_t)(n + r) * E, E);
-                for (int j = 0; j < COLUMNS; j++) {
-                    float sum = 0;
-                    for (int e = 0; e < EXPERTS; e++) {
-                        sum += g[e] * weight[e][j];
-                    }
-                    out[r].v[j] = to_real<real_t>(to_float(out[r].v[j]) + sum);
-                }
-                *reinterpret_cast<Columns<COLUMNS> *>(dx + (size_t)(n + r) * C) = out[r];
-            }
-        }
+    for (int k = 0; k < BACK_GRADIENTS / 32; k++) {
+        int i = k * 32 + threadIdx.x % 32, token = n + i / EXPERTS, e = i % EXPERTS;
+        g.mine[k] = token < N && e < E ? dlogits[(size_t)token * E + e] : 0;
     }
+    return g;
 }
 
-/* dw += dlogits^T x for the thread's columns and tokens. */
-template <int EXPERTS, int COLUMNS>
-__device__ static void add_to_dw(float (*dw)[COLUMNS], const float *dlogits, const real_t *x, Walk walk, int N, int C,
-                                 int E) {
-    for (int n = walk.first; n < N; n += walk.stride) {
-        Columns<COLUMNS> in[BACK_ROWS];
-#pragma unroll
-        for (int r = 0; r < BACK_ROWS; r++) {
-            if (n + r < N) {
-                in[r] = *reinterpret_cast<const Columns<COLUMNS> *>(x + (size_t)(n + r) * C);
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < BACK_ROWS; r++) {
-            if (n + r < N) {
-                alignas(16) float g[EXPERTS];
-                load_gradient<EXPERTS>(g, dlogits + (size_t)(n + r) * E, E);
-                for (int j = 0; j < COLUMNS; j++) {
-                    float value = to_float(in[r].v[j]);
-                    for (int e = 0; e < EXPERTS; e++) {
-                        dw[e][j] += g[e] * value;
-                    }
-                }
-            }
-        }
-    }
+/* The i-th of them, from the lane that has it. All threads of the warp call it. */
+__device__ static float gradient_of(Gradients g, int i) {
+    return __shfl_sync(0xffffffffu, g.mine[i / 32], i % 32);
 }
 
-/* partial (E,C) = the block's dw: its rows' threads hand over theirs one after the other, in `shared` (EXPERTS COLUMNS,
- * x). All threads of the block call it. */
-template <int EXPERTS, int COLUMNS>
-__device__ static void write_partial(float *partial, float *shared, float (*dw)[COLUMNS], int c, int C, int E) {
+/* partial (E,C) = the block's dw: its rows of threads hand over theirs one after the other, in `shared` (EXPERTS, x).
+ * All threads of the block call it. */
+template <int EXPERTS>
+__device__ static void write_partial(float *partial, Pack<float> *shared, Pack<float> *dw, int c, int C, int E) {
     for (int y = 1; y < (int)blockDim.y; y++) {
         __syncthreads();
-        for (int i = 0; i < EXPERTS * COLUMNS && (int)threadIdx.y == y; i++) {
-            shared[i * blockDim.x + threadIdx.x] = dw[i / COLUMNS][i % COLUMNS];
+        for (int e = 0; e < EXPERTS && (int)threadIdx.y == y; e++) {
+            shared[e * blockDim.x + threadIdx.x] = dw[e];
         }
         __syncthreads();
-        for (int i = 0; i < EXPERTS * COLUMNS && threadIdx.y == 0; i++) {
-            dw[i / COLUMNS][i % COLUMNS] += shared[i * blockDim.x + threadIdx.x];
+        for (int i = 0; i < EXPERTS * BACK_COLUMNS && threadIdx.y == 0; i++) {
+            int e = i / BACK_COLUMNS, j = i % BACK_COLUMNS;
+            dw[e].v[j] += shared[e * blockDim.x + threadIdx.x].v[j];
         }
     }
-    for (int i = 0; i < EXPERTS * COLUMNS && threadIdx.y == 0 && c < C; i++) {
-        if (i / COLUMNS < E) {
-            partial[(size_t)(i / COLUMNS) * C + c + i % COLUMNS] = dw[i / COLUMNS][i % COLUMNS];
+    for (int e = 0; e < EXPERTS && threadIdx.y == 0; e++) {
+        if (e < E && c < C) {
+            store_pack(partial + (size_t)e * C + c, dw[e]);
         }
     }
 }
 
-/* Grid x and block x: the loop over c, COLUMNS per thread. Grid y and block y: the loop over n; the first dw_blocks of
- * grid y are for dw, the others for dx, which moves twice the bytes. EXPERTS: the loop over e. partial (dw_blocks, E,
- * C). */
-template <int EXPERTS, int COLUMNS>
-__global__ void __launch_bounds__(BACK_THREADS, 3)
+/* Grid x and block x: the loop over c, BACK_COLUMNS per thread. Grid y and block y: the loop over n, TOKENS at a time,
+ * in strides. EXPERTS: the loop over e. partial (grid y, E, C). */
+template <int EXPERTS>
+__global__ void __launch_bounds__(BACK_THREADS)
     gradients_of_columns(real_t *dx, float *partial, const float *dlogits, const real_t *x, const float *w, int N,
-                         int C, int E, int dw_blocks) {
+                         int C, int E) {
+    enum { TOKENS = BACK_GRADIENTS / EXPERTS };
     extern __shared__ int4 shared[];
-    int c = (blockIdx.x * blockDim.x + threadIdx.x) * COLUMNS, block = blockIdx.y, blocks = dw_blocks;
-    bool for_dw = block < dw_blocks;
-    if (!for_dw) {
-        block -= dw_blocks;
-        blocks = gridDim.y - dw_blocks;
+    int c = (blockIdx.x * blockDim.x + threadIdx.x) * BACK_COLUMNS;
+    bool there = c < C; /* threads beyond the row still hand gradients on */
+    Pack<float> weight[EXPERTS], dw[EXPERTS] = {};
+    for (int e = 0; e < EXPERTS; e++) {
+        weight[e] = there && e < E ? load_pack(w + (size_t)e * C + c) : Pack<float>{};
     }
-    Walk walk = {(int)(block * blockDim.y + threadIdx.y) * BACK_ROWS, (int)(blocks * blockDim.y) * BACK_ROWS};
-    if (for_dw) {
-        float dw[EXPERTS][COLUMNS] = {};
-        if (c < C) {
-            add_to_dw<EXPERTS, COLUMNS>(dw, dlogits, x + c, walk, N, C, E);
+    int first = (blockIdx.y * blockDim.y + threadIdx.y) * TOKENS, stride = gridDim.y * blockDim.y * TOKENS;
+    for (int n = first; n < N; n += stride) {
+        const real_t *from = x + (size_t)n * C + c;
+        real_t *to = dx + (size_t)n * C + c;
+        uint2 in[TOKENS], out[TOKENS];
+        Gradients gradients = load_gradients<EXPERTS>(dlogits, n, N, E);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            bool live = there && n + t < N;
+            in[t] = live ? load_columns(from + t * C) : make_uint2(0, 0);
+            out[t] = live ? load_columns(to + t * C) : make_uint2(0, 0);
         }
-        write_partial<EXPERTS, COLUMNS>(partial + (size_t)block * E * C, (float *)shared, dw, c, C, E);
-    } else if (c < C) {
-        add_to_dx<EXPERTS, COLUMNS>(dx + c, dlogits, w + c, walk, N, C, E);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            Pack<float> value = unpack(in[t]), total = unpack(out[t]);
+            float sum[BACK_COLUMNS] = {};
+            for (int e = 0; e < EXPERTS; e++) {
+                float g = gradient_of(gradients, t * EXPERTS + e);
+                for (int j = 0; j < BACK_COLUMNS; j++) {
+                    sum[j] += g * weight[e].v[j];
+                    dw[e].v[j] += g * value.v[j];
+                }
+            }
+            for (int j = 0; j < BACK_COLUMNS; j++) {
+                sum[j] += total.v[j];
+            }
+            if (there && n + t < N) {
+                store_columns(to + t * C, sum);
+            }
+        }
     }
+    write_partial<EXPERTS>(partial + (size_t)blockIdx.y * E * C, reinterpret_cast<Pack<float> *>(shared), dw, c, C, E);
 }
 
-template <int EXPERTS, int COLUMNS>
+/* A block takes as many whole rows of threads as fit, or an even part of a row that is longer. */
+template <int EXPERTS>
 static void backward_by_columns(real_t *dx, float *dw, const float *dlogits, const real_t *x, const float *w, int N,
                                 int C, int E, Stream *stream) {
-    int columns = C / COLUMNS, x_threads = columns < BACK_THREADS ? (columns + 31) / 32 * 32 : (int)BACK_THREADS;
+    int columns = C / BACK_COLUMNS, slabs = ceil_div(columns, BACK_THREADS);
+    int x_threads = ceil_div(ceil_div(columns, slabs), 32) * 32;
     dim3 block(x_threads, BACK_THREADS / x_threads);
-    int slabs = ceil_div(columns, x_threads), third = BACK_BLOCKS / slabs / 3,
-        needed = ceil_div(N, block.y * BACK_ROWS);
-    int dw_blocks = third < 1 ? 1 : third < needed ? third : needed;
-    int dx_blocks = 2 * third < 1 ? 1 : 2 * third < needed ? 2 * third : needed;
-    float *partial = (float *)cuda_workspace((size_t)dw_blocks * E * C * sizeof(float));
-    size_t shared = (size_t)EXPERTS * COLUMNS * x_threads * sizeof(float); /* at most 32 KiB */
-    gradients_of_columns<EXPERTS, COLUMNS><<<dim3(slabs, dw_blocks + dx_blocks), block, shared, cuda_stream(stream)>>>(
-        dx, partial, dlogits, x, w, N, C, E, dw_blocks);
+    int needed = ceil_div(N, block.y * (BACK_GRADIENTS / EXPERTS)), fit = slabs < BACK_BLOCKS ? BACK_BLOCKS / slabs : 1;
+    int blocks = needed < fit ? needed : fit;
+    float *partial = (float *)cuda_workspace((size_t)blocks * E * C * sizeof(float));
+    size_t shared = block.y == 1 ? 0 : EXPERTS * x_threads * sizeof(Pack<float>); /* at most 48 KiB */
+    gradients_of_columns<EXPERTS>
+        <<<dim3(slabs, blocks), block, shared, cuda_stream(stream)>>>(dx, partial, dlogits, x, w, N, C, E);
     CUDA_LAUNCHED();
-    partials_add(dw, NULL, partial, dw_blocks, E * C, stream);
+    partials_add(dw, NULL, partial, blocks, E * C, stream);
 }
 
 /* ---- any number of experts ---- */
@@ -415,11 +390,11 @@ void gate_forward(acc_t *logits, const real_t *x, const acc_t *w, int N, int C, 
 
 void gate_backward(real_t *dx, acc_t *dw, const acc_t *dlogits, const real_t *x, const acc_t *w, int N, int C, int E,
                    Stream *stream) {
-    bool packs = packs_fit(dx, C) && packs_fit(x, C) && packs_fit(dlogits, 0);
+    bool packs = packs_fit(dx, C) && packs_fit(x, C) && packs_fit(w, C);
     if (E <= 8 && packs) {
-        backward_by_columns<8, 8>(dx, dw, dlogits, x, w, N, C, E, stream);
+        backward_by_columns<8>(dx, dw, dlogits, x, w, N, C, E, stream);
     } else if (E <= 16 && packs) {
-        backward_by_columns<16, 4>(dx, dw, dlogits, x, w, N, C, E, stream);
+        backward_by_columns<16>(dx, dw, dlogits, x, w, N, C, E, stream);
     } else {
         backward_by_blas(dx, dw, dlogits, x, w, N, C, E, stream);
     }

@@ -61,32 +61,25 @@ __global__ void forward_rows(real_t *sum, real_t *y, float *rstd, const real_t *
         return; /* a whole warp, and only where rows are warps' */
     }
     size_t row = (size_t)n * C;
-    Pack<real_t> s[PACKS];
+    Pack<real_t> s[PACKS], more[PACKS];
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < PACKS; i++) {
         int c = (i * blockDim.x + threadIdx.x) * WIDTH;
-        if (c < C) {
-            s[i] = load_pack(x + row + c);
-        }
-    }
-    if (add) {
-#pragma unroll
-        for (int i = 0; i < PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * WIDTH;
-            if (c < C) {
-                Pack<real_t> more = load_pack(add + row + c);
-                for (int j = 0; j < WIDTH; j++) {
-                    s[i].v[j] = to_real<real_t>(to_float(s[i].v[j]) + to_float(more.v[j]));
-                }
-                store_pack(sum + row + c, s[i]);
-            }
-        }
+        s[i] = load_pack_if(c < C, x + row + c);
+        more[i] = load_pack_if(add && c < C, add + row + c);
     }
 #pragma unroll
     for (int i = 0; i < PACKS; i++) {
-        for (int j = 0; j < WIDTH && (i * blockDim.x + threadIdx.x) * WIDTH < C; j++) {
-            squares += to_float(s[i].v[j]) * to_float(s[i].v[j]);
+        int c = (i * blockDim.x + threadIdx.x) * WIDTH;
+        if (add && c < C) {
+            for (int j = 0; j < WIDTH; j++) {
+                s[i].v[j] = to_real<real_t>(float_at(s[i], j) + float_at(more[i], j));
+            }
+            store_pack(sum + row + c, s[i]);
+        }
+        for (int j = 0; j < WIDTH; j++) {
+            squares += float_at(s[i], j) * float_at(s[i], j);
         }
     }
     float r = row_rstd(row_sum(squares), C, eps);
@@ -99,7 +92,7 @@ __global__ void forward_rows(real_t *sum, real_t *y, float *rstd, const real_t *
         if (c < C) {
             Pack<real_t> weight = load_pack(w + c);
             for (int j = 0; j < WIDTH; j++) {
-                s[i].v[j] = to_real<real_t>(to_float(s[i].v[j]) * r * to_float(weight.v[j]));
+                s[i].v[j] = to_real<real_t>(float_at(s[i], j) * r * float_at(weight, j));
             }
             store_pack(y + row + c, s[i]);
         }
@@ -187,41 +180,41 @@ __global__ void __launch_bounds__(ROW_THREADS, blocks_per_sm(PACKS))
                   int N, int C) {
     extern __shared__ float shared[];
     float dw[PACKS][WIDTH] = {};
+    Pack<real_t> weight[PACKS];
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        int c = (i * blockDim.x + threadIdx.x) * WIDTH;
+        weight[i] = load_pack_if(c < C, w + c);
+    }
     for (int n = blockIdx.x * blockDim.y + threadIdx.y; n < N; n += gridDim.x * blockDim.y) {
         size_t row = (size_t)n * C;
         Pack<real_t> g[PACKS], in[PACKS], out[PACKS];
 #pragma unroll
         for (int i = 0; i < PACKS; i++) {
             int c = (i * blockDim.x + threadIdx.x) * WIDTH;
-            if (c < C) {
-                g[i] = load_pack(dy + row + c);
-                in[i] = load_pack(s + row + c);
-                out[i] = load_pack(ds + row + c);
-            }
+            g[i] = load_pack_if(c < C, dy + row + c);
+            in[i] = load_pack_if(c < C, s + row + c);
+            out[i] = load_pack_if(c < C, ds + row + c);
         }
         float r = rstd[n], along = 0;
 #pragma unroll
         for (int i = 0; i < PACKS; i++) {
-            int c = (i * blockDim.x + threadIdx.x) * WIDTH;
-            if (c < C) {
-                Pack<real_t> weight = load_pack(w + c);
-                for (int j = 0; j < WIDTH; j++) {
-                    along += to_float(g[i].v[j]) * to_float(weight.v[j]) * to_float(in[i].v[j]);
-                    dw[i][j] += to_float(g[i].v[j]) * (to_float(in[i].v[j]) * r);
-                }
+            for (int j = 0; j < WIDTH; j++) {
+                along += float_at(g[i], j) * float_at(weight[i], j) * float_at(in[i], j);
+                dw[i][j] += float_at(g[i], j) * (float_at(in[i], j) * r);
             }
         }
         along = r * r * r * row_sum(along) / C; /* how much of the gradient lies along s */
 #pragma unroll
         for (int i = 0; i < PACKS; i++) {
             int c = (i * blockDim.x + threadIdx.x) * WIDTH;
+            Pack<real_t> result;
+            for (int j = 0; j < WIDTH; j++) {
+                float through = r * (float_at(g[i], j) * float_at(weight[i], j));
+                result.v[j] = to_real<real_t>(float_at(out[i], j) + (through - along * float_at(in[i], j)));
+            }
             if (c < C) {
-                Pack<real_t> weight = load_pack(w + c);
-                for (int j = 0; j < WIDTH; j++) {
-                    float through = r * (to_float(g[i].v[j]) * to_float(weight.v[j]));
-                    out[i].v[j] = to_real<real_t>(to_float(out[i].v[j]) + (through - along * to_float(in[i].v[j])));
-                }
-                store_pack(ds + row + c, out[i]);
+                store_pack(ds + row + c, result);
             }
         }
     }

@@ -19,8 +19,9 @@ extern "C" {
 
 enum {
     THREADS = 256,
-    WARPS = THREADS / 32,
-    BLOCKS_PER_SM = 3,
+    BACK_THREADS = 128,
+    WARPS = BACK_THREADS / 32,
+    BLOCKS_PER_SM = 5, /* of backward: each thread has the registers to load all of its part of a head at once */
     PARTIAL_BLOCKS = 132 * BLOCKS_PER_SM,
     PACK_WIDTH = Pack<real_t>::COUNT,
     PLAIN_TURNS = ROPE_MOST_HEAD / 2 / 32
@@ -46,23 +47,45 @@ void rope_table(acc_t *table, int positions, int HS, double base, Stream *stream
 /* ---- a thread's part of one head ---- */
 
 /* Numbers of both halves: low[k] is paired with high[k]. */
-template <int WIDTH, int TURNS>
+template <int WIDTH, int TURNS, class T = float>
 struct Part {
-    alignas(16) float low[WIDTH * TURNS], high[WIDTH * TURNS];
+    alignas(16) T low[WIDTH * TURNS], high[WIDTH * TURNS];
 };
 
 template <int WIDTH, class T>
-__device__ static void load_numbers(float *to, const T *from) {
+__device__ static void copy_numbers(T *to, const T *from) {
     if constexpr (WIDTH == 1) {
-        *to = to_float(*from);
+        *to = *from;
     } else {
         for (int j = 0; j < WIDTH; j += Pack<T>::COUNT) {
-            Pack<T> pack = load_pack(from + j);
-            for (int k = 0; k < Pack<T>::COUNT; k++) {
-                to[j + k] = to_float(pack.v[k]);
-            }
+            store_pack(to + j, load_pack(from + j));
         }
     }
+}
+
+/* As it is stored; zeros where the head has no such numbers, or where it is not `live`. */
+template <int WIDTH, int TURNS, class T>
+__device__ static Part<WIDTH, TURNS, T> load_part(const T *head, int lane, int lanes, int half, bool live) {
+    Part<WIDTH, TURNS, T> part = {};
+#pragma unroll
+    for (int t = 0; t < TURNS; t++) {
+        int i = (t * lanes + lane) * WIDTH;
+        if (live && i < half) {
+            copy_numbers<WIDTH>(part.low + t * WIDTH, head + i);
+            copy_numbers<WIDTH>(part.high + t * WIDTH, head + half + i);
+        }
+    }
+    return part;
+}
+
+template <int WIDTH, int TURNS, class T>
+__device__ static Part<WIDTH, TURNS> to_float(const Part<WIDTH, TURNS, T> &stored) {
+    Part<WIDTH, TURNS> part;
+    for (int k = 0; k < WIDTH * TURNS; k++) {
+        part.low[k] = to_float(stored.low[k]);
+        part.high[k] = to_float(stored.high[k]);
+    }
+    return part;
 }
 
 template <int WIDTH>
@@ -76,21 +99,6 @@ __device__ static void store_numbers(real_t *to, const float *from) {
         }
         store_pack(to, pack);
     }
-}
-
-/* Zeros where the head has no such numbers, or where it is not `live`. */
-template <int WIDTH, int TURNS, class T>
-__device__ static Part<WIDTH, TURNS> load_part(const T *head, int lane, int lanes, int half, bool live) {
-    Part<WIDTH, TURNS> part = {};
-#pragma unroll
-    for (int t = 0; t < TURNS; t++) {
-        int i = (t * lanes + lane) * WIDTH;
-        if (live && i < half) {
-            load_numbers<WIDTH>(part.low + t * WIDTH, head + i);
-            load_numbers<WIDTH>(part.high + t * WIDTH, head + half + i);
-        }
-    }
-    return part;
 }
 
 template <int WIDTH, int TURNS>
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(THREADS)
     int n = job / all, head = job % all;
     bool live = n < h.N;
     size_t at = (size_t)job * h.HS;
-    Part<WIDTH, TURNS> q = load_part<WIDTH, TURNS>(qkv + at, lane, lanes, half, live);
+    Part<WIDTH, TURNS> q = to_float(load_part<WIDTH, TURNS>(qkv + at, lane, lanes, half, live));
     const real_t *w = head < h.NH ? q_weight : k_weight;
     if (q_weight) { /* the values' heads only keep their warp company */
         float squares = 0;
@@ -141,7 +149,7 @@ __global__ void __launch_bounds__(THREADS)
         }
         float r = 1 / sqrtf(head_sum(squares, lanes) / h.HS + h.eps);
         if (live && head < rotated) {
-            Part<WIDTH, TURNS> weight = load_part<WIDTH, TURNS>(w, lane, lanes, half, true);
+            Part<WIDTH, TURNS> weight = to_float(load_part<WIDTH, TURNS>(w, lane, lanes, half, true));
             for (int k = 0; k < WIDTH * TURNS; k++) {
                 q.low[k] *= r * weight.low[k];
                 q.high[k] *= r * weight.high[k];
@@ -213,7 +221,7 @@ __device__ static void write_partial(float *partial, Part<WIDTH, TURNS> dw, int 
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < HS; i += THREADS) {
+    for (int i = threadIdx.x; i < HS; i += BACK_THREADS) {
         float sum = 0;
         for (int warp = 0; warp < WARPS; warp++) {
             sum += sums[warp][i];
@@ -222,25 +230,25 @@ __device__ static void write_partial(float *partial, Part<WIDTH, TURNS> dw, int 
     }
 }
 
-/* One head: turned back by the angle, then through the norm as in norm.cu (w NULL: no norm). dw += du q r. All threads
- * of a warp call it, each with a head of its own or, not live, with none. */
+/* The gradient of one head, turned back by the angle, then taken through the norm as in norm.cu (norm false: there is
+ * none). dw += du q r. All loads come first, as stored, so that they are one wait and not three. All threads of a warp
+ * call it, each with a head of its own or, not live, with none. */
 template <int WIDTH, int TURNS>
-__device__ static void head_back(real_t *dq, Part<WIDTH, TURNS> *dw, const real_t *dout, const float *rstd,
-                                 const real_t *q, const real_t *w, const float *angles, int lane, int lanes, int half,
-                                 bool live) {
-    Part<WIDTH, TURNS> du = load_part<WIDTH, TURNS>(dout, lane, lanes, half, live), in = {};
-    if (w) {
-        in = load_part<WIDTH, TURNS>(q, lane, lanes, half, live);
-    }
+__device__ static Part<WIDTH, TURNS> head_back(Part<WIDTH, TURNS> *dw, const real_t *dout, const float *rstd,
+                                               const real_t *q, const Part<WIDTH, TURNS, real_t> &w, bool norm,
+                                               const float *angles, int lane, int lanes, int half, bool live) {
+    Part<WIDTH, TURNS, real_t> gradient = load_part<WIDTH, TURNS>(dout, lane, lanes, half, live);
+    Part<WIDTH, TURNS, real_t> input = load_part<WIDTH, TURNS>(q, lane, lanes, half, live && norm);
     Part<WIDTH, TURNS> turn = load_part<WIDTH, TURNS>(angles, lane, lanes, half, live);
+    float r = live && norm ? *rstd : 0, along = 0;
+    Part<WIDTH, TURNS> du;
     for (int k = 0; k < WIDTH * TURNS; k++) {
-        float a = du.low[k], b = du.high[k];
+        float a = to_float(gradient.low[k]), b = to_float(gradient.high[k]);
         du.low[k] = a * turn.low[k] + b * turn.high[k];
         du.high[k] = b * turn.low[k] - a * turn.high[k];
     }
-    if (w) {
-        Part<WIDTH, TURNS> weight = load_part<WIDTH, TURNS>(w, lane, lanes, half, true);
-        float r = live ? *rstd : 0, along = 0;
+    if (norm) {
+        Part<WIDTH, TURNS> in = to_float(input), weight = to_float(w);
         for (int k = 0; k < WIDTH * TURNS; k++) {
             dw->low[k] += du.low[k] * (in.low[k] * r);
             dw->high[k] += du.high[k] * (in.high[k] * r);
@@ -248,44 +256,52 @@ __device__ static void head_back(real_t *dq, Part<WIDTH, TURNS> *dw, const real_
             du.high[k] *= weight.high[k];
             along += du.low[k] * in.low[k] + du.high[k] * in.high[k];
         }
-        along = r * r * r * head_sum(along, lanes) / (2 * half); /* how much of the gradient lies along q */
+        along = r * r * r * head_sum(along, lanes) * (1 / (2.0f * half)); /* how much of the gradient lies along q */
         for (int k = 0; k < WIDTH * TURNS; k++) {
             du.low[k] = r * du.low[k] - along * in.low[k];
             du.high[k] = r * du.high[k] - along * in.high[k];
         }
     }
-    if (live) {
-        store_part<WIDTH, TURNS>(dq, du, lane, lanes, half);
-    }
+    return du;
 }
 
-/* Grid and block: the loops over n and over head, in strides of all groups of `lanes` threads; first the queries'
- * heads, then the keys', then the values'. */
+/* Grid and block: the loops over n and over head; a group of `lanes` threads keeps its head and takes every step-th
+ * token, first for the queries' heads, then for the keys', then for the values'. */
 template <int WIDTH, int TURNS>
-__global__ void __launch_bounds__(THREADS, TURNS == 1 ? BLOCKS_PER_SM : 1)
+__global__ void __launch_bounds__(BACK_THREADS, TURNS == 1 ? BLOCKS_PER_SM : 1)
     turn_heads_back(real_t *dqkv, float *partial, const real_t *dout, const float *rstd, const real_t *qkv,
                     const real_t *q_weight, const real_t *k_weight, const float *table, Heads h) {
     int lanes = 1 << h.lane_bits, lane = threadIdx.x & (lanes - 1), half = h.HS / 2, rotated = h.NH + h.NKV;
-    unsigned group = (blockIdx.x * THREADS + threadIdx.x) >> h.lane_bits, groups = gridDim.x * THREADS >> h.lane_bits;
+    unsigned group = (blockIdx.x * BACK_THREADS + threadIdx.x) >> h.lane_bits;
+    unsigned groups = gridDim.x * BACK_THREADS >> h.lane_bits;
     size_t width = (size_t)(rotated + h.NKV) * h.HS;
+    bool norm = q_weight != NULL;
     for (int keys = 0; keys < 2; keys++) {
-        unsigned heads = keys ? h.NKV : h.NH, first = keys ? h.NH : 0, jobs = h.N * heads;
+        int heads = keys ? h.NKV : h.NH, head = (keys ? h.NH : 0) + group % heads, step = groups / heads;
+        int token = group / heads, position = token % h.T, advance = step % h.T;
+        size_t at = token * width + (size_t)head * h.HS;
         Part<WIDTH, TURNS> dw = {};
-        for (unsigned start = 0; start < jobs; start += groups) { /* the same turns for all threads of a warp */
-            unsigned job = start + group, n = job / heads, head = first + job % heads;
-            size_t at = n * width + (size_t)head * h.HS;
-            head_back<WIDTH, TURNS>(dqkv + at, &dw, dout + at, rstd + (size_t)n * rotated + head, qkv + at,
-                                    keys ? k_weight : q_weight, table + (size_t)(h.start + n % h.T) * h.HS, lane, lanes,
-                                    half, job < jobs);
+        Part<WIDTH, TURNS, real_t> w = load_part<WIDTH, TURNS>(keys ? k_weight : q_weight, lane, lanes, half, norm);
+        for (int start = 0; start < h.N; start += step) { /* the same turns for all threads of a warp */
+            int n = start + token;
+            bool live = n < h.N && token < step;
+            Part<WIDTH, TURNS> dq =
+                head_back<WIDTH, TURNS>(&dw, dout + at, rstd + (size_t)n * rotated + head, qkv + at, w, norm,
+                                        table + (size_t)(h.start + position) * h.HS, lane, lanes, half, live);
+            if (live) {
+                store_part<WIDTH, TURNS>(dqkv + at, dq, lane, lanes, half);
+            }
+            at += step * width;
+            position += advance < h.T - position ? advance : advance - h.T;
         }
-        if (q_weight) {
+        if (norm) {
             write_partial<WIDTH, TURNS>(partial + (size_t)(keys * gridDim.x + blockIdx.x) * h.HS, dw, lane, lanes,
                                         h.HS);
         }
     }
     for (unsigned job = group; job < (unsigned)(h.N * h.NKV) && dqkv != dout; job += groups) {
         size_t at = job / h.NKV * width + (size_t)(rotated + job % h.NKV) * h.HS;
-        Part<WIDTH, TURNS> dv = load_part<WIDTH, TURNS>(dout + at, lane, lanes, half, true);
+        Part<WIDTH, TURNS> dv = to_float(load_part<WIDTH, TURNS>(dout + at, lane, lanes, half, true));
         store_part<WIDTH, TURNS>(dqkv + at, dv, lane, lanes, half);
     }
 }
@@ -295,11 +311,14 @@ void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_
                    RopeShape shape, Stream *stream) {
     bool packs = halves_are_packs(dqkv, dout, q_weight, k_weight, table, shape.HS) && packs_fit(qkv, shape.HS / 2);
     Heads h = describe(shape, packs);
-    int needed = ceil_div(((int64_t)h.N * (h.NH > h.NKV ? h.NH : h.NKV)) << h.lane_bits, THREADS);
-    int blocks = needed < PARTIAL_BLOCKS ? needed : PARTIAL_BLOCKS;
+    int64_t heads = h.NH > h.NKV ? h.NH : h.NKV;
+    int least = ceil_div(heads << h.lane_bits, BACK_THREADS); /* for a token's heads at a time */
+    int needed = ceil_div((h.N * heads) << h.lane_bits, BACK_THREADS);
+    int most = least > PARTIAL_BLOCKS ? least : PARTIAL_BLOCKS, blocks = needed < most ? needed : most;
     float *partial = q_weight ? (float *)cuda_workspace((size_t)2 * blocks * h.HS * sizeof(float)) : NULL;
     auto kernel = packs ? turn_heads_back<PACK_WIDTH, 1> : turn_heads_back<1, PLAIN_TURNS>;
-    kernel<<<blocks, THREADS, 0, cuda_stream(stream)>>>(dqkv, partial, dout, rstd, qkv, q_weight, k_weight, table, h);
+    kernel<<<blocks, BACK_THREADS, 0, cuda_stream(stream)>>>(dqkv, partial, dout, rstd, qkv, q_weight, k_weight, table,
+                                                             h);
     CUDA_LAUNCHED();
     if (q_weight) {
         partials_add(dq_weight, dk_weight, partial, blocks, h.HS, stream);

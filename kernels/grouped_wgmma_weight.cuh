@@ -93,8 +93,9 @@ __device__ static inline void queue_ask(const TileQueue &queue, int turn, int *c
     }
 }
 
-/* The next tile's number, for the threads of a warp that call: all of them, or the first alone. */
-__device__ static inline int queue_take(TileQueue &queue) {
+/* The next tile's number, for the threads of a warp that call: all of them, or the first alone (`callers` has a bit for
+ * each). */
+__device__ static inline int queue_take(TileQueue &queue, uint32_t callers) {
     int id = 0;
     if (threadIdx.x % 32 == 0) {
         barrier_wait(queue.full(queue.turn), queue.turn / 2 % 2);
@@ -106,7 +107,7 @@ __device__ static inline int queue_take(TileQueue &queue) {
         }
     }
     queue.turn++;
-    return __shfl_sync(__activemask(), id, 0);
+    return __shfl_sync(callers, id, 0);
 }
 
 /* As ring_close. */
@@ -186,7 +187,8 @@ __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue qu
     if (threadIdx.x == 0) {
         queue_ask(queue, 0, p.counter);
     }
-    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue), ring.rank, order, p)) {
+    const uint32_t callers = INDEXED ? 0xffffffffu : 1;
+    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, callers), ring.rank, order, p)) {
         if (threadIdx.x == 0) {
             queue_ask(queue, queue.turn, p.counter);
         }
@@ -299,7 +301,7 @@ __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueu
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
     float sum[COLUMNS / 2];
     WeightTile tile;
-    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue), ring.rank, order, p)) {
+    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, 0xffffffffu), ring.rank, order, p)) {
         if (tile.first == tile.end) {
             if (!p.accumulate) {
                 clear_gradient<COLUMNS>(p, tile);

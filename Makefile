@@ -172,9 +172,10 @@ write_if_changed = mkdir -p $(dir $1) && { $2; } >$1.$$$$ && { cmp -s $1.$$$$ $1
 build/%/flags: FORCE
 	@$(call write_if_changed,$@,echo '$(CC) $(FLAGS_$*) $(CPPFLAGS) $(if $(filter cuda%,$*),$(NVCC) $(FLAGS_nvcc-$*))')
 
-# The commit that the log's first line names, as compiler arguments (read with @file by model/log.c alone).
+# The commit that logs and results name, as compiler arguments (read with @file by model/commit.c alone).
 GIT_SHA = $(if $(wildcard .git),$(shell git rev-parse --short=12 --verify --quiet HEAD 2>/dev/null))
-GIT_CHANGES = $(if $(GIT_SHA),$(shell git status --porcelain -- Makefile train.c model kernels data 2>/dev/null))
+GIT_SOURCES = Makefile train.c model kernels data 'experiments/*.c' 'experiments/*.cu' 'experiments/*.cuh'
+GIT_CHANGES = $(if $(GIT_SHA),$(shell git status --porcelain -- $(GIT_SOURCES) 2>/dev/null))
 GIT_DIRTY = $(if $(GIT_SHA),$(if $(GIT_CHANGES),1,0),unknown)
 GIT_MACROS = -DMOELAB_GIT_SHA=\"$(or $(GIT_SHA),unknown)\" -DMOELAB_GIT_DIRTY=\"$(GIT_DIRTY)\"
 build/git: FORCE
@@ -187,8 +188,8 @@ build/$1/%.o: %.c build/$1/flags | toolchain
 	@echo "CC  $$@"
 	$(Q)$$(CC) $$(FLAGS_$1) $$(CPPFLAGS) $$(VERSION) -MMD -MP -c $$< -o $$@
 
-build/$1/model/log.o: VERSION = @build/git
-build/$1/model/log.o: build/git
+build/$1/model/commit.o: VERSION = @build/git
+build/$1/model/commit.o: build/git
 build/$1/model/report.o: $(wildcard model/report.html)
 
 build/$1/libmoelab.a: $$(call objects_of,$1)
@@ -330,12 +331,14 @@ LADDER = $(foreach source,$(wildcard experiments/ladder/*/level_*.cu),\
 .PHONY: ladder
 ladder: $(LADDER)
 define LADDER_RULE
-build/ladder/$(notdir $1)_%: $1/%.cu experiments/ladder/ladder.cuh
+build/ladder/$(notdir $1)_%.o: $1/%.cu experiments/ladder/ladder.cuh
 	@mkdir -p $$(@D)
 	@echo "NVCC $$@"
-	$(Q)$$(NVCC) -O3 -std=c++17 $$(CUDA_WARNINGS) $$(CUDA_ARCHS) $$< -lcublas -o $$@
+	$(Q)$$(NVCC) -O3 -std=c++17 $$(CUDA_WARNINGS) $$(CUDA_ARCHS) -c $$< -o $$@
 endef
 $(foreach folder,$(patsubst %/,%,$(wildcard experiments/ladder/*/)),$(eval $(call LADDER_RULE,$(folder))))
+$(LADDER): %: %.o build/cpu/model/commit.o
+	$(Q)$(NVCC) $(CUDA_ARCHS) $^ -lcublas -o $@
 
 format:
 	find train.c model kernels data tests experiments -regex '.*\.\(c\|h\|cu\|cuh\)' -exec $(CLANG_FORMAT) -i {} +

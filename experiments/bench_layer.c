@@ -26,6 +26,7 @@
 #include "../kernels/random.h"
 #include "../kernels/topk.h"
 #include "../model/chain.h"
+#include "../model/commit.h"
 #include "../model/config.h"
 
 typedef struct {
@@ -248,9 +249,9 @@ static void bench_layer(const Layer *l, const Options *o, const char *device) {
         "{\"layer\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"layout\":\"%s\",\"tokens\":%d,\"dim\":%d,"
         "\"expert_dim\":%d,\"experts\":%d,\"top_k\":%d,\"act\":\"%s\",\"rows\":%.0f,\"ms\":%.4f,\"p95\":%.4f,"
         "\"forward_ms\":%.4f,\"tflops\":%.1f,\"repeats\":%d,"
-        "\"peak_mib\":%.0f,\"device\":\"%s\"",
+        "\"peak_mib\":%.0f,\"device\":\"%s\",\"commit\":\"%s\"",
         l->name, o->router, o->layout, l->tokens, l->dim, l->expert_dim, l->experts, l->top_k, l->act, M, ms, p95,
-        forward_ms, flops / ms / 1e9, o->repeats, b.arena.bytes / 1048576.0, device);
+        forward_ms, flops / ms / 1e9, o->repeats, b.arena.bytes / 1048576.0, device, commit_name());
     print_stages("forward_stages_ms", &stages[0], o->repeats);
     print_stages("backward_stages_ms", &stages[1], o->repeats);
     printf("}\n");
@@ -361,8 +362,9 @@ static void bench_dispatch(const char *shape, int repeats, const char *device) {
     double strict = (2 + 2 * K) * number / ms / 1e6, copied = K * number / copy_ms / 1e6;
     printf(
         "{\"dispatch\":\"%s\",\"impl\":\"moelab\",\"ms\":%.4f,\"gb_s\":%.0f,\"gb_s_legacy\":%.0f,\"copy_gb_s\":%.0f,"
-        "\"share_of_copy\":%.3f,\"plan_ms\":%.4f,\"repeats\":%d,\"device\":\"%s\"}\n",
-        shape, ms, strict, 2 * K * number / ms / 1e6, copied, strict / copied, plan_ms, repeats, device);
+        "\"share_of_copy\":%.3f,\"plan_ms\":%.4f,\"repeats\":%d,\"device\":\"%s\","
+        "\"commit\":\"%s\"}\n",
+        shape, ms, strict, 2 * K * number / ms / 1e6, copied, strict / copied, plan_ms, repeats, device, commit_name());
     fflush(stdout);
     arena_free(&m.arena);
 }

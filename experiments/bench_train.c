@@ -21,6 +21,7 @@
 #include "../kernels/check.h"
 #include "../kernels/matmul.h"
 #include "../kernels/random.h"
+#include "../model/commit.h"
 #include "../model/config.h"
 #include "../model/optimizer.h"
 #include "../model/transformer.h"
@@ -173,10 +174,10 @@ static void bench_model(const Model *m, Routing routing, int steps, bool graph, 
     printf(
         "{\"model\":\"%s\",\"impl\":\"moelab\",\"threads\":%d,\"ms\":%.4f,\"p95\":%.4f,\"tok_s\":%.0f,"
         "\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"recompute\":%d,\"loss\":%.4f,\"arena_mib\":%.1f,"
-        "\"peak_mib\":%.1f,\"device\":\"%s\",\"stages_ms\":{",
+        "\"peak_mib\":%.1f,\"device\":\"%s\",\"commit\":\"%s\",\"stages_ms\":{",
         m->name, device_threads(), 1e3 * median, 1e3 * seconds[(int)(0.95 * (groups - 1))], N / median,
         N / median * flops / 1e9, device_peak_flops() > 0 ? N / median * flops / device_peak_flops() : 0, steps, graph,
-        recompute, (double)loss, b.arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device);
+        recompute, (double)loss, b.arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device, commit_name());
     for (int i = 0, printed = 0; i < STAGE_COUNT; i++) {
         if (profile.seconds[i] > 0) {
             printf("%s\"%s\":%.3f", printed++ ? "," : "", stage_name(i), 1e3 * profile.seconds[i]);
@@ -216,8 +217,9 @@ static void bench_matmul(int N, int OUT, int IN, const char *device) {
     }
     printf(
         "{\"matmul\":[%d,%d,%d],\"threads\":%d,\"forward_gflops\":%.0f,\"input_gflops\":%.0f,\"weight_gflops\":%.0f,"
-        "\"device\":\"%s\"}\n",
-        N, OUT, IN, device_threads(), flops / best[0] / 1e9, flops / best[1] / 1e9, flops / best[2] / 1e9, device);
+        "\"device\":\"%s\",\"commit\":\"%s\"}\n",
+        N, OUT, IN, device_threads(), flops / best[0] / 1e9, flops / best[1] / 1e9, flops / best[2] / 1e9, device,
+        commit_name());
     arena_free(&arena);
 }
 

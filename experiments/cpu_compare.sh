@@ -2,12 +2,12 @@
 # Ours against PyTorch on one CPU, in one job: ours, theirs, ours, theirs, on the same cores, so that a busy or warm
 # machine touches both. Prints a table with the ratio and appends every single measurement to a JSONL file.
 #
-#   experiments/cpu_compare.sh [-t THREADS] [-p PYTHON] [-r ROUNDS] [-m MODELS] [-v WAYS] BENCH_CPU OUT.jsonl [COMMIT]
+#   experiments/cpu_compare.sh [-t THREADS] [-p PYTHON] [-r ROUNDS] [-m MODELS] [-v WAYS] BENCH_CPU OUT.jsonl
 #
 #   BENCH_CPU  our benchmark (build/bench_train, made by `make bench`): prints one JSON line per model on stdout, with
-#              at least "model", "ms" and "tok_s"
-#   OUT.jsonl  one line per model, side and round: what was printed, plus round, device, commit, command, time
-#   COMMIT     default: git rev-parse of this checkout, with -dirty where it differs
+#              at least "model", "ms", "tok_s" and "commit"
+#   OUT.jsonl  one line per model, side and round: what was printed, plus round, device, command, time; PyTorch's lines
+#              get the commit that our program names as its own
 #   -p PYTHON  a Python that has PyTorch (default: the first of python3, /usr/bin/python3 that imports it)
 #   -m MODELS  comma-separated, default: cpu-default,cpu-mid,cpu-c512; others that BENCH_CPU prints are left out
 #   -v WAYS    the ways of writing the experts that PyTorch may choose from (torch_cpu.py --variant), default: all
@@ -28,7 +28,7 @@ while getopts 't:p:r:m:v:' option; do
     esac
 done
 shift $((OPTIND - 1))
-if [ $# -lt 2 ] || [ $# -gt 3 ]; then usage; fi
+if [ $# != 2 ]; then usage; fi
 bench=$1 out=$2
 fail() { echo "cpu_compare.sh: $1" >&2; exit 1; }
 
@@ -42,14 +42,6 @@ fi
 "$python" -c 'import torch' || fail "$python cannot import torch: name another Python with -p"
 touch "$out" 2>/dev/null || fail "cannot write $out: give a path in a folder that exists"
 
-if [ $# -eq 3 ]; then
-    commit=$3
-else
-    commit=$(git -C "$here" rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-    if [ "$commit" != unknown ] && [ -n "$(git -C "$here" status --porcelain 2>/dev/null)" ]; then
-        commit=$commit-dirty
-    fi
-fi
 device=$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)
 device=${device:-$(uname -m)}
 if grep -qw avx512f /proc/cpuinfo; then device="$device, AVX-512"; fi
@@ -67,7 +59,7 @@ cores=$(lscpu -p=CPU,CORE,SOCKET | awk -F, -v allowed="$allowed" -v n="$threads"
 unset OPENBLAS_CORETYPE OMP_WAIT_POLICY GOMP_SPINCOUNT GOMP_CPU_AFFINITY OMP_PROC_BIND
 export OMP_NUM_THREADS=$threads
 
-record=$(mktemp) fresh=$(mktemp)
+record=$(mktemp) fresh=$(mktemp) commit=unknown
 trap 'rm -f "$record" "$fresh"' EXIT
 
 # side ROUND LABEL COMMAND...: runs it on the chosen cores, keeps its JSON lines with what identifies them.
@@ -80,10 +72,10 @@ side() {
 import json, sys, time
 round_, label, device, commit, cores, command, lines, models = sys.argv[1:]
 for line in lines.split("\n"):
-    row = json.loads(line)
+    row = {"commit": commit, **json.loads(line)}
     if row.get("model") not in models.split(","):
         continue
-    row.update(side=label, round=int(round_), device=device, commit=commit, cores=cores, command=command,
+    row.update(side=label, round=int(round_), device=device, cores=cores, command=command,
                ts=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     print(json.dumps(row))
 PY
@@ -96,6 +88,7 @@ for round in $(seq "$rounds"); do
     ours=$("$python" -c 'import json, sys
 print(",".join(dict.fromkeys(json.loads(line)["model"] for line in sys.stdin)))' <"$fresh")
     [ -n "$ours" ] || fail "$bench printed none of the models asked for: $models"
+    commit=$("$python" -c 'import json, sys; print(json.loads(sys.stdin.readline())["commit"])' <"$fresh")
     side "$round" theirs "$python" "$here/baselines/torch_cpu.py" \
         --threads "$threads" --models "$ours" --variant "$ways"
 done

@@ -2,11 +2,11 @@
 # Ours against PyTorch on one GPU, in one job: MoE layers, training steps, dispatch + combine. Prints a table with the
 # ratio to the best way that PyTorch has and appends every measurement to a JSONL file.
 #
-#   experiments/gpu_compare.sh [-l LAYERS] [-m MODELS] [-d SHAPES] [-w WAYS] [-k WEIGHTS] [-p PYTHON] DIR OUT [COMMIT]
+#   experiments/gpu_compare.sh [-l LAYERS] [-m MODELS] [-d SHAPES] [-w WAYS] [-k WEIGHTS] [-p PYTHON] DIR OUT
 #
 #   DIR        where bench_layer_cuda and bench_train_cuda are (make build/bench_layer_cuda build/bench_train_cuda)
-#   OUT        JSONL: one line per measurement: what was printed, plus device, commit, command, time
-#   COMMIT     default: git rev-parse of this checkout, with -dirty where it differs
+#   OUT        JSONL: one line per measurement: what was printed, plus command and time; PyTorch's lines get the commit
+#              that our program, which ran just before, names as its own
 #   -l LAYERS  comma-separated names of torch_gpu.py's layer configurations, "none": no layers; default: all
 #   -m MODELS  .. of its models; default: d12,d12-fine,tiny,tiny-byte,d12-dense
 #   -d SHAPES  space-separated tokens,width,experts,k of dispatch + combine; "none": none
@@ -32,9 +32,8 @@ while getopts 'l:m:d:w:k:p:' option; do
     esac
 done
 shift $((OPTIND - 1))
-if [ $# -lt 2 ] || [ $# -gt 3 ]; then sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; fi
-dir=$1 out=$2
-commit=${3:-$(git -C "$here" rev-parse --short=12 HEAD)$(git -C "$here" diff --quiet HEAD -- || echo -dirty)}
+if [ $# != 2 ]; then sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; fi
+dir=$1 out=$2 commit=unknown
 lines=$(mktemp)
 trap 'rm -f "$lines"' EXIT
 
@@ -44,9 +43,11 @@ keep() {
     "$@" | grep '^{' | COMMAND="$*" COMMIT=$commit "$python" -c '
 import json, os, sys, time
 for line in sys.stdin:
-    print(json.dumps({**json.loads(line), "commit": os.environ["COMMIT"], "command": os.environ["COMMAND"],
+    print(json.dumps({"commit": os.environ["COMMIT"], **json.loads(line), "command": os.environ["COMMAND"],
                       "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))' | tee -a "$out" >>"$lines" ||
         echo "gpu_compare.sh: failed: $*" >&2
+    commit=$(tail -n 1 "$lines" | sed -n 's/.*"commit": "\([^"]*\)".*/\1/p')
+    commit=${commit:-unknown}
 }
 
 for layer in ${layers//,/ }; do

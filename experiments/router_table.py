@@ -43,7 +43,8 @@ def line(path, pairs):
         record[key] = int(record[key])
     record.update(
         router=header["config"]["router"], leaky=header["leaky"], sees_batch=header["sees_batch"],
-        device=header["device"], params_total=header["params_total"], params_active=header["params_active"],
+        device=header["device"], commit=header["git_sha"] + ("-dirty" if header["git_dirty"] else ""),
+        params_total=header["params_total"], params_active=header["params_active"],
         flops_per_token=header["flops_per_token"], steps=steps[-1]["step"], tokens=steps[-1]["tokens"],
         val_loss=evaluation["val_loss"], val_floor=evaluation["val_floor"],
         domains={name: d["loss"] for name, d in evaluation["val_domains"].items()},

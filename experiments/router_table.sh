@@ -3,9 +3,9 @@
 # run. `experiments/router_table.py table OUT.jsonl` makes the table.
 #
 #   experiments/router_table.sh [-o lm|mlm] [-w] [-j JOBS] [-t THREADS] [-s SEEDS] [-l RATES] [-n STEPS] [-e BATCHES]
-#                               [-a ARMS] [-b] [-T] TRAIN OUT.jsonl [COMMIT]
+#                               [-a ARMS] [-b] [-T] TRAIN OUT.jsonl
 #
-#   TRAIN      the program (./train)        OUT.jsonl  lines are appended        COMMIT  default: of this checkout
+#   TRAIN      the program (./train)        OUT.jsonl  lines are appended
 #   -o         objective: next token (lm) or masked tokens (mlm); each has its own arms
 #   -w         a narrow model: width 32, experts of width 16, which has too few parameters for this corpus
 #   -j -t      runs side by side, threads of each (default: 1 run of all cores)
@@ -41,9 +41,8 @@ while getopts 'o:wj:t:s:l:n:e:a:bT' option; do
     esac
 done
 shift $((OPTIND - 1))
-if [ $# -lt 2 ] || [ $# -gt 3 ]; then usage; fi
+if [ $# != 2 ]; then usage; fi
 train=$(realpath "$1") out=$(realpath "$2")
-commit=${3:-$(git -C "$here" rev-parse --short=12 HEAD)$(git -C "$here" diff --quiet HEAD || echo -dirty)}
 [ -x "$train" ] || { echo "router_table.sh: $1 is not a program: run make first" >&2; exit 1; }
 
 # name, work per token against topk's experts, options
@@ -140,11 +139,11 @@ run() {
     fi
     python3 "$here/router_table.py" line "$directory/log.jsonl" arm="$name" work="$work" rate="$rate" seed="$seed" \
         objective="$objective" size="$size" timing="$timing" threads="${OMP_NUM_THREADS:-all}" side_by_side="$jobs" \
-        commit="$commit" command="./train ${line[*]}" >>"$out"
+        command="./train ${line[*]}" >>"$out"
     rm -rf "$directory"
 }
 export -f run
-export train out here folder common steps objective size timing jobs commit
+export train out here folder common steps objective size timing jobs
 [ -z "$threads" ] || export OMP_NUM_THREADS=$threads
 [ "$jobs" = 1 ] || export OMP_WAIT_POLICY=passive
 # shellcheck disable=SC2016  # $@ is the inner shell's

@@ -1,6 +1,7 @@
 /* Attention on the GPU: flash attention on the matrix units for bf16 where rows can be moved in packs of 16 bytes and a
- * head is at most 128 wide, the plain path for the rest. Forward is one launch; backward is two, the second of which
- * reads what the first keeps of each query row in the workspace. Decode is one launch, a block for a query head.
+ * head is at most 128 wide, the plain path for the rest and for tests that ask for it (device_use_path). Forward is one
+ * launch; backward is two, the second of which reads what the first keeps of each query row in the workspace. Decode is
+ * one launch, a block for a query head.
  *
  * Called by model/transformer.c. Read next: attention_plain.cuh, which has the three kernels in the simplest form; then
  * attention_tiles.cuh, attention_scores.cuh and attention_flash.cuh, which build the fast ones.
@@ -18,7 +19,7 @@ extern "C" {
 #include "attention_flash.cuh"
 
 static bool flash_fits(const real_t *qkv, const real_t *out, AttentionShape shape) {
-    return shape.HS <= 128 && packs_fit(qkv, shape.HS) && packs_fit(out, shape.HS);
+    return cuda_fastest_path() != PATH_PLAIN && shape.HS <= 128 && packs_fit(qkv, shape.HS) && packs_fit(out, shape.HS);
 }
 
 /* More than 48 KB of shared memory must be asked for. */

@@ -50,6 +50,8 @@ int cuda_multiprocessors(void);
 size_t cuda_shared_memory(void); /* bytes of one multiprocessor */
 int cuda_capability(void);       /* 90 for Hopper, 80 for Ampere */
 
+KernelPath cuda_fastest_path(void); /* that an operation may take: device_use_path */
+
 static inline int ceil_div(int64_t a, int64_t b) {
     return (int)((a + b - 1) / b);
 }

@@ -73,6 +73,10 @@ bool device_runs_ahead(void) {
     return false;
 }
 
+bool device_use_path(KernelPath path) {
+    return path == PATH_PLAIN;
+}
+
 void device_wait(Stream *stream) {
 }
 

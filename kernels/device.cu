@@ -125,6 +125,21 @@ bool device_runs_ahead(void) {
     return true;
 }
 
+/* The matrix units take bf16 alone here. */
+static KernelPath fastest_path = sizeof(real_t) == 2 ? PATH_WGMMA : PATH_PLAIN;
+
+bool device_use_path(KernelPath path) {
+    if (sizeof(real_t) != 2 && path != PATH_PLAIN) {
+        return false;
+    }
+    fastest_path = path;
+    return true;
+}
+
+KernelPath cuda_fastest_path(void) {
+    return fastest_path;
+}
+
 void device_wait(Stream *stream) {
     waits++;
     CUDA_CHECK(cudaStreamSynchronize(cuda_stream(stream)));

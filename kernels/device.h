@@ -70,6 +70,13 @@ void device_zero(void *out, size_t bytes, Stream *stream);
 /* Whether calls return before their work is done, so that asking for a result means to wait. */
 bool device_runs_ahead(void);
 
+/* Kinds of kernels: for any shape, card and number type; for the matrix units since Ampere; for those of Hopper. */
+typedef enum { PATH_PLAIN, PATH_MMA, PATH_WGMMA } KernelPath;
+
+/* For tests and measurements: the fastest kind that an operation which has several may take from here on. Where it does
+ * not suit a shape or the card, the next slower one is taken. false: the build has none of that kind. */
+bool device_use_path(KernelPath path);
+
 /* Waits until everything queued is done. */
 void device_wait(Stream *stream);
 

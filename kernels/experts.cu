@@ -17,41 +17,35 @@ extern "C" {
 #include "grouped_wgmma.cuh"
 #endif
 
-static int fastest_allowed = EXPERTS_WGMMA;
-
-extern "C" void experts_use_path(int path) {
-    fastest_allowed = path;
-}
-
 int experts_a_width(ExpertShape shape) {
     return shape.gelu ? shape.H : 2 * shape.H;
 }
 
 /* The path of a call, all of whose products take the same. `addresses` is the bitwise or of its arrays of real_t. */
-static int choose_path(Grouped g, uintptr_t addresses) {
+static KernelPath choose_path(Grouped g, uintptr_t addresses) {
     bool tensor_cores = sizeof(real_t) == 2 && g.shape.C % 8 == 0 && g.shape.H % 8 == 0 && addresses % 16 == 0;
-    if (fastest_allowed == EXPERTS_PLAIN || !tensor_cores) {
-        return EXPERTS_PLAIN;
+    if (cuda_fastest_path() == PATH_PLAIN || !tensor_cores) {
+        return PATH_PLAIN;
     }
 #ifdef REAL_BF16
-    if (fastest_allowed == EXPERTS_WGMMA && wgmma_fits(g)) {
-        return EXPERTS_WGMMA;
+    if (cuda_fastest_path() == PATH_WGMMA && wgmma_fits(g)) {
+        return PATH_WGMMA;
     }
 #endif
-    return EXPERTS_MMA;
+    return PATH_MMA;
 }
 
 #define BITS(pointer) reinterpret_cast<uintptr_t>(pointer)
 
 /* BY(path, up(...)) is plain_up(...), mma_up(...) or wgmma_up(...). */
 #ifdef REAL_BF16
-#define BY(path, call)                \
-    if (path == EXPERTS_WGMMA) {      \
-        wgmma_##call;                 \
-    } else if (path == EXPERTS_MMA) { \
-        mma_##call;                   \
-    } else {                          \
-        plain_##call;                 \
+#define BY(path, call)             \
+    if (path == PATH_WGMMA) {      \
+        wgmma_##call;              \
+    } else if (path == PATH_MMA) { \
+        mma_##call;                \
+    } else {                       \
+        plain_##call;              \
     }
 #else
 #define BY(path, call) \
@@ -62,7 +56,7 @@ static int choose_path(Grouped g, uintptr_t addresses) {
 void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
                      const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
     Grouped g = {shape, offset, cuda_stream(stream)};
-    int path = choose_path(g, BITS(y) | BITS(a) | BITS(h) | BITS(x.x) | BITS(w1) | BITS(w2));
+    KernelPath path = choose_path(g, BITS(y) | BITS(a) | BITS(h) | BITS(x.x) | BITS(w1) | BITS(w2));
     BY(path, up(a, h, x, w1, g))
     BY(path, down(y, h, w2, accumulate, g))
 }
@@ -70,7 +64,7 @@ void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t 
 void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,
                            Stream *stream) {
     Grouped g = {shape, offset, cuda_stream(stream)};
-    int path = choose_path(g, BITS(a) | BITS(h) | BITS(x.x) | BITS(w1));
+    KernelPath path = choose_path(g, BITS(a) | BITS(h) | BITS(x.x) | BITS(w1));
     BY(path, up(a, h, x, w1, g))
 }
 
@@ -79,7 +73,7 @@ void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, re
                       const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream) {
     Grouped g = {shape, offset, cuda_stream(stream)};
     uintptr_t outputs = BITS(dx) | BITS(dw1) | BITS(dw2) | BITS(h) | BITS(da);
-    int path = choose_path(g, outputs | BITS(dy.x) | BITS(x.x) | BITS(a) | BITS(w1) | BITS(w2));
+    KernelPath path = choose_path(g, outputs | BITS(dy.x) | BITS(x.x) | BITS(a) | BITS(w1) | BITS(w2));
     int A = experts_a_width(shape);
     RowSource da_rows = {da, NULL, 0}, h_rows = {h, NULL, 0};
     BY(path, hidden(h, da, drow_weight, dy, a, row_weight, w2, g))

@@ -52,9 +52,4 @@ typedef struct {
  *     void PATH_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g);
  */
 
-/* For tests and measurements: the fastest path that experts.cu may take from here on (EXPERTS_WGMMA: no limit). Where a
- * path does not fit the shapes or the card, the next slower one is taken. */
-enum ExpertPath { EXPERTS_PLAIN, EXPERTS_MMA, EXPERTS_WGMMA };
-extern "C" void experts_use_path(int path);
-
 #endif

@@ -39,15 +39,27 @@
 #include "grouped_wgmma_rows.cuh"
 #include "grouped_wgmma_weight.cuh"
 
-/* Whether the program holds code for Hopper's own instructions, not only for its forerunners'. */
+enum { MARKER_BYTES = 8192 }; /* more than a card reserves in each block for itself */
+
+/* Never launched: its shared memory is there in Hopper's code alone. */
+static __global__ void wgmma_marker_kernel(void) {
+#ifdef HOPPER_CODE
+    __shared__ volatile char marker[MARKER_BYTES];
+    marker[threadIdx.x] = 1;
+#endif
+}
+
+/* Whether the code that this card runs has Hopper's own instructions. Code for its forerunners, and what the driver
+ * makes of their PTX, runs on Hopper too. */
 static bool wgmma_is_built(void) {
-    static int version = 0;
-    if (version == 0) {
+    static int known = 0, built = 0;
+    if (!known) {
         cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, weight_product_kernel<false, 128>));
-        version = attributes.binaryVersion;
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, wgmma_marker_kernel));
+        built = attributes.sharedSizeBytes >= MARKER_BYTES;
+        known = 1;
     }
-    return version == 90;
+    return built;
 }
 
 /* Arrays must begin at multiples of 16 bytes as well. */

@@ -20,16 +20,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "commit.h"
+
 #include "../kernels/check.h"
 #include "../kernels/types.h"
 
-/* The Makefile passes both to this file alone. */
-#ifndef MOELAB_GIT_SHA
-#define MOELAB_GIT_SHA "unknown"
-#endif
-#ifndef MOELAB_GIT_DIRTY
-#define MOELAB_GIT_DIRTY "unknown"
-#endif
 #ifndef _OPENMP
 #define _OPENMP 0
 #endif
@@ -170,13 +165,12 @@ static void write_header(Log *log, const Config *config, const LogHeader *header
     strftime(now, sizeof now, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&seconds, &utc));
     char *json = config_to_json(config);
     cJSON_Minify(json); /* the header is one line */
-    bool from_git = strcmp(MOELAB_GIT_SHA, "unknown") != 0;
 
     FILE *line = open_memstream(&text, &length);
     CHECK(line, "out of memory while writing the log's header");
     fprintf(line, "{\"ts\":\"%s\",\"program\":\"moelab\"", now);
-    fprintf(line, ",\"git_sha\":%s", json_quote(quoted, sizeof quoted, MOELAB_GIT_SHA, strlen(MOELAB_GIT_SHA)));
-    fprintf(line, ",\"git_dirty\":%s", !from_git ? "null" : strcmp(MOELAB_GIT_DIRTY, "0") ? "true" : "false");
+    fprintf(line, ",\"git_sha\":%s", json_quote(quoted, sizeof quoted, commit_sha(), strlen(commit_sha())));
+    fprintf(line, ",\"git_dirty\":%s", commit_dirty() < 0 ? "null" : commit_dirty() ? "true" : "false");
     fprintf(line, ",\"config\":%s", json);
     fprintf(line, ",\"device\":%s", json_quote(quoted, sizeof quoted, header->device, strlen(header->device)));
     fprintf(line, ",\"precision\":\"%s\"", REAL_NAME);

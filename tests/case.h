@@ -11,6 +11,10 @@
  * wrong orders of summation and transposed gradients), so that the backward yields its gradient. Overwritten arrays are
  * poisoned before each run; accumulated ones hold known random numbers that must survive.
  *
+ * A CPU that stands in for a bf16 device (stores_bf16) rounds where such a device stores: every real_t array that is
+ * uploaded, and with stored() what passes from one kernel of a case to the next. What it computes last stays as it is:
+ * the other side's one rounding is then all that the two may differ by.
+ *
  * Read next: gradcheck.h, parity.c.
  */
 #ifndef TESTS_CASE_H
@@ -64,6 +68,7 @@ typedef enum { NO_PLAN, PLAN_MADE, PLAN_GIVEN } Planned;
 typedef struct {
     int n[EXTENTS];
     uint64_t seed;
+    bool stores_bf16; /* float on the CPU stands for bf16 on a device */
     Array arrays[CASE_ARRAYS];
     int array_count;
     int *index, *host_index; /* tokens, targets or offsets */
@@ -136,15 +141,52 @@ static inline void case_free(Case *c) {
     memset(c, 0, sizeof *c);
 }
 
+/* Rounds what kernels see of one array to the numbers that a bf16 device would have stored. */
+static inline void mirror_store(const Mirror *m) {
+    acc_t *x = m->device;
+#pragma omp parallel for if (m->count > PARALLEL)
+    for (size_t i = 0; i < m->count; i++) {
+        x[i] = bf16_rounded(x[i]);
+    }
+}
+
 static inline void case_upload(const Case *c) {
     for (int i = 0; i < c->mirror_count; i++) {
         mirror_upload(&c->mirrors[i]);
+        if (c->stores_bf16 && c->mirrors[i].number == NUMBER_REAL) {
+            mirror_store(&c->mirrors[i]);
+        }
+    }
+}
+
+/* A result of one kernel on its way to the next one of the same case: on a bf16 device it has been rounded. */
+static inline void *stored(const Case *c, void *device) {
+    for (int i = 0; i < c->mirror_count && c->stores_bf16; i++) {
+        if (c->mirrors[i].device == device) {
+            mirror_store(&c->mirrors[i]);
+        }
+    }
+    return device;
+}
+
+/* Takes over what kernels wrote. What they only read has been rounded on its way to them; the test keeps it as it was
+ * computed. */
+static inline void mirror_take_written(const Mirror *m) {
+    acc_t *x = m->host;
+    const acc_t *read = m->device;
+#pragma omp parallel for if (m->count > PARALLEL)
+    for (size_t i = 0; i < m->count; i++) {
+        x[i] = read[i] == bf16_rounded(x[i]) ? x[i] : read[i];
     }
 }
 
 static inline void case_download(const Case *c) {
     for (int i = 0; i < c->mirror_count; i++) {
-        mirror_download(&c->mirrors[i]);
+        if (c->stores_bf16 && c->mirrors[i].number == NUMBER_REAL) {
+            mirror_take_written(&c->mirrors[i]);
+        } else {
+            mirror_download(&c->mirrors[i]);
+        }
     }
 }
 
@@ -369,10 +411,11 @@ static inline void case_draw(Case *c, const Operation *op, const int *extents, u
     }
 }
 
-/* Draws random numbers until they suit the operation. */
+/* Draws random numbers until they suit the operation; bf16: as a device of such numbers would compute with them. */
 static inline void case_make_rounded(Case *c, const Operation *op, const int *extents, uint64_t seed, bool bf16) {
     for (int attempt = 0; attempt < 200; attempt++) {
         case_draw(c, op, extents, seed + 1000 * (uint64_t)attempt, bf16);
+        c->stores_bf16 = bf16;
         if (!op->suits) {
             return;
         }

@@ -5,6 +5,9 @@
 #
 #   parity      every operation, in float and in bf16, against the CPU's results on the same inputs
 #   bits        ten runs and recorded runs with the same bits; rows in other company
+#   ..._mma, ..._plain   both of these for the operations that have several kinds of kernels, with kinds that a Hopper
+#               card does not choose by itself
+#   ampere      with what the driver makes of Ampere's PTX: the code that no Hopper card takes from the program
 #   runs        training runs of ./train_cuda against ./train (cuda_runs.sh), and the tests of the command line on it,
 #               where both are built
 #   ...check    compute-sanitizer's four tools over the small shapes, where it is installed
@@ -42,11 +45,10 @@ start() {
     names="$names $name"
 }
 
-# parity PROGRAM [OPTIONS of write]
+# parity PROGRAM "OPTIONS of write" ["OPTIONS of compare"]
 parity() {
-    program=$1
-    shift
-    "$folder/parity_cpu" write "$@" | "$folder/$program" compare
+    # shellcheck disable=SC2086  # words
+    "$folder/parity_cpu" write $2 | "$folder/$1" compare ${3:-}
 }
 
 # sanitizer TOOL PROGRAM [OPTIONS of write]: what the tool finds counts, not the numbers, which are the same as before.
@@ -66,10 +68,19 @@ sanitizer() {
 }
 
 names=
-start parity_fp32 parity parity_cuda_fp32
-start parity_bf16 parity parity_cuda --round bf16
+start parity_fp32 parity parity_cuda_fp32 ""
+start parity_bf16 parity parity_cuda "--round bf16"
 start bits_fp32 "$folder/parity_cuda_fp32" bits
 start bits_bf16 "$folder/parity_cuda" bits
+several="attention experts moe_layer moe_layer_block moe_layer_picked"
+for path in mma plain; do
+    start parity_$path parity parity_cuda "--round bf16 $several" "--path $path"
+    # shellcheck disable=SC2086  # words
+    start bits_$path "$folder/parity_cuda" bits --path $path $several
+done
+export CUDA_FORCE_PTX_JIT=1 # whatever a library brings without PTX cannot be loaded: no operation that uses cuBLAS
+start ampere parity parity_cuda "--round bf16 attention experts"
+unset CUDA_FORCE_PTX_JIT
 if [ -x ./train_cuda ] && [ -x ./train ]; then
     tests=$(dirname "$0")
     start runs env CPU=./train FP32="$folder/train_cuda_fp32" TRAIN=./train_cuda "$tests/cuda_runs.sh"
@@ -91,9 +102,17 @@ for name in $names; do
     grep -A 1 '^FAIL' "$logs/$name.log" | head -n 40
     case $name in *check*) grep '=========' "$logs/$name.log" | head -n 12 ;; esac
 done
-sed -n '/^operation/,$p' "$logs/parity_fp32.log" | awk 'NF == 3 { print $1, $3 }' >"$logs/fp32"
-sed -n '/^operation/,$p' "$logs/parity_bf16.log" | awk 'NF == 3 { print $1, $3 }' >"$logs/bf16"
-echo "worst relative error       float        bf16"
-awk 'NR == FNR { float[$1] = $2; next } { printf "%-20s %11s %11s\n", $1, float[$1], $2 }' "$logs/fp32" "$logs/bf16"
+for column in fp32 bf16 mma plain; do
+    sed -n '/^operation/,$p' "$logs/parity_$column.log" | awk -v column=$column 'NF == 3 { print column, $1, $3 }'
+done | awk '
+    { worst[$1, $2] = $3 }
+    $1 == "fp32" { name[++count] = $2 }
+    function of(column, i) { return (column, name[i]) in worst ? worst[column, name[i]] : "" }
+    END {
+        printf "%-20s %9s %9s %9s %9s\n", "worst relative error", "float", "bf16", "mma", "plain"
+        for (i = 1; i <= count; i++) {
+            printf "%-20s %9s %9s %9s %9s\n", name[i], of("fp32", i), of("bf16", i), of("mma", i), of("plain", i)
+        }
+    }'
 echo "$passed passed, $failed failed"
 [ $failed = 0 ] && [ $passed -gt 0 ]

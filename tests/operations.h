@@ -176,7 +176,7 @@ static inline const Operation *operation_at(size_t i) {
                   {333, 64, 8, 8, 100, LAYOUT_PADDED, DROP_SLOT, SKEW_PICKED, 1},
                   {257, 128, 64, 8, 0, LAYOUT_COMPACT, DROP_TOKEN, SKEW_EMPTY, 1}}},
         {"experts", "rows C H E gelu skew weighted accumulate add_dw", make_experts, experts_case_forward,
-         experts_case_backward, .settle = experts_case_settle,
+         experts_case_backward, .settle = experts_case_settle, .finish = experts_case_settle,
          .shapes = {{7, 5, 3, 3, 0, SKEW_NONE, 1, 0, 0},
                     {7, 5, 3, 3, 1, SKEW_NONE, 1, 0, 1},
                     {7, 5, 3, 3, 0, SKEW_EMPTY, 1, 1, 1},

@@ -52,7 +52,7 @@ static inline void tied_case_backward(Case *c) {
     device_copy(val(c, "dx"), grad(c, "x"), (size_t)N * C * sizeof(real_t), NULL);
     matmul_backward_weight(grad(c, "w"), grad(c, "logits"), val(c, "x"), N, C, V, NULL);
     matmul_backward_input(val(c, "dx"), grad(c, "logits"), val(c, "w"), N, C, V, 1, NULL);
-    embedding_backward(grad(c, "w"), val(c, "dx"), c->index, N, C, V, NULL);
+    embedding_backward(grad(c, "w"), stored(c, val(c, "dx")), c->index, N, C, V, NULL);
 }
 
 static inline void make_norm(Case *c) { /* N C add */
@@ -71,6 +71,9 @@ static inline void norm_case_forward(Case *c) {
     int N = c->n[0], C = c->n[1], add = c->n[2];
     norm_forward(add ? val(c, "sum") : NULL, val(c, "y"), val(c, "rstd"), val(c, "x"), add ? val(c, "add") : NULL,
                  val(c, "w"), N, C, 1e-5, NULL);
+    if (add && c->stores_bf16) { /* what is normalised is the sum as it was stored */
+        norm_forward(NULL, val(c, "y"), val(c, "rstd"), stored(c, val(c, "sum")), NULL, val(c, "w"), N, C, 1e-5, NULL);
+    }
 }
 
 static inline void norm_case_backward(Case *c) {

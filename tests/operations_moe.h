@@ -8,6 +8,7 @@
 #define TESTS_OPERATIONS_MOE_H
 
 #include "gradcheck.h"
+#include "operations_stored.h"
 
 #include "../kernels/balance_loss.h"
 #include "../kernels/dispatch.h"
@@ -334,16 +335,19 @@ static inline void make_experts(Case *c) { /* rows C H E gelu skew weighted accu
 }
 
 static inline void experts_case_forward(Case *c) {
-    experts_forward(val(c, "y"), val(c, "a"), val(c, "h"), (RowSource){val(c, "x"), NULL, 0}, val(c, "w1"),
-                    val(c, "w2"), c->index, experts_case_shape(c), c->n[7], NULL);
+    RowSource x = {val(c, "x"), NULL, 0};
+    experts_stored_forward(c, val(c, "y"), val(c, "a"), val(c, "h"), x, val(c, "w1"), val(c, "w2"), c->index,
+                           experts_case_shape(c), c->n[7], c->n[8]);
 }
 
-/* The objective is of the weighted outputs, as after combine. */
+/* The objective is of the weighted outputs, as after combine. What a bf16 device has added is told by the sum that it
+ * stored, whose rounding may be larger than what was added. */
 static inline void experts_case_settle(Case *c) {
     const Array *y = array_named(c, "y");
     const acc_t *row_weight = c->n[6] ? host_val(c, "row_weight") : NULL;
     for (size_t i = 0; i < y->count; i++) {
-        acc_t added = y->value[i] - (c->n[7] ? y->before[i] : 0);
+        acc_t sum = c->stores_bf16 && c->n[7] ? bf16_rounded(y->value[i]) : y->value[i];
+        acc_t added = sum - (c->n[7] ? y->before[i] : 0);
         host_val(c, "weighted_y")[i] = (row_weight ? row_weight[i / (size_t)c->n[1]] : 1) * added;
     }
 }
@@ -351,9 +355,9 @@ static inline void experts_case_settle(Case *c) {
 static inline void experts_case_backward(Case *c) {
     bool weighted = c->n[6];
     RowSource dy = {grad(c, "weighted_y"), NULL, 0}, x = {val(c, "x"), NULL, 0};
-    experts_backward(grad(c, "x"), weighted ? grad(c, "row_weight") : NULL, grad(c, "w1"), grad(c, "w2"), val(c, "h"),
-                     val(c, "da"), dy, x, val(c, "a"), weighted ? val(c, "row_weight") : NULL, val(c, "w1"),
-                     val(c, "w2"), c->index, experts_case_shape(c), c->n[7], c->n[8], NULL);
+    experts_stored_backward(c, grad(c, "x"), weighted ? grad(c, "row_weight") : NULL, grad(c, "w1"), grad(c, "w2"),
+                            val(c, "h"), val(c, "da"), dy, x, val(c, "a"), weighted ? val(c, "row_weight") : NULL,
+                            val(c, "w1"), val(c, "w2"), c->index, experts_case_shape(c), c->n[7], c->n[8]);
 }
 
 /* The whole layer: gate, choice, plan, dispatch, experts, combine, with the balance and z-loss in the objective. */
@@ -407,9 +411,9 @@ static inline void moe_case_forward(Case *c) {
     moe_case_choose(c);
     plan_build(plan, NULL);
     RowSource rows = dispatch_forward(val(c, "rows_x"), val(c, "x"), plan, C, NULL);
-    experts_forward(val(c, "rows_y"), val(c, "a"), val(c, "h"), rows, val(c, "w1"), val(c, "w2"), plan->offset,
-                    moe_shape(c), 0, NULL);
-    combine_forward(val(c, "y"), val(c, "rows_y"), plan, C, 0, NULL);
+    experts_stored_forward(c, val(c, "rows_y"), val(c, "a"), val(c, "h"), rows, val(c, "w1"), val(c, "w2"),
+                           plan->offset, moe_shape(c), 0, c->n[MOE_ADD_DW]);
+    combine_forward(val(c, "y"), stored(c, val(c, "rows_y")), plan, C, 0, NULL);
     balance_and_measure(c);
 }
 
@@ -418,17 +422,18 @@ static inline void moe_case_backward(Case *c) {
     const Plan *plan = &c->plan;
     RowSource rows_dy = combine_backward(val(c, "rows_dy"), grad(c, "y"), plan, C, NULL);
     RowSource rows = dispatch_forward(val(c, "rows_x"), val(c, "x"), plan, C, NULL);
-    experts_backward(val(c, "rows_dx"), val(c, "drow_weight"), grad(c, "w1"), grad(c, "w2"), val(c, "h"), val(c, "da"),
-                     rows_dy, rows, val(c, "a"), plan->row_weight, val(c, "w1"), val(c, "w2"), plan->offset,
-                     moe_shape(c), 0, c->n[MOE_ADD_DW], NULL);
+    experts_stored_backward(c, val(c, "rows_dx"), val(c, "drow_weight"), grad(c, "w1"), grad(c, "w2"), val(c, "h"),
+                            val(c, "da"), rows_dy, rows, val(c, "a"), plan->row_weight, val(c, "w1"), val(c, "w2"),
+                            plan->offset, moe_shape(c), 0, c->n[MOE_ADD_DW]);
     plan_weight_backward(val(c, "dweight"), val(c, "drow_weight"), plan, NULL);
     topk_backward(val(c, "dlogits"), val(c, "dweight"), val(c, "probs"), plan->expert, plan->weight, N, E, K,
                   c->n[MOE_RENORM], NULL);
     gradient_measure(val(c, "load"), val(c, "dlogits"), (size_t)N * E, NULL);
     balance_backward(val(c, "dlogits"), val(c, "load"), val(c, "probs"), val(c, "lse"), plan->demand, N, E, K,
                      (double)host_grad(c, "load")[LOAD_BALANCE], (double)host_grad(c, "load")[LOAD_Z], NULL);
-    dispatch_backward(grad(c, "x"), val(c, "rows_dx"), plan, C, 0, NULL);
-    gate_backward(grad(c, "x"), grad(c, "gate"), val(c, "dlogits"), val(c, "x"), val(c, "gate"), N, C, E, NULL);
+    dispatch_backward(grad(c, "x"), stored(c, val(c, "rows_dx")), plan, C, 0, NULL);
+    gate_backward(stored(c, grad(c, "x")), grad(c, "gate"), val(c, "dlogits"), val(c, "x"), val(c, "gate"), N, C, E,
+                  NULL);
 }
 
 static inline void make_moe(Case *c) {

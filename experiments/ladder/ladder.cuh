@@ -8,8 +8,8 @@
  * The function may wait for the device; that is then part of its time. Memory it gets from ladder_memory, which
  * allocates on the first, untimed call. A time is the median of 20 runs after 3 untimed ones.
  *
- * Build one:  nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a FILE -lcublas     (80, sm_80 for Ampere)
- * Build and run all:  experiments/ladder/run.sh
+ * Build one:  nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a FILE model/commit.c -lcublas   (80, sm_80 for
+ * Ampere). Build and run all:  experiments/ladder/run.sh
  */
 #ifndef LADDER_CUH
 #define LADDER_CUH
@@ -22,6 +22,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+extern "C" {
+#include "../../model/commit.h"
+}
 
 #define CUDA(call)                                                                                         \
     do {                                                                                                   \
@@ -80,6 +84,14 @@ static inline void *ladder_download(const void *from, size_t bytes) {
     void *to = malloc(bytes);
     CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
     return to;
+}
+
+/* Ends a line of results with where it comes from. */
+static inline void ladder_end_line(void) {
+    cudaDeviceProp device;
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    printf(",\"device\":\"%s\",\"commit\":\"%s\"}\n", device.name, commit_name());
+    fflush(stdout);
 }
 
 /* ---- random numbers: a hash of (seed, index), so that order does not matter ---- */
@@ -265,9 +277,9 @@ static int product_ladder(const char *level, Multiply multiply) {
         double tflops = 2.0 * in.tokens.rows * shape.C * shape.N / ms / 1e9;
         printf(
             "{\"ladder\":\"expert_product\",\"level\":\"%s\",\"T\":%d,\"K\":%d,\"E\":%d,\"C\":%d,\"N\":%d,"
-            "\"ms\":%.4f,\"tflops\":%.1f,\"dense_tflops\":%.1f,\"share\":%.3f,\"error\":%.2e}\n",
+            "\"ms\":%.4f,\"tflops\":%.1f,\"dense_tflops\":%.1f,\"share\":%.3f,\"error\":%.2e",
             level, shape.T, shape.K, shape.E, shape.C, shape.N, ms, tflops, dense, tflops / dense, error);
-        fflush(stdout);
+        ladder_end_line();
         wrong |= !(error < 4e-3);
     }
     return wrong;
@@ -341,8 +353,8 @@ static int dispatch_ladder(const char *level, Dispatch dispatch) {
             printf("\"gb_s\":%.0f,\"copy_gb_s\":%.0f,\"share\":%.3f,", bytes / ms / 1e6, bytes / copy_ms / 1e6,
                    copy_ms / ms);
         }
-        printf("\"in_order\":%s,\"errors\":%d}\n", in_order ? "true" : "false", errors);
-        fflush(stdout);
+        printf("\"in_order\":%s,\"errors\":%d", in_order ? "true" : "false", errors);
+        ladder_end_line();
         wrong |= errors != 0;
     }
     return wrong;

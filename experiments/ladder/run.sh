@@ -4,27 +4,24 @@
 #     experiments/ladder/run.sh                     all
 #     experiments/ladder/run.sh expert_product      one ladder
 #
-# The results' lines, one JSON object each, go to build/ladder/results.jsonl. The tables print the share of the bar that
+# The results' lines, one JSON object each, go to build/ladder/results.jsonl. A copy of the tree without git runs the
+# programs that it finds, so that they name the commit they were built from. The tables print the share of the bar that
 # each was measured beside, in the same process: a dense cuBLAS product of the same size, or a copy within the device of
 # as many bytes.
 set -e
-cd "$(dirname "$0")"
-NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
-# shellcheck disable=SC2054 # the commas belong to the arguments
-archs=(-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a)
-out=../../build/ladder
-mkdir -p $out
-: >$out/results.jsonl
-failed=()
+cd "$(dirname "$0")/../.."
+out=build/ladder
 [ $# -gt 0 ] || set -- expert_product dispatch
+programs=() failed=()
 for ladder in "$@"; do
-    for level in "$ladder"/level_*.cu; do
-        program=$out/${ladder}_$(basename "$level" .cu)
-        if [ ! "$program" -nt "$level" ] || [ ! "$program" -nt ladder.cuh ]; then
-            "$NVCC" -O3 -std=c++17 "${archs[@]}" "$level" -lcublas -o "$program"
-        fi
-        "$program" >>$out/results.jsonl || failed+=("$level")
+    for level in experiments/ladder/"$ladder"/level_*.cu; do
+        programs+=("$out/${ladder}_$(basename "$level" .cu)")
     done
+done
+if [ -e .git ] || [ ! -d $out ]; then make -j"$(nproc)" "${programs[@]}" >&2; fi
+: >$out/results.jsonl
+for program in "${programs[@]}"; do
+    "$program" >>$out/results.jsonl || failed+=("$program")
 done
 python3 - $out/results.jsonl <<'PY'
 import json

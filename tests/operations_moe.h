@@ -337,7 +337,7 @@ static inline void make_experts(Case *c) { /* rows C H E gelu skew weighted accu
 static inline void experts_case_forward(Case *c) {
     RowSource x = {val(c, "x"), NULL, 0};
     experts_stored_forward(c, val(c, "y"), val(c, "a"), val(c, "h"), x, val(c, "w1"), val(c, "w2"), c->index,
-                           experts_case_shape(c), c->n[7], c->n[8]);
+                           experts_case_shape(c), c->n[7]);
 }
 
 /* The objective is of the weighted outputs, as after combine. What a bf16 device has added is told by the sum that it
@@ -412,7 +412,7 @@ static inline void moe_case_forward(Case *c) {
     plan_build(plan, NULL);
     RowSource rows = dispatch_forward(val(c, "rows_x"), val(c, "x"), plan, C, NULL);
     experts_stored_forward(c, val(c, "rows_y"), val(c, "a"), val(c, "h"), rows, val(c, "w1"), val(c, "w2"),
-                           plan->offset, moe_shape(c), 0, c->n[MOE_ADD_DW]);
+                           plan->offset, moe_shape(c), 0);
     combine_forward(val(c, "y"), stored(c, val(c, "rows_y")), plan, C, 0, NULL);
     balance_and_measure(c);
 }

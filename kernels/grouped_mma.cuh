@@ -35,11 +35,13 @@ __device__ static inline void mma_stage_up(real_t *shared, const MmaSum &sum, in
         for (int f = 0; f < 4; f++) {
             const float *a = &sum[i / 2][GELU ? 4 * half + f : 2 * f][i % 2 * 2];
             const float *up = &sum[i / 2][2 * f + 1][i % 2 * 2];
-            float h0 = GELU ? gelu(a[0]) : swiglu(a[0], up[0]), h1 = GELU ? gelu(a[1]) : swiglu(a[1], up[1]);
-            *mma_staged(shared, i, f) = __floats2bfloat162_rn(a[0], a[1]);
-            *mma_staged(shared + MMA_STAGED, i, f) = __floats2bfloat162_rn(h0, h1);
+            __nv_bfloat162 gates = __floats2bfloat162_rn(a[0], a[1]), ups = __floats2bfloat162_rn(up[0], up[1]);
+            float2 g = __bfloat1622float2(gates), u = __bfloat1622float2(ups); /* h is made of what was rounded */
+            *mma_staged(shared, i, f) = gates;
+            *mma_staged(shared + MMA_STAGED, i, f) = GELU ? __floats2bfloat162_rn(gelu(g.x), gelu(g.y))
+                                                          : __floats2bfloat162_rn(swiglu(g.x, u.x), swiglu(g.y, u.y));
             if (!GELU) {
-                *mma_staged(shared + 2 * MMA_STAGED, i, f) = __floats2bfloat162_rn(up[0], up[1]);
+                *mma_staged(shared + 2 * MMA_STAGED, i, f) = ups;
             }
         }
     }

@@ -102,13 +102,13 @@ static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const 
             if (r >= rows.end || c >= H || c >= first + hidden) {
                 continue;
             }
-            a[r * A + c] = to_real<real_t>(sum[i][j]);
+            real_t gate = to_real<real_t>(sum[i][j]), up = to_real<real_t>(sum[i][(j + 2) % PLAIN_EACH]);
+            a[r * A + c] = gate; /* h is made of what was rounded, as the backward makes it again */
             if (shape.gelu) {
-                h[r * H + c] = to_real<real_t>(gelu(sum[i][j]));
+                h[r * H + c] = to_real<real_t>(gelu(to_float(gate)));
             } else {
-                float up = sum[i][(j + 2) % PLAIN_EACH];
-                a[r * A + H + c] = to_real<real_t>(up);
-                h[r * H + c] = to_real<real_t>(swiglu(sum[i][j], up));
+                a[r * A + H + c] = up;
+                h[r * H + c] = to_real<real_t>(swiglu(to_float(gate), to_float(up)));
             }
         }
     }

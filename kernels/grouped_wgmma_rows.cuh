@@ -234,6 +234,36 @@ __device__ static inline SavedBoxes saved_open(uint32_t boxes, uint32_t barriers
     return SavedBoxes{boxes + group * (SavedBoxes::BYTES / 2), barriers + group * (SavedBoxes::BARRIERS / 2), 0, 0};
 }
 
+/* Whose turn it is, where the groups take turns: a group waits before its first stage until the other has waited for
+ * its last. Without that it would take a lap of the ring that is not yet for it for the one before: barriers count laps
+ * by parity. */
+struct Turns {
+    enum { BYTES = 2 * 8 };
+    uint32_t barriers;
+    int group, tiles; /* of this group, so far */
+
+    __device__ void await(void) {
+        if (group == 1 || tiles > 0) {
+            barrier_wait(barriers + group * 8, (group == 1 ? tiles : tiles - 1) % 2);
+        }
+        tiles++;
+    }
+    __device__ void pass_on(void) const {
+        if (threadIdx.x % GROUP == 0) {
+            barrier_arrive(barriers + (1 - group) * 8);
+        }
+    }
+};
+
+__device__ static inline Turns turns_open(uint32_t barriers) {
+    if (threadIdx.x == 0) {
+        barrier_init(barriers, 1);
+        barrier_init(barriers + 8, 1);
+        barrier_init_fence();
+    }
+    return Turns{barriers, (int)threadIdx.x / GROUP - 1, 0};
+}
+
 /* By all threads of the group, when all have read what was in the place. */
 template <bool GELU>
 __device__ static inline void ask_saved(SavedBoxes &saved, const CUtensorMap *map, int column, int row, int width) {
@@ -311,7 +341,7 @@ __device__ static inline void finish_hidden(const float (&sum)[COUNT], SavedBoxe
 
 /* A multiplying warp group. */
 template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
-__device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, SavedBoxes saved,
+__device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, SavedBoxes saved, Turns turns,
                                              const int *first_tile, const CUtensorMap *saved_map,
                                              const RowsProduct &p) {
     enum { ROWS = TILE_ROWS<FINISH>, TURNS = 128 / ROWS }; /* a group takes every TURNS-th tile */
@@ -329,6 +359,9 @@ __device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ri
             ask_saved<GELU>(saved, saved_map, tile.column, tile.row, p.width);
             ask_saved<GELU>(saved, saved_map, tile.column + 64, tile.row, p.width);
         }
+        if (TURNS == 2) {
+            turns.await();
+        }
         uint32_t used = 0;
         for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
             barrier_wait(ring.full(), ring.parity);
@@ -341,6 +374,9 @@ __device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ri
                 ring.release(used, t);
             }
             used = ring.empty();
+        }
+        if (TURNS == 2) {
+            turns.pass_on();
         }
         wgmma_wait<0>();
         wgmma_settle(sum);
@@ -371,9 +407,11 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     auto ring = ring_open<COLUMNS, ROWS>(start, INDEXED ? LOADERS + 1 : 1, p.blocks);
     uint32_t after = ring.base + ring.BYTES;
     SavedBoxes saved = {};
+    Turns turns = {};
     if (FINISH == FINISH_HIDDEN) {
         saved = saved_open(ring.base - SavedBoxes::BYTES, after);
-        after += SavedBoxes::BARRIERS;
+        turns = turns_open(after + SavedBoxes::BARRIERS);
+        after += SavedBoxes::BARRIERS + Turns::BYTES;
     }
     int *first_tile = reinterpret_cast<int *>(memory + (after - shared_address(memory)));
     if (threadIdx.x < 32) {
@@ -388,7 +426,7 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
         }
     } else {
         registers_claim<MULTIPLIER_REGISTERS>();
-        multiply_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, saved, first_tile, &saved_map, p);
+        multiply_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, saved, turns, first_tile, &saved_map, p);
     }
 #endif
 }
@@ -398,7 +436,7 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
 /* Shared memory for the first part of rows_product_kernel. */
 template <int FINISH, int COLUMNS>
 static size_t rows_product_bytes(int E) {
-    size_t saved = FINISH == FINISH_HIDDEN ? SavedBoxes::BYTES + SavedBoxes::BARRIERS : 0;
+    size_t saved = FINISH == FINISH_HIDDEN ? SavedBoxes::BYTES + SavedBoxes::BARRIERS + Turns::BYTES : 0;
     return Ring<COLUMNS, TILE_ROWS<FINISH>>::BYTES + saved + (E + 1) * sizeof(int);
 }
 

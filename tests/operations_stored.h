@@ -13,6 +13,18 @@
 #include "../kernels/experts.h"
 #include "../kernels/matmul.h"
 
+/* h = act(a), of the a that was stored: the backward makes the same h again (experts.h). */
+static inline void activate_stored(acc_t *h, const acc_t *a, const int *offset, ExpertShape shape) {
+    size_t H = (size_t)shape.H, A = (size_t)experts_a_width(shape);
+    for (size_t r = (size_t)offset[0]; r < (size_t)offset[shape.E]; r++) {
+        for (size_t i = 0; i < H; i++) {
+            double x = (double)a[r * A + i];
+            h[r * H + i] = shape.gelu ? (acc_t)(0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))))
+                                      : (acc_t)(x / (1 + exp(-x)) * (double)a[r * A + H + i]);
+        }
+    }
+}
+
 static inline void experts_stored_forward(Case *c, real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1,
                                           const real_t *w2, const int *offset, ExpertShape shape, int accumulate) {
     if (!c->stores_bf16) {
@@ -22,6 +34,8 @@ static inline void experts_stored_forward(Case *c, real_t *y, real_t *a, real_t 
     size_t C = (size_t)shape.C, H = (size_t)shape.H;
     acc_t *product = case_reals(c, (size_t)shape.rows * C), *sum = (acc_t *)y;
     experts_forward((real_t *)product, a, h, x, w1, w2, offset, shape, 0, NULL);
+    stored(c, a);
+    activate_stored((acc_t *)h, (const acc_t *)a, offset, shape);
     stored(c, h);
     for (int e = 0; e < shape.E; e++) {
         size_t first = (size_t)offset[e];

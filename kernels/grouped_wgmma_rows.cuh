@@ -300,6 +300,7 @@ __device__ static inline void finish_hidden(const float (&sum)[COUNT], SavedBoxe
             }
         }
         saved.taken++;
+        fence_async(); /* the loads are done, not only issued, before the copy engine may write here again */
         group_sync(group);
         if (box + 2 < COLUMNS / 64) {
             ask_saved<GELU>(saved, saved_map, tile.column + (box + 2) * 64, tile.row, p.width);

@@ -12,7 +12,9 @@
  *                                                              the next 64 columns follow after 64 k, 8192 bytes
  *
  * Two worlds of shared memory. TMA and wgmma see it through their own path (the async proxy). What ordinary stores or
- * cp.async wrote must pass fence_async() after it is known to have arrived and before wgmma reads it.
+ * cp.async wrote must pass fence_async() after it is known to have arrived and before wgmma reads it. What ordinary
+ * loads read must pass it before TMA is told that it may write there again: loads wait in line behind stores, and a
+ * barrier alone does not wait for them.
  */
 #ifndef KERNELS_WGMMA_CUH
 #define KERNELS_WGMMA_CUH

@@ -38,6 +38,26 @@ typedef struct {
     int expert, row, end, column;
 } Tile;
 
+/* first_tile[e] = tiles of `rows` rows of the experts before e, by the first warp of the block. */
+__device__ static inline void count_tiles(int *first_tile, const int *offset, int E, int rows) {
+    int lane = threadIdx.x, before = 0;
+    for (int base = 0; base < E; base += 32) {
+        int e = base + lane;
+        int through = e < E ? (offset[e + 1] - offset[e] + rows - 1) / rows : 0;
+        for (int step = 1; step < 32; step *= 2) {
+            int below = __shfl_up_sync(0xffffffffu, through, step);
+            through += lane >= step ? below : 0;
+        }
+        if (e < E) {
+            first_tile[e + 1] = before + through;
+        }
+        before += __shfl_sync(0xffffffffu, through, 31);
+    }
+    if (lane == 0) {
+        first_tile[0] = 0;
+    }
+}
+
 /* The tile (ROWS rows) of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the last. Within
  * an expert BAND row tiles by all column tiles, then the next band: what runs at the same time shares rows and weights
  * in L2. A cluster's last block may find a tile without rows (row >= end). */
@@ -396,7 +416,7 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     }
     int *first_tile = reinterpret_cast<int *>(memory + (after - shared_address(memory)));
     if (threadIdx.x < 32) {
-        count_pieces(first_tile, p.offset, NULL, p.E, p.blocks * ROWS, 0);
+        count_tiles(first_tile, p.offset, p.E, p.blocks * ROWS);
     }
     __syncthreads();
     cluster_sync();

@@ -13,10 +13,8 @@
  * the other.
  *
  * A tile takes as long as its expert has rows. So tiles are not dealt out beforehand: a cluster that is done takes the
- * next from a counter, and those of the expert with the most rows come first (TileQueue). Where an expert has so many
- * that a few of its tiles would keep others waiting, its rows are cut into segments, each a tile of its own, which add
- * to dW one after the other (await_segment). Which cluster makes a tile does not change its bits: rows are summed in
- * their order within a segment, and segments in theirs.
+ * next from a counter, and those of the expert with the most rows come first (TileQueue). Which cluster makes a tile
+ * does not change its bits: every element of dW has one owner, which sums the rows in their order.
  *
  * Read first: grouped_wgmma.cuh. */
 #ifndef KERNELS_GROUPED_WGMMA_WEIGHT_CUH
@@ -24,33 +22,22 @@
 
 #include "wgmma_ring.cuh"
 
-enum {
-    MOST_SORTED = 256,    /* more experts are taken as they come */
-    LEAST_SEGMENT = 1024, /* rows */
-    SHARE = 3,            /* a segment's tile is at most 1 / SHARE of what a cluster has to do */
-};
+enum { MOST_SORTED = 256 }; /* more experts are taken as they come: none is large */
 
 typedef struct {
     RowSource left, right;
     acc_t *dw;         /* (E,M,N), turned: (E,N,M) */
     const int *offset; /* (E+1) */
-    int *counter; /* of tiles dealt out, then (E, tiles, block of the cluster, group) segments that dW has; all 0 */
-    int E, M, N;  /* M columns of left, N of right */
-    int blocks;   /* of a cluster: neighbours in M */
+    int *counter;      /* of tiles dealt out; 0 at the start */
+    int E, M, N;       /* M columns of left, N of right */
+    int blocks;        /* of a cluster: neighbours in M */
     int turned, accumulate;
 } WeightProduct;
 
-/* Rows first .. end - 1 of an expert, its segment number `segment` of `segments`; columns m.. of left, n.. of right. */
+/* Rows first .. end - 1 of an expert; columns m.. of left, n.. of right. */
 typedef struct {
-    int place, expert, segment, segments, first, end, m, n;
-    int *done; /* its number of segments in p.counter, of the first group */
+    int expert, first, end, m, n;
 } WeightTile;
-
-/* Tiles of an expert's dW, for a cluster: pairs where it has two blocks. */
-template <int COLUMNS>
-__host__ __device__ static inline int weight_tiles(const WeightProduct &p) {
-    return (p.M + p.blocks * WGMMA_ROWS - 1) / (p.blocks * WGMMA_ROWS) * ((p.N + COLUMNS - 1) / COLUMNS);
-}
 
 /* ---- which tile is next ---- */
 
@@ -142,72 +129,25 @@ __device__ static inline void order_experts(int *order, const int *offset, int E
     }
 }
 
-/* Rows of a segment, a multiple of a stage's. */
+/* Tile `id` of the cluster, for its block `rank`; false past the last. */
 template <int COLUMNS>
-__device__ static inline int segment_rows(const WeightProduct &p) {
-    int64_t share = (int64_t)(p.offset[p.E] - p.offset[0]) * weight_tiles<COLUMNS>(p) / (gridDim.x / p.blocks * SHARE);
-    return (int)((max(share, (int64_t)LEAST_SEGMENT) + DEEP - 1) / DEEP * DEEP);
-}
-
-/* What all threads of a block know of the tiles. */
-typedef struct {
-    const int *order, *before; /* experts, the one with the most rows first; segments of those before */
-    int rows, tiles;           /* of a segment; of an expert */
-} WeightPlan;
-
-/* Tile `id` of the cluster, for its block `rank` and ids that grow from call to call; false past the last. All tiles of
- * an expert's first segment, then those of its next. */
-template <int COLUMNS>
-__device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_t rank, const WeightPlan &plan,
+__device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_t rank, const int *order,
                                                const WeightProduct &p) {
-    int place = tile->place, across = (p.N + COLUMNS - 1) / COLUMNS, down = plan.tiles / across;
-    while (place < p.E && id >= plan.before[place + 1] * plan.tiles) {
-        place++;
-    }
-    tile->place = place;
-    if (place == p.E) {
+    int down = (p.M + p.blocks * WGMMA_ROWS - 1) / (p.blocks * WGMMA_ROWS), across = (p.N + COLUMNS - 1) / COLUMNS;
+    int place = id / (down * across), band_steps = BAND / p.blocks;
+    if (place >= p.E) {
         return false;
     }
-    int e = plan.order[place], band_steps = BAND / p.blocks;
-    id -= plan.before[place] * plan.tiles;
-    tile->expert = e;
-    tile->segment = id / plan.tiles;
-    tile->segments = plan.before[place + 1] - plan.before[place];
-    tile->first = p.offset[e] + tile->segment * plan.rows;
-    tile->end = min(p.offset[e + 1], tile->first + plan.rows);
-    id -= tile->segment * plan.tiles;
-    tile->done = p.counter + 1 + (((size_t)e * plan.tiles + id) * p.blocks + rank) * 2;
+    int e = order[place];
+    id -= place * down * across;
     int band = id / (band_steps * across), in_band = id - band * band_steps * across;
     int height = min(band_steps, down - band * band_steps);
+    tile->expert = e;
+    tile->first = p.offset[e];
+    tile->end = p.offset[e + 1];
     tile->m = ((band * band_steps + in_band % height) * p.blocks + rank) * WGMMA_ROWS;
     tile->n = in_band / height * COLUMNS;
     return true;
-}
-
-/* By a multiplying group before it adds to dW: the segments before this one are there. They were dealt out before, to
- * clusters that are at work, so the wait ends. */
-__device__ static inline void await_segment(const WeightTile &tile, int group) {
-    if (tile.segment > 0) {
-        if (threadIdx.x % GROUP == 0) {
-            int done;
-            do {
-                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(tile.done + group) : "memory");
-            } while (done < tile.segment);
-        }
-        group_sync(1 + group);
-    }
-}
-
-/* And after: it is there. */
-__device__ static inline void post_segment(const WeightTile &tile, int group) {
-    if (tile.segment + 1 < tile.segments) {
-        __threadfence();
-        group_sync(1 + group);
-        if (threadIdx.x % GROUP == 0) {
-            asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(tile.done + group), "r"(tile.segment + 1)
-                         : "memory");
-        }
-    }
 }
 
 /* ---- loading ---- */
@@ -238,17 +178,17 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
 
 /* The loading warp group: all its threads where left is by index, else one. */
 template <bool INDEXED, int COLUMNS>
-__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const WeightPlan &plan,
+__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
                                                 const CUtensorMap *left_map, const CUtensorMap *right_map,
                                                 const WeightProduct &p) {
     const int rows = 64 / (LOADERS / 32); /* of a stage, that a warp copies */
     const int row = threadIdx.x / 32 * rows + threadIdx.x % rows;
-    WeightTile tile = {};
+    WeightTile tile;
     if (threadIdx.x == 0) {
         queue_ask(queue, 0, p.counter);
     }
     const uint32_t callers = INDEXED ? 0xffffffffu : 1;
-    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, callers), ring.rank, plan, p)) {
+    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, callers), ring.rank, order, p)) {
         if (threadIdx.x == 0) {
             queue_ask(queue, queue.turn, p.counter);
         }
@@ -290,17 +230,11 @@ __device__ static inline void clear_rows(uint32_t box, int used) {
     }
 }
 
-/* From L2, where another multiprocessor may have written: this one's own cache does not know. */
-__device__ static inline Pack<float> load_pack_from_l2(const float *from) {
-    float4 v = __ldcg(reinterpret_cast<const float4 *>(from));
-    return reinterpret_cast<Pack<float> &>(v);
-}
-
 /* dw (+)= sum. Neighbouring threads trade, so that each has 4 columns of a row and a quad 64 bytes in a run. */
 template <int COUNT>
 __device__ static inline void store_gradient(const float (&sum)[COUNT], const WeightProduct &p, const WeightTile &tile,
                                              int row) {
-    bool odd = threadIdx.x % 2, add = p.accumulate || tile.segment > 0;
+    bool odd = threadIdx.x % 2;
     int m = tile.m + row, n = tile.n + (odd ? 8 : 0) + threadIdx.x % 4 / 2 * 4;
     float *to = p.dw + ((size_t)tile.expert * p.M + m) * p.N + n;
 #pragma unroll
@@ -313,8 +247,8 @@ __device__ static inline void store_gradient(const float (&sum)[COUNT], const We
             float x = __shfl_xor_sync(0xffffffffu, odd ? left[0] : right[0], 1);
             float y = __shfl_xor_sync(0xffffffffu, odd ? left[1] : right[1], 1);
             value[half] = odd ? Pack<float>{x, y, right[0], right[1]} : Pack<float>{left[0], left[1], x, y};
-            if (add && inside[half]) {
-                Pack<float> old = load_pack_from_l2(to + half * 8 * (size_t)p.N);
+            if (p.accumulate && inside[half]) {
+                Pack<float> old = load_pack(to + half * 8 * (size_t)p.N);
                 for (int j = 0; j < 4; j++) {
                     value[half].v[j] += old.v[j];
                 }
@@ -329,7 +263,6 @@ __device__ static inline void store_gradient(const float (&sum)[COUNT], const We
 template <int COUNT>
 __device__ static inline void store_gradient_turned(const float (&sum)[COUNT], const WeightProduct &p,
                                                     const WeightTile &tile, int row) {
-    bool add = p.accumulate || tile.segment > 0;
     int m = tile.m + row, n = tile.n + threadIdx.x % 4 * 2;
     float *to = p.dw + ((size_t)tile.expert * p.N + n) * p.M + m;
 #pragma unroll
@@ -340,7 +273,7 @@ __device__ static inline void store_gradient_turned(const float (&sum)[COUNT], c
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             inside[j] = m + j / 2 * 8 < p.M && n + j % 2 < p.N;
-            value[j] = sum[i + j] + (add && inside[j] ? __ldcg(at[j]) : 0);
+            value[j] = sum[i + j] + (p.accumulate && inside[j] ? *at[j] : 0);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -363,12 +296,12 @@ __device__ static inline void clear_gradient(const WeightProduct &p, const Weigh
 
 /* A multiplying warp group. */
 template <bool INDEXED, int COLUMNS>
-__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const WeightPlan &plan,
+__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
                                                     const WeightProduct &p) {
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
     float sum[COLUMNS / 2];
-    WeightTile tile = {};
-    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, 0xffffffffu), ring.rank, plan, p)) {
+    WeightTile tile;
+    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, 0xffffffffu), ring.rank, order, p)) {
         if (tile.first == tile.end) {
             if (!p.accumulate) {
                 clear_gradient<COLUMNS>(p, tile);
@@ -402,13 +335,11 @@ __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueu
         wgmma_settle(sum);
         ring.release(used, t);
         int row = 64 * group + t / 32 * 16 + t % 32 / 4;
-        await_segment(tile, group);
         if (p.turned) {
             store_gradient_turned(sum, p, tile, row);
         } else {
             store_gradient(sum, p, tile, row);
         }
-        post_segment(tile, group);
     }
 }
 
@@ -424,23 +355,17 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     uint32_t after_ring = ring.base + ring.BYTES;
     TileQueue queue = queue_open(after_ring, p.blocks, p.blocks * (2 * GROUP / 32 + (INDEXED ? LOADERS / 32 : 1)));
     int *order = reinterpret_cast<int *>(memory + (after_ring - shared_address(memory)) + queue.BYTES);
-    int *before = order + p.E;
-    WeightPlan plan = {order, before, segment_rows<COLUMNS>(p), weight_tiles<COLUMNS>(p)};
     order_experts(order, p.offset, p.E);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        count_pieces(before, p.offset, order, p.E, plan.rows, 1);
-    }
     __syncthreads();
     cluster_sync();
     if (threadIdx.x < LOADERS) {
         registers_release<LOADER_REGISTERS>();
         if (INDEXED || threadIdx.x == 0) {
-            load_weight_tiles<INDEXED, COLUMNS>(ring, queue, plan, &left_map, &right_map, p);
+            load_weight_tiles<INDEXED, COLUMNS>(ring, queue, order, &left_map, &right_map, p);
         }
     } else {
         registers_claim<MULTIPLIER_REGISTERS>();
-        multiply_weight_tiles<INDEXED, COLUMNS>(ring, queue, plan, p);
+        multiply_weight_tiles<INDEXED, COLUMNS>(ring, queue, order, p);
     }
 #endif
 }
@@ -452,12 +377,11 @@ static void launch_weight(WeightProduct p, int64_t tiles, Grouped g) {
     int rows = g.shape.rows;
     CUtensorMap right_map = matrix_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
     CUtensorMap left_map = p.left.entry ? right_map : matrix_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
-    size_t bytes = Ring<COLUMNS>::BYTES + TileQueue::BYTES + (2 * p.E + 1) * sizeof(int);
+    size_t bytes = Ring<COLUMNS>::BYTES + TileQueue::BYTES + p.E * sizeof(int);
     int down = ceil_div(p.M, WGMMA_ROWS);
     p.blocks = down % 2 == 0 || down >= 10 ? 2 : 1;
-    size_t counters = (1 + (size_t)p.E * weight_tiles<COLUMNS>(p) * p.blocks * 2) * sizeof(int);
-    p.counter = (int *)cuda_workspace(counters);
-    CUDA_CHECK(cudaMemsetAsync(p.counter, 0, counters, g.stream));
+    p.counter = (int *)cuda_workspace(sizeof(int));
+    CUDA_CHECK(cudaMemsetAsync(p.counter, 0, sizeof(int), g.stream));
     if (p.left.entry) {
         launch_wgmma(weight_product_kernel<true, COLUMNS>, bytes, tiles, p.blocks, g.stream, left_map, right_map, p);
     } else {

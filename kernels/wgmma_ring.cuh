@@ -101,28 +101,6 @@ __device__ static inline void ring_close(Ring<COLUMNS, ROWS> ring) {
     }
 }
 
-/* before[i] = pieces of `rows` rows (`least` or more) of the first i experts of `order` (NULL: as they are numbered), by
- * the first warp of the block; before (E+1). */
-__device__ static inline void count_pieces(int *before, const int *offset, const int *order, int E, int rows,
-                                           int least) {
-    int lane = threadIdx.x, sum = 0;
-    for (int base = 0; base < E; base += 32) {
-        int e = base + lane < E ? order ? order[base + lane] : base + lane : -1;
-        int through = e >= 0 ? max(least, (offset[e + 1] - offset[e] + rows - 1) / rows) : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            int below = __shfl_up_sync(0xffffffffu, through, step);
-            through += lane >= step ? below : 0;
-        }
-        if (e >= 0) {
-            before[base + lane + 1] = sum + through;
-        }
-        sum += __shfl_sync(0xffffffffu, through, 31);
-    }
-    if (lane == 0) {
-        before[0] = 0;
-    }
-}
-
 /* sum (+)= A B over one stage; a, b: this warp group's tiles. */
 template <int ACROSS_A, int ACROSS_B, int COUNT>
 __device__ static inline void multiply_stage(float (&sum)[COUNT], uint32_t a, uint32_t b, bool add) {

@@ -7,7 +7,8 @@
 #   bits        ten runs and recorded runs with the same bits; rows in other company
 #   ..._mma, ..._plain   both of these for the operations that have several kinds of kernels, with kinds that a Hopper
 #               card does not choose by itself
-#   ampere      with what the driver makes of Ampere's PTX: the code that no Hopper card takes from the program
+#   ampere      with what the driver makes of Ampere's PTX, which a build with the default CUDA_ARCHS holds: the code
+#               that no Hopper card takes from the program
 #   runs        training runs of ./train_cuda against ./train (cuda_runs.sh), and the tests of the command line on it,
 #               where both are built
 #   ...check    compute-sanitizer's four tools over the small shapes, where it is installed

@@ -1,15 +1,17 @@
 /* One MoE layer, forward and backward: how long it takes, stage by stage, for any router, layout and size.
  *
- *     build/bench_layer_cuda                         the six configurations of the README's table, a JSON line each
+ *     build/bench_layer_cuda                         the six configurations of LAYERS, a JSON line each
  *     build/bench_layer_cuda --config fine --router sigmoid --layout block
  *     build/bench_layer_cuda --tokens 8192 --dim 1024 --expert-dim 512 --experts 32 --top-k 4 --act swiglu
  *     build/bench_layer_cuda --dispatch 16384,4096,128,2      dispatch + combine alone, and plan: tokens, width, E, K
  *     build/bench_layer                              the same on a CPU
  *
- * Data is normal and random. "ms" is the median over repeats of forward + backward, on a GPU of the replayed recording,
- * between two events; "forward_ms" the forward alone; "stages_ms" one pass call by call with a lap after each stage, so
- * that their sum is above "ms" where launches cost more than work. FLOPs count 2*m*n*k once: 6*M*C*H forward for SwiGLU
- * (4 for GELU), twice that backward; M counts rows that hold a token.
+ * Data is normal and random; the backward overwrites the experts' gradients, as the first one of a step does. "ms" and
+ * "p95" are median and 95th percentile over repeats of forward + backward, on a GPU of the replayed recording, between
+ * two events; "forward_ms" is the median of the forward alone. "forward_stages_ms" and "backward_stages_ms" are means
+ * over as many passes, call by call with a lap after each stage, so that their sum is above "ms" where launches cost
+ * more than work. FLOPs count 2*m*n*k once: 6*M*C*H forward for SwiGLU (4 for GELU), twice that backward; M counts rows
+ * that hold a token. "commit" is what the program was built from.
  *
  * Bytes of dispatch + combine (--dispatch) in two conventions: strict is what must move, (2 + 2K) * T*C numbers;
  * legacy, which some benchmarks print, counts 2*K*T*C. The peer: baselines/torch_gpu.py; both in one job:
@@ -67,6 +69,36 @@ static void fill(real_t *x, acc_t *staging, size_t count, double std, int stream
     real_from_acc(x, staging, count, NULL);
     device_wait(NULL);
     free(host);
+}
+
+/* Median, and 95th percentile where it is asked for, in milliseconds, of calls that are the same each time. */
+static double measure(void (*call)(void *subject), void *subject, int repeats, double *p95) {
+    Recording recording = {0};
+    double *ms = calloc(repeats, sizeof(double));
+    CHECK(ms, "out of memory for %d times", repeats);
+    for (int i = -WARM_UP; i < repeats; i++) {
+        Profile profile = {0};
+        profile_start(&profile, NULL);
+        if (!recording_replay(&recording, NULL)) {
+            recording_begin(&recording, NULL);
+            call(subject);
+            recording_end(&recording, NULL);
+        }
+        profile_stop(&profile, NULL);
+        profile_finish(&profile);
+        if (i >= 0) {
+            ms[i] = 1e3 * profile.seconds[STAGE_OTHER];
+        }
+        profile_free(&profile);
+    }
+    recording_free(&recording);
+    qsort(ms, repeats, sizeof(double), compare);
+    double median = ms[repeats / 2];
+    if (p95) {
+        *p95 = ms[(int)(0.95 * (repeats - 1))];
+    }
+    free(ms);
+    return median;
 }
 
 /* ---- one layer ---- */
@@ -168,34 +200,13 @@ static void backward(Bench *b, Profile *profile) {
     chain_backward(&b->chain, &b->chain_scratch, &b->scratch, b->dx, b->dy, b->x, 0, profile, NULL);
 }
 
-/* Median and 95th percentile, in milliseconds, of forward, or of forward and backward. */
-static void measure(Bench *b, bool both, int repeats, double *median, double *p95) {
-    Recording recording = {0};
-    double *ms = calloc(repeats, sizeof(double));
-    CHECK(ms, "out of memory for %d times", repeats);
-    for (int i = -WARM_UP; i < repeats; i++) {
-        Profile profile = {0};
-        profile_start(&profile, NULL);
-        if (!recording_replay(&recording, NULL)) {
-            recording_begin(&recording, NULL);
-            forward(b, NULL);
-            if (both) {
-                backward(b, NULL);
-            }
-            recording_end(&recording, NULL);
-        }
-        profile_stop(&profile, NULL);
-        profile_finish(&profile);
-        if (i >= 0) {
-            ms[i] = 1e3 * profile.seconds[STAGE_OTHER];
-        }
-        profile_free(&profile);
-    }
-    recording_free(&recording);
-    qsort(ms, repeats, sizeof(double), compare);
-    *median = ms[repeats / 2];
-    *p95 = ms[(int)(0.95 * (repeats - 1))];
-    free(ms);
+static void run_forward(void *bench) {
+    forward(bench, NULL);
+}
+
+static void run_both(void *bench) {
+    forward(bench, NULL);
+    backward(bench, NULL);
 }
 
 static void print_stages(const char *name, const Profile *profile, int repeats) {
@@ -227,10 +238,8 @@ static double rows_with_a_token(const Bench *b) {
 
 static void bench_layer(const Layer *l, const Options *o, const char *device) {
     Bench b;
-    double ms, p95, forward_ms, unused;
     open_bench(&b, l, o);
-    measure(&b, true, o->repeats, &ms, &p95);
-    measure(&b, false, o->repeats, &forward_ms, &unused);
+    double p95, ms = measure(run_both, &b, o->repeats, &p95), forward_ms = measure(run_forward, &b, o->repeats, NULL);
     Profile stages[2];
     memset(stages, 0, sizeof stages);
     for (int i = 0; i < o->repeats; i++) {
@@ -309,46 +318,23 @@ static void open_moves(Moves *m, int N, int C, int E, int K) {
     free(host);
 }
 
-static void make_plan(Moves *m) {
+static void make_plan(void *moves) {
+    Moves *m = moves;
     Plan *p = &m->plan;
     topk_forward(m->probs, m->lse, p->expert, p->weight, m->logits, p->N, p->E, p->K, 1, NULL);
     plan_build(p, NULL);
 }
 
-static void move(Moves *m) {
+static void move(void *moves) {
+    Moves *m = moves;
     dispatch_copy(m->rows, m->x, &m->plan, m->C, NULL);
     combine_forward(m->y, m->rows, &m->plan, m->C, 0, NULL);
 }
 
-static void copy(Moves *m) {
+static void copy(void *moves) {
+    Moves *m = moves;
     size_t half = (size_t)m->plan.rows * m->C * sizeof(real_t) / 2;
     device_copy(m->rows, (char *)m->rows + half, half, NULL);
-}
-
-static double median_of(Moves *m, void (*call)(Moves *m), int repeats) {
-    Recording recording = {0};
-    double *ms = calloc(repeats, sizeof(double));
-    CHECK(ms, "out of memory for %d times", repeats);
-    for (int i = -WARM_UP; i < repeats; i++) {
-        Profile profile = {0};
-        profile_start(&profile, NULL);
-        if (!recording_replay(&recording, NULL)) {
-            recording_begin(&recording, NULL);
-            call(m);
-            recording_end(&recording, NULL);
-        }
-        profile_stop(&profile, NULL);
-        profile_finish(&profile);
-        if (i >= 0) {
-            ms[i] = 1e3 * profile.seconds[STAGE_OTHER];
-        }
-        profile_free(&profile);
-    }
-    recording_free(&recording);
-    qsort(ms, repeats, sizeof(double), compare);
-    double median = ms[repeats / 2];
-    free(ms);
-    return median;
 }
 
 static void bench_dispatch(const char *shape, int repeats, const char *device) {
@@ -357,8 +343,8 @@ static void bench_dispatch(const char *shape, int repeats, const char *device) {
           "--dispatch %s: give tokens,width,experts,k, for example 16384,4096,128,2", shape);
     Moves m;
     open_moves(&m, N, C, E, K);
-    double plan_ms = median_of(&m, make_plan, repeats), ms = median_of(&m, move, repeats);
-    double copy_ms = median_of(&m, copy, repeats), number = sizeof(real_t) * (double)N * C;
+    double plan_ms = measure(make_plan, &m, repeats, NULL), ms = measure(move, &m, repeats, NULL);
+    double copy_ms = measure(copy, &m, repeats, NULL), number = sizeof(real_t) * (double)N * C;
     double strict = (2 + 2 * K) * number / ms / 1e6, copied = K * number / copy_ms / 1e6;
     printf(
         "{\"dispatch\":\"%s\",\"impl\":\"moelab\",\"ms\":%.4f,\"gb_s\":%.0f,\"gb_s_legacy\":%.0f,\"copy_gb_s\":%.0f,"

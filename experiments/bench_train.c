@@ -4,7 +4,7 @@
  *     build/bench_train                          the models of the CPU, one JSON line each
  *     build/bench_train --model cpu-mid --steps 20
  *     build/bench_train_cuda --model d12         the models of the GPU are d12, d12-fine, d12-dense, tiny, tiny-byte
- *     build/bench_train_cuda --model d12 --router forced --force balanced    what uneven experts cost
+ *     build/bench_train_cuda --model d12 --router forced --force balanced    without it: the price of uneven experts
  *
  * Whole steps: forward, loss, backward, clipping, AdamW on tokens drawn from a fixed Zipf-like distribution, copied to
  * the device inside the time; the median of the steps after a warm-up. On a GPU steps are queued in groups, since to

@@ -159,13 +159,13 @@ __device__ static void update(float *w, float *m, float *v, float gradient, cons
 /* The compute copy of four weights, by one instruction. */
 template <class T>
 __device__ static void store_four(T *to, const float *from) {
-    struct alignas(WIDTH * sizeof(T)) Four {
+    struct alignas(WIDTH * sizeof(T)) Copies {
         T v[WIDTH];
-    } four;
+    } copies;
     for (int k = 0; k < WIDTH; k++) {
-        four.v[k] = to_real<T>(from[k]);
+        copies.v[k] = to_real<T>(from[k]);
     }
-    *reinterpret_cast<Four *>(to) = four;
+    *reinterpret_cast<Copies *>(to) = copies;
 }
 
 /* Zeros for the gradient of a chunk, unless its piece keeps it. */

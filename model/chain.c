@@ -120,8 +120,8 @@ void chain_backward(Chain *chain, ChainScratch *scratch, MoeScratch *moe_scratch
     for (int s = chain->steps - 1; s > 0; s--) {
         ChainStep *step = &chain->step[s];
         moe_backward(&chain->moe[s], moe_scratch, scratch->du, g, step->xn, add_dw, profile, stream);
-        add_dw = 1; /* for the steps before this one, which share its experts */
-
+        /* The steps before this one share its experts. */
+        add_dw = 1;
         if (!chain->norm) { /* g = I g + du */
             if (chain->inner) {
                 residual_add(scratch->g, g, scratch->du, count, stream);

@@ -20,10 +20,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "commit.h"
-
 #include "../kernels/check.h"
 #include "../kernels/types.h"
+#include "commit.h"
 
 #ifndef _OPENMP
 #define _OPENMP 0

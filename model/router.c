@@ -60,16 +60,16 @@ void router_context_free(RouterContext *context) {
 }
 
 void router_context_set_step(RouterContext *context, int64_t step, Stream *stream) {
-    RouterContext *c = context;
-    c->host_step->number = step;
-    for (int slice = 0; slice < c->slices; slice++) {
-        uint64_t forward = (uint64_t)step * (uint64_t)c->slices + (uint64_t)slice;
-        for (int site = 0; site < c->routers; site++) {
-            c->host_step->key[slice * c->routers + site] =
-                random_key(c->seed, RANDOM_ROUTER, random_mix(forward) ^ (uint64_t)site);
+    RouterStep *next = context->host_step;
+    next->number = step;
+    for (int slice = 0; slice < context->slices; slice++) {
+        uint64_t forward = (uint64_t)step * (uint64_t)context->slices + (uint64_t)slice;
+        for (int site = 0; site < context->routers; site++) {
+            next->key[slice * context->routers + site] =
+                random_key(context->seed, RANDOM_ROUTER, random_mix(forward) ^ (uint64_t)site);
         }
     }
-    device_from_host(c->step, c->host_step, step_bytes(c), stream);
+    device_from_host(context->step, next, step_bytes(context), stream);
 }
 
 const uint64_t *router_key(const RouterPass *pass) {

@@ -38,8 +38,8 @@
 
 enum { ROUTER_PARAMS = 3, ROUTER_ALL_EXPERTS = -1 };
 
-/* What is another in every step. Kernels read it on the device, so that the calls of a step are the same in all of them
- * and one recording serves for all (device.h). */
+/* What differs from step to step. Kernels read it on the device, so that the calls of a step are the same in all of
+ * them and one recording serves for all (device.h). */
 typedef struct {
     int64_t number; /* optimizer steps done before this one */
     uint64_t key[]; /* (slices,routers): of the random numbers that a router draws in a forward (random.h) */

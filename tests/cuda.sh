@@ -7,10 +7,13 @@
 #   bits        ten runs and recorded runs with the same bits; rows in other company
 #   ..._mma, ..._plain   both of these for the operations that have several kinds of kernels, with kinds that a Hopper
 #               card does not choose by itself
-#   ampere      with what the driver makes of Ampere's PTX: the code that no Hopper card takes from the program
+#   ampere      with what the driver makes of Ampere's PTX, which a build with the default CUDA_ARCHS holds: the code
+#               that no Hopper card takes from the program
 #   runs        training runs of ./train_cuda against ./train (cuda_runs.sh), and the tests of the command line on it,
 #               where both are built
 #   ...check    compute-sanitizer's four tools over the small shapes, where it is installed
+#   ...check_wide   three of them over all shapes of the operations that multiply on the matrix units, which most of the
+#               small shapes do not fit
 #
 # All of them at once; their logs stay in FOLDER/cuda_logs.
 folder=$(cd "${1:-build}" && pwd) || exit 1
@@ -51,12 +54,12 @@ parity() {
     "$folder/parity_cpu" write $2 | "$folder/$1" compare ${3:-}
 }
 
-# sanitizer TOOL PROGRAM [OPTIONS of write]: what the tool finds counts, not the numbers, which are the same as before.
+# sanitizer TOOL PROGRAM OPTIONS of write...: what the tool finds counts, not the numbers, which are the same as before.
 sanitizer() {
     tool=$1
     program=$2
     shift 2
-    "$folder/parity_cpu" write --small "$@" |
+    "$folder/parity_cpu" write "$@" |
         compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/$program" compare
     status=$?
     if [ $status != 9 ] && grep -q 'passed, ' "$logs/$name.log"; then
@@ -89,9 +92,12 @@ if [ -x ./train_cuda ] && [ -x ./train ]; then
 fi
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck initcheck; do
-        start $tool sanitizer $tool parity_cuda --round bf16
+        start $tool sanitizer $tool parity_cuda --round bf16 --small
     done
-    start memcheck_fp32 sanitizer memcheck parity_cuda_fp32
+    for tool in memcheck racecheck synccheck; do
+        start ${tool}_wide sanitizer $tool parity_cuda --round bf16 experts moe_layer attention gate matmul
+    done
+    start memcheck_fp32 sanitizer memcheck parity_cuda_fp32 --small
 else
     echo "compute-sanitizer is not installed: left out"
 fi

@@ -53,6 +53,14 @@ def run(*command):
     return done.stdout
 
 
+def commit_of_program(work):
+    """The commit that ./train says it was built from."""
+    run("./train", "--steps", 1, "--eval-every", 0, "--out", work + "/commit")
+    with open(work + "/commit/log.jsonl", encoding="utf-8") as log:
+        header = json.loads(log.readline())
+    return header["git_sha"] + ("-dirty" if header["git_dirty"] else "")
+
+
 def export(source, target, *options):
     """Our program reads a model and writes it again."""
     run("./train", "--init-from", source, "--steps", 0, "--eval-every", 0, "--seq", 64, "--batch", 1, "--out",
@@ -380,12 +388,12 @@ def check_tensorboard(work):
 
 def main():
     global out, commit
-    commit = os.environ.get("COMMIT") or run("git", "rev-parse", "--short=12", "HEAD").strip()
     torch.set_num_threads(4)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     with open(sys.argv[1], "w", encoding="utf-8") as out:
         work = tempfile.mkdtemp()
+        commit = commit_of_program(work)
         tests = [check_models, check_upcycling, check_initial, check_choices, check_tensorboard]
         if len(sys.argv) > 2:
             tests += [functools.partial(check_tokenizers, path=sys.argv[2]),

@@ -58,9 +58,9 @@ __device__ static inline void count_tiles(int *first_tile, const int *offset, in
     }
 }
 
-/* The tile (ROWS rows) of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the last. Within
- * an expert BAND row tiles by all column tiles, then the next band: what runs at the same time shares rows and weights
- * in L2. A cluster's last block may find a tile without rows (row >= end). */
+/* The tile (ROWS rows) of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the
+ * last. Within an expert a band of rows by all column tiles, then the next band: what runs at the same time shares rows
+ * and weights in L2. A cluster's last block may find a tile without rows (row >= end). */
 template <int ROWS>
 __device__ static inline bool find_tile(Tile *tile, int id, uint32_t rank, const int *first_tile,
                                         const RowsProduct &p) {

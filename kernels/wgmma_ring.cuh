@@ -21,8 +21,9 @@ enum {
 #define NO_ROW 0xffffffffu
 
 /* The ring, at one of its stages. COLUMNS is the width of the tiles, ROWS their height: 128 where both multiplying
- * groups share a tile, 64 where they take turns; the ring is then smaller, to leave room for other buffers. The blocks of
- * a cluster, `blocks` of them (1 or 2), take neighbouring tiles of the same B, of which each loads its share for all. */
+ * groups share a tile, 64 where they take turns; the ring is then smaller, to leave room for other buffers. The blocks
+ * of a cluster, `blocks` of them (1 or 2), take neighbouring tiles of the same B, of which each loads its share for
+ * all. */
 template <int COLUMNS, int ROWS = WGMMA_ROWS>
 struct Ring {
     enum {

@@ -14,19 +14,19 @@
  * thread's cp.async are done. empty[s] ends when one thread of each multiplying group has arrived; it does so when the
  * group's wgmma on the stage are finished, which is asked one stage late, so that the tensor cores always have the next
  * batch queued. (That one thread speaks for its group rests on the four warps' parts of a wgmma being finished
- * together.) Nothing else has to meet: a tile's sums stay in registers, and each warp stores its own 16 rows. A barrier
- * knows laps of the ring by parity alone: who waits for a lap must have waited for the one before.
+ * together.) Nothing else has to meet: a tile's sums stay in registers, and each warp stores its own 16 rows. A
+ * barrier knows laps of the ring by parity alone: who waits for a lap must have waited for the one before.
  *
- * Pairs. What all multiprocessors read from L2 in a stage's time is near what L2 can give, and costs power, by which a
- * training step is limited. So two blocks form a cluster and take tiles below each other: the same B. Each loads half of
- * it, and TMA writes that half into both blocks' shared memory and tells both full[s]: 32 KB of reads instead of 48. In
- * return a stage may be filled again only when it is read in both blocks: empty[s] counts the groups of both, and each
- * group tells both. A block does not end before its last stages are released, since the other reaches into it
+ * Pairs. What all multiprocessors read from L2 in a stage's time is near what L2 can give, and costs power, which is
+ * what limits a training step. So two blocks form a cluster and take tiles below each other: the same B. Each loads
+ * half of it, and TMA writes that half into both blocks' shared memory and tells both full[s]: 32 KB of reads instead
+ * of 48. In return a stage may be filled again only when it is read in both blocks: empty[s] counts the groups of both,
+ * and each group tells both. A block does not end before its last stages are released, since the other reaches into it
  * (ring_close). Where experts have few rows a cluster is one block (cluster_blocks).
  *
- * Turns. At the end of a tile of `hidden` a is read and da and h are written, four times as much as the tile's operands.
- * There the groups share no tile: each takes every second one, 64 rows, and one stores while the other multiplies
- * (Turns). What a group reads of a comes through two places of its own (SavedBoxes).
+ * Turns. At the end of a tile of `hidden` a is read and da and h are written, five times the bytes of a tile of u, and
+ * the tensor cores would wait. There the groups share no tile: each takes every second one, 64 rows, and one stores
+ * while the other multiplies (Turns). What a group reads of a comes through two places of its own (SavedBoxes).
  *
  * Dealing out. Tiles of rows are alike, and block b takes the b-th, the (b + 132)-th, ... A tile of a weight gradient
  * takes as long as its expert has rows, so there clusters take the next tile when they are done (TileQueue).

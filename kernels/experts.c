@@ -111,7 +111,7 @@ static int piece_rows(int rows) {
 }
 
 void experts_forward(real_t *y, real_t *a, real_t *h, RowSource source, const real_t *w1, const real_t *w2,
-                     const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+                     const int *offset, ExpertShape shape, int add_y, Stream *stream) {
     assert(!source.entry && "the CPU's dispatch writes rows out");
     const real_t *x = source.x;
     size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
@@ -126,7 +126,7 @@ void experts_forward(real_t *y, real_t *a, real_t *h, RowSource source, const re
         for (int r = 0; r < p.rows; r++) {
             activate(p_h + r * H, p_a + r * A, H, shape.gelu);
         }
-        block_multiply(p_y, C, p_h, H, 1, w2 + p.expert * C * H, 1, H, p.rows, C, H, accumulate);
+        block_multiply(p_y, C, p_h, H, 1, w2 + p.expert * C * H, 1, H, p.rows, C, H, add_y);
     }
 }
 

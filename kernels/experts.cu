@@ -54,11 +54,11 @@ static KernelPath choose_path(Grouped g, uintptr_t addresses) {
 #endif
 
 void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
-                     const int *offset, ExpertShape shape, int accumulate, Stream *stream) {
+                     const int *offset, ExpertShape shape, int add_y, Stream *stream) {
     Grouped g = {shape, offset, cuda_stream(stream)};
     KernelPath path = choose_path(g, BITS(y) | BITS(a) | BITS(h) | BITS(x.x) | BITS(w1) | BITS(w2));
     BY(path, up(a, h, x, w1, g))
-    BY(path, down(y, h, w2, accumulate, g))
+    BY(path, down(y, h, w2, add_y, g))
 }
 
 void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,

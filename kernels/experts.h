@@ -23,11 +23,11 @@ typedef struct {
 /* Columns of a: 2H for SwiGLU, H for GELU. */
 int experts_a_width(ExpertShape shape);
 
-/* y (rows,C) = the experts' outputs, unweighted, added to y when accumulate is 1; a (rows, 2H or H) is saved for the
+/* y (rows,C) = the experts' outputs, unweighted, added to y when add_y is 1; a (rows, 2H or H) is saved for the
  * backward; h (rows,H) is scratch; x: rows (rows,C), by index only where dispatch_forward gives such (dispatch.h);
  * w1 (E, 2H or H, C); w2 (E,C,H); offset (E+1), on the device. */
 void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
-                     const int *offset, ExpertShape shape, int accumulate, Stream *stream);
+                     const int *offset, ExpertShape shape, int add_y, Stream *stream);
 
 /* a again, the same bits as experts_forward's, where it was not kept; h (rows,H) is scratch. */
 void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,

@@ -40,16 +40,16 @@ typedef struct {
  * a (rows,A), h (rows,H) overwritten
  *     void PATH_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g);
  * y (rows,C) overwritten, or added to
- *     void PATH_down(real_t *y, const real_t *h, const real_t *w2, int accumulate, Grouped g);
+ *     void PATH_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g);
  * h (rows,H), da (rows,A), drow_weight (rows; may be NULL) overwritten; a (rows,A); row_weight (rows), NULL: all 1.
  * h is made again from a, not read.
  *     void PATH_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
  *                      const acc_t *row_weight, const real_t *w2, Grouped g);
  * dx (rows,C) overwritten, or added to
- *     void PATH_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g);
+ *     void PATH_input(real_t *dx, const real_t *da, const real_t *w1, int add, Grouped g);
  * dw (E,M,N) = left (rows,M)^T right (rows,N), zeros for an expert without rows, or that is added to it, and those of
  * such an expert keep their bits; one of left and right may be by index
- *     void PATH_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g);
+ *     void PATH_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int add, Grouped g);
  */
 
 #endif

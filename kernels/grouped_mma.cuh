@@ -99,7 +99,7 @@ static void mma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped 
  * CPU's loop over pieces of rows, y the columns of y. */
 template <bool ALONG>
 static __global__ void __launch_bounds__(MMA_THREADS, 1)
-    mma_product_kernel(real_t *y, const real_t *x, const real_t *w, int N, int inner, int accumulate, ExpertShape shape,
+    mma_product_kernel(real_t *y, const real_t *x, const real_t *w, int N, int inner, int add, ExpertShape shape,
                        const int *offset) {
     extern __shared__ __align__(128) real_t shared[];
     RowTile rows = find_row_tile(offset, shape.E, MMA_ROWS, blockIdx.x);
@@ -121,20 +121,20 @@ static __global__ void __launch_bounds__(MMA_THREADS, 1)
         }
     }
     __syncthreads();
-    mma_store(y, shared, rows, {N, first, N, 0}, accumulate);
-    mma_store(y, shared + MMA_STAGED, rows, {N, first, N, 1}, accumulate);
+    mma_store(y, shared, rows, {N, first, N, 0}, add);
+    mma_store(y, shared + MMA_STAGED, rows, {N, first, N, 1}, add);
 }
 
 template <bool ALONG>
-static void mma_product(real_t *y, const real_t *x, const real_t *w, int N, int inner, int accumulate, Grouped g) {
+static void mma_product(real_t *y, const real_t *x, const real_t *w, int N, int inner, int add, Grouped g) {
     mma_allow_shared(mma_product_kernel<ALONG>);
     mma_product_kernel<ALONG><<<mma_grid(N, MMA_COLUMNS, g), MMA_THREADS, MMA_SHARED_BYTES, g.stream>>>(
-        y, x, w, N, inner, accumulate, g.shape, g.offset);
+        y, x, w, N, inner, add, g.shape, g.offset);
     CUDA_LAUNCHED();
 }
 
-static void mma_down(real_t *y, const real_t *h, const real_t *w2, int accumulate, Grouped g) {
-    mma_product<true>(y, h, w2, g.shape.C, g.shape.H, accumulate, g);
+static void mma_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g) {
+    mma_product<true>(y, h, w2, g.shape.C, g.shape.H, add, g);
 }
 
 /* Half `half` of the tile: a (and up) are staged, become da in place, w h goes beside them. dot takes the thread's
@@ -246,16 +246,16 @@ static void mma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, 
                  : mma_launch_hidden<false>(h, da, drow_weight, dy, a, row_weight, w2, g);
 }
 
-static void mma_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g) {
-    mma_product<false>(dx, da, w1, g.shape.C, experts_a_width(g.shape), accumulate, g);
+static void mma_input(real_t *dx, const real_t *da, const real_t *w1, int add, Grouped g) {
+    mma_product<false>(dx, da, w1, g.shape.C, experts_a_width(g.shape), add, g);
 }
 
 /* Grid: z experts, y rows of dw, x columns: the CPU's second sweep. The sum runs over the expert's rows. */
 static __global__ void __launch_bounds__(MMA_THREADS, 1)
-    mma_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, const int *offset) {
+    mma_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, int add, const int *offset) {
     extern __shared__ __align__(128) real_t shared[];
     int e = blockIdx.z, begin = offset[e], end = offset[e + 1];
-    if (begin == end && accumulate) {
+    if (begin == end && add) {
         return;
     }
     int first_m = blockIdx.y * MMA_ROWS, first_n = blockIdx.x * MMA_COLUMNS;
@@ -272,17 +272,17 @@ static __global__ void __launch_bounds__(MMA_THREADS, 1)
             int n = first_n + across + 8 * j;
             if (m < M && n < N) {
                 float2 *element = reinterpret_cast<float2 *>(dw + ((size_t)e * M + m) * N + n);
-                float2 old = accumulate ? *element : float2{0, 0};
+                float2 old = add ? *element : float2{0, 0};
                 *element = {old.x + sum[i / 2][j][i % 2 * 2], old.y + sum[i / 2][j][i % 2 * 2 + 1]};
             }
         }
     }
 }
 
-static void mma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
+static void mma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int add, Grouped g) {
     mma_allow_shared(mma_weight_kernel);
     dim3 grid(ceil_div(N, MMA_COLUMNS), ceil_div(M, MMA_ROWS), g.shape.E);
-    mma_weight_kernel<<<grid, MMA_THREADS, MMA_SHARED_BYTES, g.stream>>>(dw, left, right, M, N, accumulate, g.offset);
+    mma_weight_kernel<<<grid, MMA_THREADS, MMA_SHARED_BYTES, g.stream>>>(dw, left, right, M, N, add, g.offset);
     CUDA_LAUNCHED();
 }
 

@@ -124,8 +124,8 @@ static void plain_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Groupe
 /* y (rows,N) = x (rows,inner) W of each expert: W (N,inner) read ALONG its rows, or (inner,N) across them. Grid: x the
  * CPU's loop over pieces of rows, y the columns of y. */
 template <bool ALONG>
-static __global__ void plain_product_kernel(real_t *y, const real_t *x, const real_t *w, int N, int inner,
-                                            int accumulate, ExpertShape shape, const int *offset) {
+static __global__ void plain_product_kernel(real_t *y, const real_t *x, const real_t *w, int N, int inner, int add,
+                                            ExpertShape shape, const int *offset) {
     RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.x);
     if (rows.expert < 0) {
         return;
@@ -142,22 +142,22 @@ static __global__ void plain_product_kernel(real_t *y, const real_t *x, const re
         for (int j = 0; j < PLAIN_EACH; j++) {
             int c = first + threadIdx.x % PLAIN_SIDE + PLAIN_SIDE * j;
             if (r < rows.end && c < N) {
-                y[r * N + c] = to_real<real_t>(accumulate ? to_float(y[r * N + c]) + sum[i][j] : sum[i][j]);
+                y[r * N + c] = to_real<real_t>(add ? to_float(y[r * N + c]) + sum[i][j] : sum[i][j]);
             }
         }
     }
 }
 
 template <bool ALONG>
-static void plain_product(real_t *y, const real_t *x, const real_t *w, int N, int inner, int accumulate, Grouped g) {
+static void plain_product(real_t *y, const real_t *x, const real_t *w, int N, int inner, int add, Grouped g) {
     dim3 grid(most_row_tiles(g.shape, PLAIN_TILE), ceil_div(N, PLAIN_TILE));
     plain_product_kernel<ALONG>
-        <<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(y, x, w, N, inner, accumulate, g.shape, g.offset);
+        <<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(y, x, w, N, inner, add, g.shape, g.offset);
     CUDA_LAUNCHED();
 }
 
-static void plain_down(real_t *y, const real_t *h, const real_t *w2, int accumulate, Grouped g) {
-    plain_product<true>(y, h, w2, g.shape.C, g.shape.H, accumulate, g);
+static void plain_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g) {
+    plain_product<true>(y, h, w2, g.shape.C, g.shape.H, add, g);
 }
 
 /* Grid: x the CPU's loop over pieces of rows, y columns of h, 64 to a block. part (blocks in y, shape.rows) takes each
@@ -213,15 +213,15 @@ static void plain_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy
     sum_parts(drow_weight, part, grid.y, g);
 }
 
-static void plain_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g) {
-    plain_product<false>(dx, da, w1, g.shape.C, experts_a_width(g.shape), accumulate, g);
+static void plain_input(real_t *dx, const real_t *da, const real_t *w1, int add, Grouped g) {
+    plain_product<false>(dx, da, w1, g.shape.C, experts_a_width(g.shape), add, g);
 }
 
 /* Grid: z experts, y rows of dw, x columns: the CPU's second sweep. The sum runs over the expert's rows. */
-static __global__ void plain_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate,
+static __global__ void plain_weight_kernel(acc_t *dw, RowSource left, RowSource right, int M, int N, int add,
                                            const int *offset) {
     int e = blockIdx.z, begin = offset[e], end = offset[e + 1];
-    if (begin == end && accumulate) {
+    if (begin == end && add) {
         return;
     }
     int first_m = blockIdx.y * PLAIN_TILE, first_n = blockIdx.x * PLAIN_TILE;
@@ -235,15 +235,15 @@ static __global__ void plain_weight_kernel(acc_t *dw, RowSource left, RowSource 
             int n = first_n + threadIdx.x % PLAIN_SIDE + PLAIN_SIDE * j;
             if (m < M && n < N) {
                 acc_t *element = dw + ((size_t)e * M + m) * N + n;
-                *element = (accumulate ? *element : 0) + sum[i][j];
+                *element = (add ? *element : 0) + sum[i][j];
             }
         }
     }
 }
 
-static void plain_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
+static void plain_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int add, Grouped g) {
     dim3 grid(ceil_div(N, PLAIN_TILE), ceil_div(M, PLAIN_TILE), g.shape.E);
-    plain_weight_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(dw, left, right, M, N, accumulate, g.offset);
+    plain_weight_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(dw, left, right, M, N, add, g.offset);
     CUDA_LAUNCHED();
 }
 

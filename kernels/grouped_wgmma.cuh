@@ -94,13 +94,13 @@ static void wgmma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Groupe
     }
 }
 
-static void wgmma_down(real_t *y, const real_t *h, const real_t *w2, int accumulate, Grouped g) {
+static void wgmma_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g) {
     RowsProduct p = {};
     p.a.x = h;
     p.inner = g.shape.H;
     p.width = g.shape.C;
     p.out = y;
-    p.accumulate = accumulate;
+    p.add = add;
     rows_product<FINISH_STORE, false, 0>(p, w2, g.shape.C, g);
 }
 
@@ -124,19 +124,19 @@ static void wgmma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy
     sum_parts(drow_weight, p.part, parts, g);
 }
 
-static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int accumulate, Grouped g) {
+static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int add, Grouped g) {
     RowsProduct p = {};
     p.a.x = da;
     p.inner = experts_a_width(g.shape);
     p.width = g.shape.C;
     p.out = dx;
-    p.accumulate = accumulate;
+    p.add = add;
     rows_product<FINISH_STORE, false, 1>(p, w1, experts_a_width(g.shape), g);
 }
 
 /* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes
  * two, less what it saves by reading A once. */
-static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int accumulate, Grouped g) {
+static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int N, int add, Grouped g) {
     WeightProduct p = {};
     p.turned = right.entry != NULL;
     p.left = p.turned ? right : left;
@@ -146,9 +146,9 @@ static void wgmma_weight(acc_t *dw, RowSource left, RowSource right, int M, int 
     p.dw = dw;
     p.offset = g.offset;
     p.E = g.shape.E;
-    p.accumulate = accumulate;
+    p.add = add;
     if (g.shape.rows == 0) {
-        if (!accumulate) {
+        if (!add) {
             CUDA_CHECK(cudaMemsetAsync(dw, 0, (size_t)p.E * M * N * sizeof(acc_t), g.stream));
         }
         return;

@@ -26,7 +26,7 @@ typedef struct {
     int columns;      /* of the result a tile makes: half of B's, where they are pairs of gate and up */
     int second;       /* column in B of the tile's second half, counted from its first */
     int blocks;       /* of a cluster: they take neighbouring row tiles */
-    int accumulate;
+    int add;
     real_t *out, *h, *da; /* up: a, h; down, input: the result; hidden: h, da */
     const real_t *saved;  /* hidden: a */
     const acc_t *row_weight;
@@ -180,7 +180,7 @@ __device__ static inline void finish_store(const float (&sum)[COUNT], const Rows
 #pragma unroll
     for (int half = 0; half < 2; half++, row += 8) {
         real_t *out = p.out + (size_t)row * p.width;
-        if (p.accumulate) {
+        if (p.add) {
 #pragma unroll
             for (int i = 0; i < COUNT / 16; i++) {
                 int c = column + 32 * i;

@@ -31,7 +31,7 @@ typedef struct {
     int *counter;      /* of tiles dealt out; 0 at the start */
     int E, M, N;       /* M columns of left, N of right */
     int blocks;        /* of a cluster: neighbours in M */
-    int turned, accumulate;
+    int turned, add;
 } WeightProduct;
 
 /* Rows first .. end - 1 of an expert; columns m.. of left, n.. of right. */
@@ -247,7 +247,7 @@ __device__ static inline void store_gradient(const float (&sum)[COUNT], const We
             float x = __shfl_xor_sync(0xffffffffu, odd ? left[0] : right[0], 1);
             float y = __shfl_xor_sync(0xffffffffu, odd ? left[1] : right[1], 1);
             value[half] = odd ? Pack<float>{x, y, right[0], right[1]} : Pack<float>{left[0], left[1], x, y};
-            if (p.accumulate && inside[half]) {
+            if (p.add && inside[half]) {
                 Pack<float> old = load_pack(to + half * 8 * (size_t)p.N);
                 for (int j = 0; j < 4; j++) {
                     value[half].v[j] += old.v[j];
@@ -273,7 +273,7 @@ __device__ static inline void store_gradient_turned(const float (&sum)[COUNT], c
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             inside[j] = m + j / 2 * 8 < p.M && n + j % 2 < p.N;
-            value[j] = sum[i + j] + (p.accumulate && inside[j] ? *at[j] : 0);
+            value[j] = sum[i + j] + (p.add && inside[j] ? *at[j] : 0);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -303,7 +303,7 @@ __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueu
     WeightTile tile;
     while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, 0xffffffffu), ring.rank, order, p)) {
         if (tile.first == tile.end) {
-            if (!p.accumulate) {
+            if (!p.add) {
                 clear_gradient<COLUMNS>(p, tile);
             }
             continue;

@@ -283,8 +283,7 @@ __device__ static inline void mma_load(real_t *stage, const real_t *from, RowTil
     copies_end();
 }
 
-__device__ static inline void mma_store(real_t *to, const real_t *stage, RowTile rows, MmaColumns columns,
-                                        int accumulate) {
+__device__ static inline void mma_store(real_t *to, const real_t *stage, RowTile rows, MmaColumns columns, int add) {
     for (int i = threadIdx.x; i < MMA_STAGED / 8; i += MMA_THREADS) {
         int row = i / (MMA_HALF / 8), chunk = i % (MMA_HALF / 8), column = mma_column(columns, chunk * 8);
         if (rows.first + row >= rows.end || column >= columns.end) {
@@ -292,7 +291,7 @@ __device__ static inline void mma_store(real_t *to, const real_t *stage, RowTile
         }
         real_t *target = to + (size_t)(rows.first + row) * columns.width + column;
         Pack<real_t> pack = load_pack(stage + mma_place<MMA_HALF / 8>(row, chunk) / (int)sizeof(real_t));
-        if (accumulate) {
+        if (add) {
             Pack<real_t> old = load_pack(target);
             for (int j = 0; j < 8; j++) {
                 pack.v[j] = to_real<real_t>(to_float(old.v[j]) + to_float(pack.v[j]));

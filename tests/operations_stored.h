@@ -26,9 +26,9 @@ static inline void activate_stored(acc_t *h, const acc_t *a, const int *offset, 
 }
 
 static inline void experts_stored_forward(Case *c, real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1,
-                                          const real_t *w2, const int *offset, ExpertShape shape, int accumulate) {
+                                          const real_t *w2, const int *offset, ExpertShape shape, int add_y) {
     if (!c->stores_bf16) {
-        experts_forward(y, a, h, x, w1, w2, offset, shape, accumulate, NULL);
+        experts_forward(y, a, h, x, w1, w2, offset, shape, add_y, NULL);
         return;
     }
     size_t C = (size_t)shape.C, H = (size_t)shape.H;
@@ -43,7 +43,7 @@ static inline void experts_stored_forward(Case *c, real_t *y, real_t *a, real_t 
                        shape.H, shape.C, NULL);
     }
     for (size_t i = (size_t)offset[0] * C; i < (size_t)offset[shape.E] * C; i++) {
-        sum[i] = product[i] + (accumulate ? sum[i] : 0);
+        sum[i] = product[i] + (add_y ? sum[i] : 0);
     }
 }
 

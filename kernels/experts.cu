@@ -21,7 +21,8 @@ int experts_a_width(ExpertShape shape) {
     return shape.gelu ? shape.H : 2 * shape.H;
 }
 
-/* The path of a call, all of whose products take the same. `addresses` is the bitwise or of its arrays of real_t. */
+/* The path of a call, all of whose products take the same. `addresses` is the bitwise or of its arrays of real_t:
+ * every row must begin at a multiple of 16 bytes for the tensor cores. */
 static KernelPath choose_path(Grouped g, uintptr_t addresses) {
     bool tensor_cores = sizeof(real_t) == 2 && g.shape.C % 8 == 0 && g.shape.H % 8 == 0 && addresses % 16 == 0;
     if (cuda_fastest_path() == PATH_PLAIN || !tensor_cores) {

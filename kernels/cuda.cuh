@@ -152,6 +152,15 @@ __device__ static inline float warp_max(float x) {
     return x;
 }
 
+/* The sum of x over the lanes up to this one, which is `lane`. */
+__device__ static inline int warp_running_sum(int x, int lane) {
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(0xffffffffu, x, step);
+        x += lane >= step ? below : 0;
+    }
+    return x;
+}
+
 /* The sum over a block of whole warps, at most 1024 threads, in every thread. All threads call it; two calls in a row
  * are safe. */
 template <class T>

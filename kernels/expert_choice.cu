@@ -18,8 +18,8 @@ extern "C" {
 }
 
 enum {
-    TILE = 32, /* tokens and experts that are turned together */
-    TILE_THREADS = 256,
+    SIDE = 32, /* of the square of tokens and experts that a block transposes */
+    TRANSPOSE_THREADS = 256,
     SELECT_THREADS = 1024,
     MARK_THREADS = 256,
     DIGIT_BITS = 8,
@@ -39,19 +39,20 @@ __device__ static uint64_t key_of(unsigned rank, int n) {
     return (uint64_t)rank << 32 | ~(unsigned)n;
 }
 
-/* rank (E,N) of probs (N,E). Grid x replaces the loop over tokens and grid y that over experts, TILE of each; threads
+/* rank (E,N) of probs (N,E). Grid x replaces the loop over tokens and grid y that over experts, SIDE of each; threads
  * are the elements of a tile, a row of it for each warp. */
-__global__ static void __launch_bounds__(TILE_THREADS) rank_kernel(unsigned *rank, const float *probs, int N, int E) {
-    __shared__ unsigned tile[TILE][TILE + 1];
-    const int lane = threadIdx.x % TILE, warp = threadIdx.x / TILE, first_n = blockIdx.x * TILE,
-              first_e = blockIdx.y * TILE;
-    for (int i = warp; i < TILE; i += TILE_THREADS / TILE) {
+__global__ static void __launch_bounds__(TRANSPOSE_THREADS)
+    rank_kernel(unsigned *rank, const float *probs, int N, int E) {
+    __shared__ unsigned tile[SIDE][SIDE + 1];
+    const int lane = threadIdx.x % SIDE, warp = threadIdx.x / SIDE, first_n = blockIdx.x * SIDE,
+              first_e = blockIdx.y * SIDE;
+    for (int i = warp; i < SIDE; i += TRANSPOSE_THREADS / SIDE) {
         if (first_n + i < N && first_e + lane < E) {
             tile[i][lane] = rank_of(probs[(size_t)(first_n + i) * E + first_e + lane]);
         }
     }
     __syncthreads();
-    for (int i = warp; i < TILE; i += TILE_THREADS / TILE) {
+    for (int i = warp; i < SIDE; i += TRANSPOSE_THREADS / SIDE) {
         if (first_n + lane < N && first_e + i < E) {
             rank[(size_t)(first_e + i) * N + first_n + lane] = tile[lane][i];
         }
@@ -71,11 +72,7 @@ __device__ static Digit find_digit(const int *histogram, int wanted) {
     for (int i = 0; i < each; i++) {
         own += histogram[top - i];
     }
-    int sum = own; /* of this lane's digits and all above */
-    for (int step = 1; step < 32; step *= 2) {
-        const int above = __shfl_up_sync(0xffffffffu, sum, step);
-        sum += lane >= step ? above : 0;
-    }
+    const int sum = warp_running_sum(own, lane); /* of this lane's digits and all above */
     const int owner = __ffs(__ballot_sync(0xffffffffu, sum >= wanted)) - 1;
     Digit found = {top, wanted - (sum - own), 0};
     if (lane == owner) {
@@ -222,8 +219,8 @@ static void mark_entries(int *expert, const float *probs, Mark mark, int N, int 
 void expert_choice_forward(int *expert, acc_t *cut, const acc_t *probs, int N, int E, int C, Stream *stream) {
     uint64_t *key = (uint64_t *)cuda_workspace(E * sizeof *key + (size_t)N * E * sizeof(unsigned));
     unsigned *rank = (unsigned *)(key + E);
-    rank_kernel<<<dim3(ceil_div(N, TILE), ceil_div(E, TILE)), TILE_THREADS, 0, cuda_stream(stream)>>>(rank, probs, N,
-                                                                                                      E);
+    rank_kernel<<<dim3(ceil_div(N, SIDE), ceil_div(E, SIDE)), TRANSPOSE_THREADS, 0, cuda_stream(stream)>>>(rank, probs,
+                                                                                                           N, E);
     CUDA_LAUNCHED();
     select_kernel<<<E, SELECT_THREADS, 0, cuda_stream(stream)>>>(key, cut, rank, N, C);
     CUDA_LAUNCHED();

@@ -176,8 +176,8 @@ __device__ static uint2 load_columns(const real_t *from) {
     return *reinterpret_cast<const uint2 *>(from);
 }
 
-/* A bf16 is the upper half of a float. */
-__device__ static Pack<float> unpack(uint2 columns) {
+/* Four of them by bits, as float_at of cuda.cuh takes one of a pack. */
+__device__ static Pack<float> floats_of(uint2 columns) {
     return {__uint_as_float(columns.x << 16), __uint_as_float(columns.x & 0xffff0000u),
             __uint_as_float(columns.y << 16), __uint_as_float(columns.y & 0xffff0000u)};
 }
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(BACK_THREADS)
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            Pack<float> value = unpack(in[t]), total = unpack(out[t]);
+            Pack<float> value = floats_of(in[t]), total = floats_of(out[t]);
             float sum[BACK_COLUMNS] = {};
             for (int e = 0; e < EXPERTS; e++) {
                 float g = gradient_of(gradients, t * EXPERTS + e);

@@ -29,11 +29,7 @@ __device__ static inline RowTile find_row_tile(const int *offset, int E, int siz
     for (int base = 0; base < E; base += 32) {
         int e = base + lane;
         int first = e < E ? offset[e] : 0, end = e < E ? offset[e + 1] : 0;
-        int tiles = (end - first + size - 1) / size, through = tiles;
-        for (int step = 1; step < 32; step *= 2) {
-            int before = __shfl_up_sync(0xffffffffu, through, step);
-            through += lane >= step ? before : 0;
-        }
+        int tiles = (end - first + size - 1) / size, through = warp_running_sum(tiles, lane);
         unsigned passed = __ballot_sync(0xffffffffu, index < through);
         if (passed) {
             int owner = __ffs(passed) - 1;

@@ -43,11 +43,7 @@ __device__ static inline void count_tiles(int *first_tile, const int *offset, in
     int lane = threadIdx.x, before = 0;
     for (int base = 0; base < E; base += 32) {
         int e = base + lane;
-        int through = e < E ? (offset[e + 1] - offset[e] + rows - 1) / rows : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            int below = __shfl_up_sync(0xffffffffu, through, step);
-            through += lane >= step ? below : 0;
-        }
+        int through = warp_running_sum(e < E ? (offset[e + 1] - offset[e] + rows - 1) / rows : 0, lane);
         if (e < E) {
             first_tile[e + 1] = before + through;
         }
@@ -99,7 +95,7 @@ __device__ static inline void load_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, 
             }
 #pragma unroll
             for (int i = 0; i < ROWS / BELOW; i++) {
-                from[i] = row + BELOW * i < tile.end ? row_of_entry(entry[i], p.a, p.inner) : NO_ROW;
+                from[i] = row + BELOW * i < tile.end ? row_of_entry(entry[i], p.a, p.inner) : ZERO_ROW;
             }
         }
         for (int k = 0; k < p.inner; k += DEEP, ring.next()) {
@@ -126,7 +122,7 @@ __device__ static inline void load_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, 
                 uint32_t to = swizzled(ring.a(), t / 8, piece);
 #pragma unroll
                 for (int i = 0; i < ROWS / BELOW; i++) {
-                    copy_16_if(to + BELOW * 128 * i, x + (size_t)from[i] * 16, inside && from[i] != NO_ROW);
+                    copy_16_if(to + BELOW * 128 * i, x + (size_t)from[i] * 16, inside && from[i] != ZERO_ROW);
                 }
                 barrier_arrive_copied(ring.full());
             }

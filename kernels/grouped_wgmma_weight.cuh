@@ -159,7 +159,7 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
     enum { PIECES = WGMMA_ROWS / 8, ROWS = 64 / (LOADERS / 32) };
     int lane = threadIdx.x % 32, piece = lane % PIECES, below = lane / PIECES;
     bool inside = column + piece * 8 < width;
-    bool whole = __all_sync(0xffffffffu, inside && from != NO_ROW); /* nearly always: then no copy has a condition */
+    bool whole = __all_sync(0xffffffffu, inside && from != ZERO_ROW); /* nearly always: then no copy has a condition */
     const char *columns = (const char *)(x + column + piece * 8);
     to = swizzled(to + piece / 8 * BOX_BYTES + threadIdx.x / 32 * ROWS * 128, below, piece % 8);
     if (whole) {
@@ -171,7 +171,7 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
     } else {
         for (int i = 0; i < ROWS; i += 32 / PIECES) {
             uint32_t row = __shfl_sync(0xffffffffu, from, i + below);
-            copy_16_if((to ^ i % 8 << 4) + i * 128, columns + (size_t)row * 16, inside && row != NO_ROW);
+            copy_16_if((to ^ i % 8 << 4) + i * 128, columns + (size_t)row * 16, inside && row != ZERO_ROW);
         }
     }
 }
@@ -194,7 +194,7 @@ __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue qu
         }
         int next = INDEXED && tile.first < tile.end ? p.left.entry[min(tile.first + row, tile.end - 1)] : -1;
         for (int k = tile.first; k < tile.end; k += DEEP, ring.next()) {
-            uint32_t from = k + row < tile.end ? row_of_entry(next, p.left, p.M) : NO_ROW;
+            uint32_t from = k + row < tile.end ? row_of_entry(next, p.left, p.M) : ZERO_ROW;
             if (INDEXED) { /* the next stage's entries travel while this one is copied */
                 next = p.left.entry[min(k + DEEP + row, tile.end - 1)];
             }

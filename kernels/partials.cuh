@@ -9,7 +9,7 @@ enum { PARTIAL_COLUMNS = 32, PARTIAL_ROWS = 16 };
 
 /* out_c += sum_b partial[b][c], partial (blocks, width); second: the same for another pair. Grid: x columns, y which
  * pair. Block: x a column each, y every PARTIAL_ROWS-th row. */
-static __global__ void add_partials(float *out, float *second, const float *partial, int blocks, int width) {
+static __global__ void partials_add_kernel(float *out, float *second, const float *partial, int blocks, int width) {
     __shared__ float sums[PARTIAL_ROWS][PARTIAL_COLUMNS];
     int c = blockIdx.x * PARTIAL_COLUMNS + threadIdx.x;
     const float *from = partial + (size_t)blockIdx.y * blocks * width;
@@ -34,7 +34,7 @@ static __global__ void add_partials(float *out, float *second, const float *part
 static inline void partials_add(float *out, float *second, const float *partial, int blocks, int width,
                                 Stream *stream) {
     dim3 grid(ceil_div(width, PARTIAL_COLUMNS), second ? 2 : 1), block(PARTIAL_COLUMNS, PARTIAL_ROWS);
-    add_partials<<<grid, block, 0, cuda_stream(stream)>>>(out, second, partial, blocks, width);
+    partials_add_kernel<<<grid, block, 0, cuda_stream(stream)>>>(out, second, partial, blocks, width);
     CUDA_LAUNCHED();
 }
 

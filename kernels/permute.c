@@ -7,8 +7,6 @@
 
 #include "plan_rows.h"
 
-enum { NO_ROW = -1, ACCEPTED = 0 };
-
 int plan_rows(int N, int E, int K, int capacity, Layout layout) {
     return most_rows(N, E, K, capacity, layout);
 }

@@ -20,8 +20,6 @@ extern "C" {
 #include "plan_rows.h"
 }
 
-enum { NO_ROW = -1, ACCEPTED = 0 };
-
 enum {
     MOST_WARPS = 32,
     ONE_BLOCK = 8192,       /* entries up to which a second launch costs more than other blocks save */
@@ -97,7 +95,7 @@ __global__ static void __launch_bounds__(MOST_WARPS * 32) count_kernel(int *part
 
 /* total[e] = what all blocks counted, before[e] = what the blocks before this one did. Both start at 0. Threads are
  * spread over experts and, where those are few, over blocks. */
-__device__ static void add_partials(int *total, int *before, const int *partial, int E) {
+__device__ static void counts_of_blocks(int *total, int *before, const int *partial, int E) {
     int columns = min(E, (int)blockDim.x), parts = blockDim.x / columns;
     int part = threadIdx.x / columns;
     if (part >= parts) {
@@ -130,11 +128,7 @@ __device__ static void place_experts(int *offset, const int *total, Sort sort) {
     int lane = threadIdx.x % 32, start = 0;
     for (int first = 0; first < sort.E; first += 32) {
         int e = first + lane;
-        int sum = e < sort.E ? expert_rows(sort, min(total[e], sort.capacity)) : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            int below = __shfl_up_sync(0xffffffffu, sum, step);
-            sum += lane >= step ? below : 0;
-        }
+        int sum = warp_running_sum(e < sort.E ? expert_rows(sort, min(total[e], sort.capacity)) : 0, lane);
         if (e < sort.E) {
             offset[e + 1] = start + sum;
         }
@@ -226,7 +220,7 @@ __global__ static void __launch_bounds__(MOST_WARPS * 32) place_kernel(Sort sort
         }
     }
     if (partial) {
-        add_partials(total, before, partial, E);
+        counts_of_blocks(total, before, partial, E);
     }
     __syncthreads();
     for (int e = threadIdx.x; e < E; e += blockDim.x) { /* from how many to how many before */

@@ -1,4 +1,5 @@
-/* How many rows a plan takes: the part of permute.h that the host works out, the same for both backends.
+/* What both backends of permute.h share: how many rows a plan takes, which the host works out, and what its entries say
+ * before their rows are known.
  *
  * Read by permute.c and permute.cu; nothing outside kernels/ includes it.
  */
@@ -8,6 +9,9 @@
 #include <stdint.h>
 
 #include "plan.h"
+
+/* plan->row of an entry that is dropped or not there; that of one that is to have a row. */
+enum { NO_ROW = -1, ACCEPTED = 0 };
 
 static inline int least(int a, int b) {
     return a < b ? a : b;

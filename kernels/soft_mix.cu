@@ -135,9 +135,9 @@ __global__ static void __launch_bounds__(THREADS)
 typedef struct {
     size_t first, step; /* of the thread's elements in (N,K) */
     int count;          /* of them; 0 past the last slot */
-} Column;
+} ColumnPart;
 
-__device__ static Column column_at(RowMap tokens, int group_tokens, int K) {
+__device__ static ColumnPart column_part(RowMap tokens, int group_tokens, int K) {
     const int across = (K + COLUMNS - 1) / COLUMNS, group = blockIdx.x / across;
     const int slot = blockIdx.x % across * COLUMNS + threadIdx.x, y = threadIdx.y;
     const int count = slot < K && y < group_tokens ? (group_tokens - y + TOKEN_LANES - 1) / TOKEN_LANES : 0;
@@ -173,7 +173,7 @@ __device__ static float column_max(float x) {
 /* mix (N,K) = softmax over the tokens of a group. The grid replaces the loops over groups and blocks of slots. */
 __global__ static void __launch_bounds__(COLUMNS *TOKEN_LANES)
     token_softmax_kernel(float *mix, const float *logits, RowMap tokens, int group_tokens, int K) {
-    const Column own = column_at(tokens, group_tokens, K);
+    const ColumnPart own = column_part(tokens, group_tokens, K);
     float largest = -INFINITY;
     double sum = 0;
 #pragma unroll 4
@@ -240,7 +240,7 @@ __global__ static void __launch_bounds__(THREADS)
 __global__ static void __launch_bounds__(COLUMNS *TOKEN_LANES)
     token_softmax_backward_kernel(float *dlogits, const float *dmix, const float *mix, RowMap tokens, int group_tokens,
                                   int K) {
-    const Column own = column_at(tokens, group_tokens, K);
+    const ColumnPart own = column_part(tokens, group_tokens, K);
     double sum = 0;
 #pragma unroll 4
     for (int i = 0; i < own.count; i++) {

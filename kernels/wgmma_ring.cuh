@@ -18,7 +18,7 @@ enum {
     MULTIPLIER_REGISTERS = 224, /* 56 + 2 * 224 <= 65536 / 128 */
 };
 
-#define NO_ROW 0xffffffffu
+#define ZERO_ROW 0xffffffffu
 
 /* The ring, at one of its stages. COLUMNS is the width of the tiles, ROWS their height: 128 where both multiplying
  * groups share a tile, 64 where they take turns; the ring is then smaller, to leave room for other buffers. The blocks
@@ -115,9 +115,9 @@ __device__ static inline void multiply_stage(float (&sum)[COUNT], uint32_t a, ui
     wgmma_commit();
 }
 
-/* Where the row of this entry begins in a source of that width, in packs of 16 bytes; NO_ROW: it is all zero. */
+/* Where the row of this entry begins in a source of that width, in packs of 16 bytes; ZERO_ROW: it is all zero. */
 __device__ static inline uint32_t row_of_entry(int entry, RowSource source, int width) {
-    return entry < 0 ? NO_ROW : (uint32_t)entry / (uint32_t)source.K * (uint32_t)(width / 8);
+    return entry < 0 ? ZERO_ROW : (uint32_t)entry / (uint32_t)source.K * (uint32_t)(width / 8);
 }
 
 /* ---- from a thread's sums to rows ----

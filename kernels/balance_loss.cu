@@ -263,19 +263,7 @@ void balance_forward(acc_t *load, acc_t *mean_prob, const acc_t *probs, const ac
 
 /* The root of the sum of all blocks' squares to *norm. partial (gridDim.x) */
 __device__ static void finish_norm(float *norm, double *partial, double square) {
-    square = block_sum(square);
-    if (threadIdx.x == 0) {
-        partial[blockIdx.x] = square;
-    }
-    if (!is_last_block(&ticket)) {
-        return;
-    }
-    square = 0;
-    for (unsigned slice = threadIdx.x; slice < gridDim.x; slice += blockDim.x) {
-        square += partial[slice];
-    }
-    square = block_sum(square);
-    if (threadIdx.x == 0) {
+    if (grid_sum(&square, partial, square, &ticket) && threadIdx.x == 0) {
         *norm = (float)sqrt(square);
     }
 }
@@ -411,22 +399,13 @@ __global__ static void __launch_bounds__(NORM_THREADS)
         }
         rowless += highest < 0;
     }
-    rowless = block_sum(rowless);
-    if (threadIdx.x == 0) {
-        partial[blockIdx.x] = rowless;
-    }
-    if (!is_last_block(&ticket)) {
+    if (!grid_sum(&rowless, partial, rowless, &ticket)) {
         return;
-    }
-    rowless = 0;
-    for (unsigned slice = threadIdx.x; slice < gridDim.x; slice += NORM_THREADS) {
-        rowless += partial[slice];
     }
     for (int e = threadIdx.x; e < E; e += NORM_THREADS) {
         wanted += demand[e];
         placed += count[e];
     }
-    rowless = block_sum(rowless);
     wanted = block_sum(wanted);
     placed = block_sum(placed);
     if (threadIdx.x == 0) {

@@ -407,22 +407,14 @@ __global__ static void __launch_bounds__(THREADS)
          n += WARPS) {
         square += token_balance_backward(dclean, draw, gates, balance, n);
     }
-    square = block_sum(square);
-    if (threadIdx.x == 0) {
-        partial[blockIdx.x] = square;
-    }
-    if (is_last_block(&balance_ticket)) {
-        square = block_sum(threadIdx.x < gridDim.x ? partial[threadIdx.x] : 0);
-        if (threadIdx.x == 0) {
-            load[LOAD_BALANCE_GRADIENT] = (float)sqrt(square);
-        }
+    if (grid_sum(&square, partial, square, &balance_ticket) && threadIdx.x == 0) {
+        load[LOAD_BALANCE_GRADIENT] = (float)sqrt(square);
     }
 }
 
 void noisy_balance_backward(acc_t *dclean, acc_t *draw, acc_t *load, const acc_t *sums, const acc_t *clean,
                             const acc_t *raw, const acc_t *noise, const acc_t *h, const int *expert,
                             const acc_t *weight, double scale, int N, int E, int K, Stream *stream) {
-    static_assert(MOST_CHUNKS <= THREADS, "the last block reads a chunk's sum in each thread");
     const Gates gates = {clean, raw, noise, h, expert, weight, N, E, K, 1};
     const int chunks = chunks_of(N);
     double *partial = (double *)cuda_workspace(chunks * sizeof *partial);

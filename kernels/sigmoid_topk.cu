@@ -247,15 +247,6 @@ __device__ static double crowding(const int *count, const float *share, int E) {
     return warp_sum(sum);
 }
 
-/* The sum of the blocks' partial (gridDim.x), by the block that ends last. */
-__device__ static double add_partials(const double *partial) {
-    double sum = 0;
-    for (unsigned i = threadIdx.x; i < gridDim.x; i += BALANCE_THREADS) {
-        sum += partial[i];
-    }
-    return block_sum(sum);
-}
-
 /* Blocks replace the loop over sequences, each for a piece of one; warps that over tokens, lanes that over experts. */
 __global__ static void __launch_bounds__(BALANCE_THREADS)
     sequence_balance_kernel(float *load, double *partial, const int *counts, const float *probs, SigmoidShape shape,
@@ -267,16 +258,10 @@ __global__ static void __launch_bounds__(BALANCE_THREADS)
     for (int i = threadIdx.x / 32; i < piece.tokens; i += BALANCE_THREADS / 32) {
         sum += crowding(count, probs + (piece.first + i) * shape.E, shape.E);
     }
-    sum = block_sum(threadIdx.x % 32 == 0 ? sum : 0);
-    if (threadIdx.x == 0) {
-        partial[blockIdx.x] = sum;
-    }
-    if (is_last_block(&balance_ticket)) {
-        sum = add_partials(partial);
-        if (threadIdx.x == 0) {
-            load[LOAD_BALANCE] = (float)(sum * shape.E / ((double)shape.K * shape.T) / shape.N);
-            load[LOAD_Z] = 0;
-        }
+    sum = threadIdx.x % 32 == 0 ? sum : 0;
+    if (grid_sum(&sum, partial, sum, &balance_ticket) && threadIdx.x == 0) {
+        load[LOAD_BALANCE] = (float)(sum * shape.E / ((double)shape.K * shape.T) / shape.N);
+        load[LOAD_Z] = 0;
     }
 }
 
@@ -328,15 +313,8 @@ __global__ static void __launch_bounds__(BALANCE_THREADS)
             square += (double)added * added;
         }
     }
-    square = block_sum(square);
-    if (threadIdx.x == 0) {
-        partial[blockIdx.x] = square;
-    }
-    if (is_last_block(&balance_ticket)) {
-        square = add_partials(partial);
-        if (threadIdx.x == 0) {
-            load[LOAD_BALANCE_GRADIENT] = (float)sqrt(square);
-        }
+    if (grid_sum(&square, partial, square, &balance_ticket) && threadIdx.x == 0) {
+        load[LOAD_BALANCE_GRADIENT] = (float)sqrt(square);
     }
 }
 

@@ -340,19 +340,9 @@ __global__ static void __launch_bounds__(THREADS) route_matrix_kernel(RouteScrat
     for (size_t i = thread; out.phi && i < plane; i += threads) {
         copy_phi(out.phi, in.phi, i, plane);
     }
-    total = block_sum(lane == 0 ? total : 0);
-    if (threadIdx.x == 0) {
-        out.partial[blockIdx.x] = total;
-    }
-    if (is_last_block(&scale_ticket)) {
-        total = 0;
-        for (unsigned i = threadIdx.x; i < gridDim.x; i += THREADS) {
-            total += out.partial[i];
-        }
-        total = block_sum(total);
-        if (threadIdx.x == 0) {
-            *dscale += (float)total;
-        }
+    total = lane == 0 ? total : 0;
+    if (grid_sum(&total, out.partial, total, &scale_ticket) && threadIdx.x == 0) {
+        *dscale += (float)total;
     }
 }
 

@@ -75,6 +75,21 @@ __device__ static inline void await_stage(uint32_t barriers, int i) {
     await_tiles(barriers + 8 * (i % STAGES), i / STAGES);
 }
 
+/* factor = what the thread's two rows of o are still to be multiplied with, and their lse (B,NH,T), from the largest
+ * score and the thread's share of the sum. */
+__device__ static inline void finish_softmax(float (&factor)[2], float *lse, const float (&largest)[2], float (&sum)[2],
+                                             float scale, Owner own, AttentionShape shape) {
+    for (int r = 0; r < 2; r++) {
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+        factor[r] = 1 / sum[r];
+        int row = own.first + thread_row(r);
+        if (threadIdx.x % 4 == 0 && row < shape.T) {
+            lse[((size_t)own.b * shape.NH + own.head) * shape.T + row] = largest[r] * scale / LOG2_E + logf(sum[r]);
+        }
+    }
+}
+
 /* blockIdx.x replaces the loops over sequence, head and tiles of query rows; threads share the rows of a tile as
  * attention_tiles.cuh says. The products of two tiles overlap: while V of tile i is multiplied, the softmax of tile
  * i + 1 runs. */
@@ -149,15 +164,7 @@ __global__ void __launch_bounds__(GROUP_THREADS, FlashBlocks<HS>::FORWARD)
     products_wait<0>();
     settle(o);
     float factor[2];
-    for (int r = 0; r < 2; r++) {
-        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
-        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
-        factor[r] = 1 / sum[r];
-        int row = own.first + thread_row(r);
-        if (threadIdx.x % 4 == 0 && row < T) {
-            lse[((size_t)own.b * NH + own.head) * T + row] = largest[r] * scale / LOG2_E + logf(sum[r]);
-        }
-    }
+    finish_softmax(factor, lse, largest, sum, scale, own, shape);
     __syncthreads();
     size_t out_width = (size_t)NH * shape.HS;
     store_rows<HS>(out + ((size_t)own.b * T + own.first) * out_width + own.head * shape.HS, out_width, o, factor,

@@ -1,5 +1,9 @@
-/* The products whose result has the rows of their left operand: up, down, hidden, input. A tile is 128 rows of one
- * expert and 128 or 256 columns. Read first: grouped_wgmma.cuh. */
+/* The products whose result has the rows of their left operand: up, down, hidden, input. They differ in where A and B
+ * come from (load_tiles) and in what becomes of a tile's sums (finish_up, finish_hidden, finish_store). A tile is 128
+ * rows of one expert, 64 in hidden, by 128 or 256 columns of B. SwiGLU's up takes half of these from the gate's columns
+ * and half from the same ones of up, so that a thread has both numbers of every element of h.
+ *
+ * Called by wgmma_up, wgmma_down, wgmma_hidden and wgmma_input (rows_product). Read first: grouped_wgmma.cuh. */
 #ifndef KERNELS_GROUPED_WGMMA_ROWS_CUH
 #define KERNELS_GROUPED_WGMMA_ROWS_CUH
 
@@ -7,8 +11,8 @@
 #include "wgmma_ring.cuh"
 
 enum {
-    PART = 128, /* columns that one partial sum of <u, h> covers */
-    MOST_EXPERTS = 4096,
+    PART = 128,          /* columns that one partial sum of <u, h> covers */
+    MOST_EXPERTS = 4096, /* their list fits beside the ring of narrow tiles */
 };
 
 enum Finish { FINISH_UP, FINISH_HIDDEN, FINISH_STORE };
@@ -24,21 +28,22 @@ typedef struct {
     int E, rows;
     int inner, width; /* of the sum; of the result */
     int columns;      /* of the result a tile makes: half of B's, where they are pairs of gate and up */
-    int second;       /* column in B of the tile's second half, counted from its first */
-    int blocks;       /* of a cluster: they take neighbouring row tiles */
+    int second;       /* column in B of the tile's second half, counted from its first; B not across */
+    int blocks;       /* of a cluster: their tiles lie below each other, a step of the cluster */
     int add;
     real_t *out, *h, *da; /* up: a, h; down, input: the result; hidden: h, da */
-    const real_t *saved;  /* hidden: a */
+    const real_t *saved;  /* hidden: a, which the kernel reads by its map */
     const acc_t *row_weight;
     float *part; /* hidden: (parts, rows) sums of <u, h> over PART columns each, or NULL */
 } RowsProduct;
 
-/* Rows `row` .. row + 127 (fewer, where `end` cuts) of an expert, columns from `column` on. */
+/* Rows `row` .. row + TILE_ROWS - 1 (fewer, where `end` cuts) of an expert, columns of the result from `column` on. */
 typedef struct {
     int expert, row, end, column;
 } Tile;
 
-/* first_tile[e] = tiles of `rows` rows of the experts before e, by the first warp of the block. */
+/* first_tile[e] = how many times `rows` rows (a cluster's step) the experts before e take, each of them rounded up. By
+ * the first warp of the block. */
 __device__ static inline void count_tiles(int *first_tile, const int *offset, int E, int rows) {
     int lane = threadIdx.x, before = 0;
     for (int base = 0; base < E; base += 32) {
@@ -54,9 +59,10 @@ __device__ static inline void count_tiles(int *first_tile, const int *offset, in
     }
 }
 
-/* The tile (ROWS rows) of block `rank` in the cluster's step `id`, for ids that grow from call to call; false past the
- * last. Within an expert a band of rows by all column tiles, then the next band: what runs at the same time shares rows
- * and weights in L2. A cluster's last block may find a tile without rows (row >= end). */
+/* The tile (ROWS rows) of block `rank` in step `id` of the clusters; false past the last. The search goes on from the
+ * expert in *tile, so ids must grow from call to call. Within an expert come the steps of a band of rows, column by
+ * column, then those of the next band. The second block may find a tile without rows (row >= end): it loads for the
+ * other, multiplies, and stores nothing. */
 template <int ROWS>
 __device__ static inline bool find_tile(Tile *tile, int id, uint32_t rank, const int *first_tile,
                                         const RowsProduct &p) {
@@ -86,7 +92,7 @@ __device__ static inline void load_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, 
     int t = threadIdx.x, piece = t % 8, step = gridDim.x / p.blocks;
     Tile tile = {0};
     for (int id = blockIdx.x / p.blocks; find_tile<ROWS>(&tile, id, ring.rank, first_tile, p); id += step) {
-        uint32_t from[ROWS / BELOW];
+        uint32_t from[ROWS / BELOW]; /* where the thread's rows begin, as row_of_entry has it */
         if (INDEXED) {
             int entry[ROWS / BELOW], row = tile.row + t / 8;
 #pragma unroll
@@ -202,11 +208,11 @@ __device__ static inline void finish_store(const float (&sum)[COUNT], const Rows
 }
 
 /* hidden: what a group reads of a for its own tile, 64 rows x 64 columns at a time, gate beside up (GELU: gate is all
- * there is), in two places in turn. The group's first thread asks for it. */
+ * there is), in two places in turn. The group's first thread asks for it; full[] ends when it is there. */
 struct SavedBoxes {
     enum { BYTES = 2 * 2 * 2 * BOX_BYTES, BARRIERS = 2 * 2 * 8 }; /* groups, places, gate and up */
     uint32_t boxes, barriers;                                     /* of the group */
-    int asked, taken;
+    int asked, taken;                                             /* so far */
 
     __device__ uint32_t gate(int i) const {
         return boxes + i % 2 * 2 * BOX_BYTES;
@@ -230,13 +236,13 @@ __device__ static inline SavedBoxes saved_open(uint32_t boxes, uint32_t barriers
     return SavedBoxes{boxes + group * (SavedBoxes::BYTES / 2), barriers + group * (SavedBoxes::BARRIERS / 2), 0, 0};
 }
 
-/* Whose turn it is, where the groups take turns: a group waits before its first stage until the other has waited for
- * its last. Without that it would take a lap of the ring that is not yet for it for the one before: barriers count laps
- * by parity. */
+/* Whose turn it is, where the groups take turns: before the first stage of its tile a group waits until the other has
+ * waited for the last of the tile before. A barrier knows laps of the ring by parity: asked for a lap while the one
+ * before has yet to come, it would answer for the lap two before, and the group would multiply what lay there then. */
 struct Turns {
     enum { BYTES = 2 * 8 };
-    uint32_t barriers;
-    int group, tiles; /* of this group, so far */
+    uint32_t barriers; /* [2]: the turn comes to group 0, to group 1 */
+    int group, tiles;  /* this group, and its tiles so far */
 
     __device__ void await(void) {
         if (group == 1 || tiles > 0) {
@@ -260,7 +266,7 @@ __device__ static inline Turns turns_open(uint32_t barriers) {
     return Turns{barriers, (int)threadIdx.x / GROUP - 1, 0};
 }
 
-/* By all threads of the group, when all have read what was in the place. */
+/* Asks for the next 64 columns. By all threads of the group, when all have read what was in the place. */
 template <bool GELU>
 __device__ static inline void ask_saved(SavedBoxes &saved, const CUtensorMap *map, int column, int row, int width) {
     if (threadIdx.x % GROUP == 0) {
@@ -273,7 +279,8 @@ __device__ static inline void ask_saved(SavedBoxes &saved, const CUtensorMap *ma
     saved.asked++;
 }
 
-/* hidden: from u to w h, da and, for every PART columns, this row's share of <u, h>. */
+/* hidden: from u to w h, da and, for every PART columns, which are two boxes, the row's share of <u, h>. The first two
+ * boxes have been asked for; each that is read makes room for the next but one. */
 template <bool GELU, int COLUMNS, int COUNT>
 __device__ static inline void finish_hidden(const float (&sum)[COUNT], SavedBoxes &saved, const CUtensorMap *saved_map,
                                             const RowsProduct &p, const Tile &tile, int row) {
@@ -336,7 +343,8 @@ __device__ static inline void finish_hidden(const float (&sum)[COUNT], SavedBoxe
     }
 }
 
-/* A multiplying warp group. */
+/* A multiplying warp group. `used` is empty[] of the stage before: its products are finished when at most the batch of
+ * this stage is not. */
 template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
 __device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, SavedBoxes saved, Turns turns,
                                              const int *first_tile, const CUtensorMap *saved_map,
@@ -392,7 +400,9 @@ __device__ static inline void multiply_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ri
     }
 }
 
-/* The loops over pieces of experts.c, one product of theirs: a block takes every gridDim.x-th tile. */
+/* The loops over pieces of experts.c, one product of theirs. Of the steps a cluster takes every (gridDim.x / blocks)-th
+ * one, a block its tile of it. Shared memory: boxes of a (hidden) | ring | barriers of boxes and turns (hidden) |
+ * first_tile. */
 template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
 static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     rows_product_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
@@ -430,13 +440,14 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
 
 /* ---- the host's side ---- */
 
-/* Shared memory for the first part of rows_product_kernel. */
+/* Shared memory of rows_product_kernel, from a multiple of 1024 on. */
 template <int FINISH, int COLUMNS>
 static size_t rows_product_bytes(int E) {
     size_t saved = FINISH == FINISH_HIDDEN ? SavedBoxes::BYTES + SavedBoxes::BARRIERS + Turns::BYTES : 0;
     return Ring<COLUMNS, TILE_ROWS<FINISH>>::BYTES + saved + (E + 1) * sizeof(int);
 }
 
+/* A map that a kernel does not read is b_map once more. down and input have no rows by index, so no such kernel. */
 template <int FINISH, bool GELU, int ACROSS_B, int COLUMNS>
 static void launch_rows(RowsProduct p, const real_t *weights, int weight_rows, Grouped g) {
     enum { ROWS = TILE_ROWS<FINISH> };

@@ -13,10 +13,10 @@
  * the other.
  *
  * A tile takes as long as its expert has rows. So tiles are not dealt out beforehand: a cluster that is done takes the
- * next from a counter, and those of the expert with the most rows come first (TileQueue). Which cluster makes a tile
- * does not change its bits: every element of dW has one owner, which sums the rows in their order.
+ * next from a counter (TileQueue), and those of the expert with the most rows come first (order_experts). Which cluster
+ * makes a tile does not change its bits: every element of dW has one owner, which sums the rows in their order.
  *
- * Read first: grouped_wgmma.cuh. */
+ * Called by wgmma_weight (launch_weight). Read first: grouped_wgmma.cuh. */
 #ifndef KERNELS_GROUPED_WGMMA_WEIGHT_CUH
 #define KERNELS_GROUPED_WGMMA_WEIGHT_CUH
 
@@ -31,23 +31,26 @@ typedef struct {
     int *counter;      /* of tiles dealt out; 0 at the start */
     int E, M, N;       /* M columns of left, N of right */
     int blocks;        /* of a cluster: neighbours in M */
-    int turned, add;
+    int turned;        /* operands have changed places: left is right of the product, right left */
+    int add;
 } WeightProduct;
 
-/* Rows first .. end - 1 of an expert; columns m.. of left, n.. of right. */
+/* All rows of an expert, first .. end - 1, are summed; columns m.. of left by n.. of right are the tile. */
 typedef struct {
     int expert, first, end, m, n;
 } WeightTile;
 
 /* ---- which tile is next ---- */
 
-/* Two places for tile numbers, so that the next is on its way while one is worked on. The loading group's first thread
- * in the first block of the cluster asks the counter and posts the answer to all blocks. */
+/* Two places for the numbers of tiles, so that the next is on its way while one is worked on. The first thread of the
+ * cluster asks the counter and posts the answer to every block; each warp that works on tiles takes it from its own
+ * block. full[i] ends when the number is there; empty[i], of the first block alone, when all warps of the cluster have
+ * taken it. */
 struct TileQueue {
     enum { BYTES = 4 * 8 + 2 * 4 };
     uint32_t base; /* full[2], empty[2], number[2] */
     uint32_t rank, blocks;
-    int turn;
+    int turn; /* numbers taken by this thread */
 
     __device__ uint32_t full(int i) const {
         return base + i % 2 * 8;
@@ -74,7 +77,8 @@ __device__ static inline TileQueue queue_open(uint32_t shared, uint32_t blocks, 
     return queue;
 }
 
-/* By one thread of each block: number `turn` shall come. */
+/* Asks for the `turn`-th number, by one thread of each block: each tells its barrier what to expect, the first block's
+ * asks the counter. A block without others stores the number itself. */
 __device__ static inline void queue_ask(const TileQueue &queue, int turn, int *counter) {
     if (queue.blocks > 1) {
         barrier_arrive_expect(queue.full(turn), 4);
@@ -117,7 +121,7 @@ __device__ static inline void queue_close(const TileQueue &queue) {
     }
 }
 
-/* order[i] = the expert with the i-th most rows. */
+/* order[i] = the expert with the i-th most rows, by all threads of the block, each its experts. */
 __device__ static inline void order_experts(int *order, const int *offset, int E) {
     for (int e = threadIdx.x; e < E; e += WGMMA_THREADS) {
         int rows = offset[e + 1] - offset[e], before = 0;
@@ -129,7 +133,8 @@ __device__ static inline void order_experts(int *order, const int *offset, int E
     }
 }
 
-/* Tile `id` of the cluster, for its block `rank`; false past the last. */
+/* The tile of block `rank` where its cluster has got number `id`; false past the last. Bands as in find_tile. A second
+ * block may find a tile past M: it loads for the other and stores nothing. */
 template <int COLUMNS>
 __device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_t rank, const int *order,
                                                const WeightProduct &p) {
@@ -152,9 +157,9 @@ __device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_
 
 /* ---- loading ---- */
 
-/* 64 rows of left by index, 128 columns from `column` on. A warp copies ROWS rows, 16 neighbouring pieces of two rows
- * at a time; its lane i (and i + ROWS) knows where row i is found. A tile begins at a multiple of 1024 bytes, so the
- * swizzle of row i is an exclusive or with the address itself. */
+/* 64 rows of left by index, 128 columns from `column` on. A warp copies ROWS rows, two at a time: 16 lanes to a row, 16
+ * bytes to a lane. `from` in lane i, and in lane i + ROWS, says where row i of these begins (row_of_entry). A tile
+ * begins at a multiple of 1024 bytes, so that the swizzle, piece ^ row % 8, may be made on the address itself. */
 __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width, int column, uint32_t from) {
     enum { PIECES = WGMMA_ROWS / 8, ROWS = 64 / (LOADERS / 32) };
     int lane = threadIdx.x % 32, piece = lane % PIECES, below = lane / PIECES;
@@ -181,8 +186,8 @@ template <bool INDEXED, int COLUMNS>
 __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
                                                 const CUtensorMap *left_map, const CUtensorMap *right_map,
                                                 const WeightProduct &p) {
-    const int rows = 64 / (LOADERS / 32); /* of a stage, that a warp copies */
-    const int row = threadIdx.x / 32 * rows + threadIdx.x % rows;
+    const int rows = 64 / (LOADERS / 32);                         /* of a stage, that a warp copies */
+    const int row = threadIdx.x / 32 * rows + threadIdx.x % rows; /* that this thread looks up for its warp */
     WeightTile tile;
     if (threadIdx.x == 0) {
         queue_ask(queue, 0, p.counter);
@@ -223,7 +228,7 @@ __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue qu
 
 /* ---- multiplying ---- */
 
-/* Zeros in rows `used` to 63 of a box, by one warp group. */
+/* Zeros in rows `used` to 63 of a box, by one warp group. The swizzle moves pieces within a row only. */
 __device__ static inline void clear_rows(uint32_t box, int used) {
     for (int i = used * 8 + threadIdx.x % GROUP; i < 64 * 8; i += GROUP) {
         store_16(box + i * 16, make_uint4(0, 0, 0, 0));
@@ -294,7 +299,7 @@ __device__ static inline void clear_gradient(const WeightProduct &p, const Weigh
     }
 }
 
-/* A multiplying warp group. */
+/* A multiplying warp group; `used` as in multiply_tiles. */
 template <bool INDEXED, int COLUMNS>
 __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
                                                     const WeightProduct &p) {
@@ -343,8 +348,8 @@ __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueu
     }
 }
 
-/* The second sweep of experts_backward: a cluster takes tiles of (expert, columns of left and right) until none is
- * left. */
+/* The second sweep of experts_backward in experts.c: clusters replace its loop over (expert, rows of dW), a tile for
+ * each block at a time, until none is left. Shared memory: ring | queue | order (E). */
 template <bool INDEXED, int COLUMNS>
 static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     weight_product_kernel(const __grid_constant__ CUtensorMap left_map, const __grid_constant__ CUtensorMap right_map,
@@ -372,6 +377,8 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
 
 /* ---- the host's side ---- */
 
+/* `tiles`: how many of COLUMNS columns there are. Blocks go in pairs, unless tiles in M are few and odd: the last would
+ * want a second. Where left is by index the kernel does not read its map, and right's stands there. */
 template <int COLUMNS>
 static void launch_weight(WeightProduct p, int64_t tiles, Grouped g) {
     int rows = g.shape.rows;

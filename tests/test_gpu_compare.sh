@@ -37,7 +37,8 @@ PROGRAM
 
 # torch_gpu ARGUMENT...: the real peer with the modules of this test.
 torch_gpu() {
-    PYTHONPATH=modules PYTHONDONTWRITEBYTECODE=1 timeout 20 python3 "$EXPERIMENTS/baselines/torch_gpu.py" "$@" >out 2>err
+    PYTHONPATH=modules PYTHONDONTWRITEBYTECODE=1 timeout 20 python3 "$EXPERIMENTS/baselines/torch_gpu.py" "$@" \
+        >out 2>err
 }
 
 # compares ARGUMENT...: gpu_compare.sh with the stand-ins, its table in `out`.

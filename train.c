@@ -2,9 +2,9 @@
  *
  *     ./train --data builtin --router topk --experts 8 --top-k 2 --steps 1000 --out runs/demo
  *
- * The whole program is the loop in train(): read a batch, forward, loss, backward, step, log, evaluate, save. Every
- * step is a function of the configuration and its number alone, so a run that is stopped and resumed goes on with the
- * same bits.
+ * The whole program is the loop in train(): read a batch, forward, loss, backward, step, log, evaluate, save. This file
+ * follows a run from open_run() to close_run() and is where data/ and model/ meet. Every step is a function of the
+ * configuration and its number alone, so a run that is stopped and resumed goes on with the same bits.
  *
  * Read next: model/transformer.c (what a step computes), model/moe.c (the layer this project is about), model/router.h
  * (what a router is).
@@ -44,7 +44,7 @@ typedef struct {
     Vocabulary vocabulary; /* the tokenizer, as model/ sees it */
     Corpus *corpus;
     ChoiceFile *choices_file; /* with --choices */
-    Questions questions;
+    Questions questions;      /* the same, as model/ sees it */
     const char *domains[256]; /* names */
     Arena arena;
     Transformer model;
@@ -60,18 +60,6 @@ typedef struct {
     int64_t waits;   /* of the host, inside training steps */
     double val_loss; /* of the last evaluation */
 } Run;
-
-/* False when it could not be saved: the run goes on and the checkpoint before stays. */
-static bool save(Run *run) {
-    char error[512];
-    bool saved = training_save(&run->config, &run->model, &run->optimizer, &run->at, error, sizeof error);
-    if (saved) {
-        log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->at.step);
-    } else {
-        fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->at.step, error);
-    }
-    return saved;
-}
 
 /* ---- starting ---- */
 
@@ -286,7 +274,19 @@ static void train_step(Run *run) {
     run->at.tokens += (int64_t)t->batch * run->config.model.seq;
 }
 
-/* ---- what a step tells ---- */
+/* ---- what a run leaves as it goes: checkpoint, report, figures, evaluations ---- */
+
+/* False when it could not be saved: the run goes on and the checkpoint before stays. */
+static bool save(Run *run) {
+    char error[512];
+    bool saved = training_save(&run->config, &run->model, &run->optimizer, &run->at, error, sizeof error);
+    if (saved) {
+        log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->at.step);
+    } else {
+        fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->at.step, error);
+    }
+    return saved;
+}
 
 static void write_report(const Run *run) {
     char error[512];

@@ -2,26 +2,25 @@
  *
  *     ./train --data builtin --router topk --experts 8 --top-k 2 --steps 1000 --out runs/demo
  *
- * The whole program is the loop in train(): read a batch, forward, loss, backward, step, log, evaluate, save. Every
- * step is a function of the configuration and its number alone, so a run that is stopped and resumed goes on with the
- * same bits.
+ * The whole program is the loop in train(): read a batch, forward, loss, backward, step, log, evaluate, save. This file
+ * follows a run from open_run() to close_run() and is where data/ and model/ meet. Every step is a function of the
+ * configuration and its number alone, so a run that is stopped and resumed goes on with the same bits.
  *
  * Read next: model/transformer.c (what a step computes), model/moe.c (the layer this project is about), model/router.h
  * (what a router is).
  */
-#include <fcntl.h>
 #include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "data/choices.h"
 #include "data/corpus.h"
 #include "data/tokenizer.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
+#include "model/answer.h"
+#include "model/batch.h"
 #include "model/config.h"
 #include "model/console.h"
 #include "model/evaluate.h"
@@ -29,6 +28,7 @@
 #include "model/import.h"
 #include "model/log.h"
 #include "model/optimizer.h"
+#include "model/process.h"
 #include "model/recorder.h"
 #include "model/report.h"
 #include "model/resume.h"
@@ -38,22 +38,13 @@
 #include "model/vocabulary.h"
 #include "model/watch.h"
 
-/* Where a batch passes through: one forward's tokens and targets (N), and for evaluation the targets' domains, floors
- * and bytes of text. On the device lie those of all slices of a step. */
-typedef struct {
-    int *host_tokens, *host_targets;
-    int *tokens, *targets; /* (slices,N) device */
-    unsigned char *domain;
-    double *floor;
-    int *bytes;
-} BatchBuffers;
-
 typedef struct {
     Config config;
     Tokenizer *tokenizer;
     Vocabulary vocabulary; /* the tokenizer, as model/ sees it */
     Corpus *corpus;
     ChoiceFile *choices_file; /* with --choices */
+    Questions questions;      /* the same, as model/ sees it */
     const char *domains[256]; /* names */
     Arena arena;
     Transformer model;
@@ -69,45 +60,6 @@ typedef struct {
     int64_t waits;   /* of the host, inside training steps */
     double val_loss; /* of the last evaluation */
 } Run;
-
-/* ---- signals: the first asks the loop to save and stop, a second ends at once ---- */
-
-static volatile sig_atomic_t stop_signal = 0;
-
-static void ask_to_stop(int number) {
-    if (stop_signal) {
-        _exit(128 + number);
-    }
-    stop_signal = number;
-}
-
-static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = ask_to_stop};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is then a failed write, as on a full disk */
-}
-
-/* Where standard input, output or error is closed, the next file opened would take its number and its text. */
-static void hold_standard_streams(void) {
-    int fd = open("/dev/null", O_RDWR);
-    while (fd >= 0 && fd <= STDERR_FILENO) {
-        fd = open("/dev/null", O_RDWR);
-    }
-    close(fd);
-}
-
-/* False when it could not be saved: the run goes on and the checkpoint before stays. */
-static bool save(Run *run) {
-    char error[512];
-    bool saved = training_save(&run->config, &run->model, &run->optimizer, &run->at, error, sizeof error);
-    if (saved) {
-        log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->at.step);
-    } else {
-        fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->at.step, error);
-    }
-    return saved;
-}
 
 /* ---- starting ---- */
 
@@ -148,7 +100,6 @@ static void open_tokenizer(Run *run) {
 
 static void open_corpus(Run *run) {
     const Config *c = &run->config;
-    char error[512];
     CorpusOptions options = {.train = c->train.data,
                              .val = c->train.val,
                              .tokenizer = run->tokenizer,
@@ -165,30 +116,24 @@ static void open_corpus(Run *run) {
     for (int d = 0; d < corpus_domains(run->corpus); d++) {
         run->domains[d] = corpus_domain_name(run->corpus, d);
     }
-    if (c->train.choices[0]) {
-        run->choices_file = choices_open(c->train.choices, c->model.vocab, error, sizeof error);
-        CHECK(run->choices_file, "--choices: %s", error);
+}
+
+/* Opens --choices. */
+static void open_questions(Run *run) {
+    const Config *c = &run->config;
+    char error[512];
+    if (!c->train.choices[0]) {
+        return;
     }
-}
-
-static void open_batch(BatchBuffers *batch, size_t N, int slices, Arena *arena) {
-    batch->host_tokens = calloc(N, sizeof(int));
-    batch->host_targets = calloc(N, sizeof(int));
-    batch->domain = calloc(N, 1);
-    batch->floor = calloc(N, sizeof(double));
-    batch->bytes = calloc(N, sizeof(int));
-    CHECK(batch->host_tokens && batch->host_targets && batch->domain && batch->floor && batch->bytes,
-          "out of memory for a batch of %zu tokens", N);
-    arena_reserve(arena, (void **)&batch->tokens, slices * N * sizeof(int), MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&batch->targets, slices * N * sizeof(int), MEMORY_ACTIVATIONS);
-}
-
-static void free_batch(BatchBuffers *batch) {
-    free(batch->host_tokens);
-    free(batch->host_targets);
-    free(batch->domain);
-    free(batch->floor);
-    free(batch->bytes);
+    run->choices_file = choices_open(c->train.choices, c->model.vocab, error, sizeof error);
+    CHECK(run->choices_file, "--choices: %s", error);
+    int all = choices_questions(run->choices_file), most = c->train.choices_most;
+    int count = most > 0 && most < all ? most : all;
+    run->questions = (Questions){.file = run->choices_file,
+                                 .count = count,
+                                 .rows = choices_rows_of(run->choices_file, count),
+                                 .batch = choices_batch,
+                                 .score = choices_score};
 }
 
 /* How often each token occurs in the first batches of the training text, for routers that ask; the caller frees. */
@@ -212,7 +157,7 @@ static void open_model(Run *run) {
     int slices = c->train.grad_accum, batch = c->train.batch / slices;
     transformer_reserve(&run->model, c, batch, slices, USE_TRAIN, NULL, &run->arena);
     optimizer_reserve(&run->optimizer, &run->model.tensors, &run->arena);
-    open_batch(&run->batch, (size_t)batch * c->model.seq, slices, &run->arena);
+    batch_reserve(&run->batch, run->model.N, slices, &run->arena);
     arena_commit(&run->arena);
     transformer_connect(&run->model);
     optimizer_connect(&run->optimizer, &run->model.tensors, &c->train);
@@ -256,14 +201,26 @@ static void open_log(Run *run) {
     log_line(&run->log, "{\"event\":\"memory\"%s}", memory);
 }
 
-/* ---- one step ---- */
-
-static void batch_to_device(Run *run, int slice) {
-    BatchBuffers *b = &run->batch;
-    size_t N = run->model.N, bytes = N * sizeof(int);
-    device_from_host(b->tokens + slice * N, b->host_tokens, bytes, NULL);
-    device_from_host(b->targets + slice * N, b->host_targets, bytes, NULL);
+static void open_run(Run *run, int argc, char **argv) {
+    Config *c = &run->config;
+    config_parse(c, argc, argv);
+    open_tokenizer(run);
+    config_finish(c);
+    export_check(c, &run->vocabulary);
+    process_catch_signals();
+    device_open(0);
+    open_corpus(run);
+    open_questions(run);
+    open_model(run);
+    open_log(run);
+    if (strcmp(c->train.tokenizer, "byte") != 0) {
+        vocabulary_keep(&run->vocabulary, c->train.out);
+    }
+    recorder_open(&run->trace, c, &run->model, run->at.step);
+    console_start(c, &run->model, &run->arena);
 }
+
+/* ---- one step ---- */
 
 /* Reads slice `slice` of a step to place `place` on the device. */
 static void read_batch(Run *run, Split split, int64_t step, int slice, int place) {
@@ -273,7 +230,7 @@ static void read_batch(Run *run, Split split, int64_t step, int slice, int place
                    evaluation ? b->bytes : NULL};
     int count = run->model.B;
     corpus_batch(run->corpus, split, step, slice * count, count, &batch);
-    batch_to_device(run, place);
+    batch_to_device(b, place);
 }
 
 /* What a step computes, from what lies on the device (tokens, targets, learning rate, routers' random keys): the same
@@ -317,7 +274,19 @@ static void train_step(Run *run) {
     run->at.tokens += (int64_t)t->batch * run->config.model.seq;
 }
 
-/* ---- what a step tells ---- */
+/* ---- what a run leaves as it goes: checkpoint, report, figures, evaluations ---- */
+
+/* False when it could not be saved: the run goes on and the checkpoint before stays. */
+static bool save(Run *run) {
+    char error[512];
+    bool saved = training_save(&run->config, &run->model, &run->optimizer, &run->at, error, sizeof error);
+    if (saved) {
+        log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->at.step);
+    } else {
+        fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->at.step, error);
+    }
+    return saved;
+}
 
 static void write_report(const Run *run) {
     char error[512];
@@ -365,7 +334,7 @@ static void run_evaluation(Run *run) {
         transformer_forward(model, run->batch.tokens, 0, NULL);
         transformer_loss(model, run->batch.targets, 0, false, NULL);
         evaluation_add(&e, model, run->batch.host_targets, run->batch.domain, run->batch.floor, run->batch.bytes, NULL);
-        if (stop_signal) { /* half an evaluation says nothing: back to saving */
+        if (process_must_end()) { /* half an evaluation says nothing: back to saving */
             transformer_set_training(model, true, true);
             evaluation_free(&e);
             return;
@@ -394,7 +363,7 @@ static void train(Run *run) {
         run_evaluation(run);
     }
     watch_begin(watch, run->at.step);
-    while (run->at.step < t->steps && !stop_signal) {
+    while (run->at.step < t->steps && !process_must_end()) {
         train_step(run);
         if (watch->due) {
             report(run); /* of the step before, while this one runs */
@@ -430,100 +399,59 @@ static void sample(Run *run) {
     for (int d = 0; d < count; d++) {
         prompts[d] = corpus_prompt(run->corpus, d);
     }
-    sample_texts(&run->model, &run->config, &run->vocabulary, run->domains, prompts, count, &run->log, &stop_signal);
+    sample_texts(&run->model, &run->config, &run->vocabulary, run->domains, prompts, count, &run->log);
 }
 
-/* --choices: the completions as rows of batches, whose losses decide (data/choices.h). */
-static void answer_choices(Run *run) {
-    Transformer *model = &run->model;
-    ChoiceFile *file = run->choices_file;
-    int questions = choices_questions(file), most = run->config.train.choices_most;
-    questions = most > 0 && most < questions ? most : questions;
-    int rows = choices_rows_of(file, questions), B = model->B, T = model->T;
-    double *row_loss = calloc(rows, sizeof(double)), by_sum, by_mean;
-    int *row_tokens = calloc(rows, sizeof(int));
-    acc_t *losses = calloc(model->N, sizeof(acc_t));
-    CHECK(row_loss && row_tokens && losses, "out of memory for %d completions", rows);
-    transformer_set_training(model, false, run->config.train.eval_drop);
-    for (int first = 0; first < rows && !stop_signal; first += B) {
-        choices_batch(file, first, B, T, run->batch.host_tokens, run->batch.host_targets);
-        batch_to_device(run, 0);
-        transformer_forward(model, run->batch.tokens, 0, NULL);
-        transformer_loss(model, run->batch.targets, 0, false, NULL);
-        host_from_device(losses, model->losses, model->N * sizeof(acc_t), NULL);
-        for (int n = 0; n < model->N && first + n / T < rows; n++) {
-            if (run->batch.host_targets[n] >= 0) {
-                row_loss[first + n / T] += losses[n];
-                row_tokens[first + n / T]++;
-            }
-        }
+/* The last lines of the log, and the report made of it. */
+static void close_log(Run *run) {
+    if (run->config.train.trace_syncs) {
+        printf("%ssyncs    the host waited for the device %lld times inside %lld training steps\n",
+               console_line_start(), (long long)run->waits, (long long)run->at.step);
+        log_line(&run->log, "{\"event\":\"syncs\",\"waits\":%lld}", (long long)run->waits);
     }
-    transformer_set_training(model, true, true);
-    if (!stop_signal) {
-        choices_score(file, questions, row_loss, row_tokens, &by_sum, &by_mean);
-        printf("choices  %d questions: accuracy %.4f by summed log-probability, %.4f by its mean per token\n",
-               questions, by_sum, by_mean);
-        log_line(&run->log, "{\"event\":\"choices\",\"questions\":%d,\"accuracy\":%.9g,\"accuracy_mean\":%.9g}",
-                 questions, by_sum, by_mean);
-    }
-    free(row_loss);
-    free(row_tokens);
-    free(losses);
+    log_line(&run->log, "{\"event\":\"end\",\"step\":%lld,\"train_seconds\":%.6g,\"peak_bytes\":%zu}",
+             (long long)run->at.step, run->at.seconds, device_peak_memory());
+    write_report(run);
+    log_close(&run->log);
+}
+
+static void close_run(Run *run) {
+    corpus_close(run->corpus);
+    choices_close(run->choices_file);
+    tokenizer_close(run->tokenizer);
+    transformer_free(&run->model);
+    profile_free(&run->profile);
+    watch_free(&run->watch);
+    recording_free(&run->recording);
+    choices_free(&run->choices);
+    trace_close(&run->trace);
+    batch_free(&run->batch);
+    arena_free(&run->arena);
 }
 
 int main(int argc, char **argv) {
-    hold_standard_streams();
     Run run = {.val_loss = NAN};
-    config_parse(&run.config, argc, argv);
-    open_tokenizer(&run);
-    config_finish(&run.config);
-    export_check(&run.config, &run.vocabulary);
-    catch_signals();
-    device_open(0);
-    open_corpus(&run);
-    open_model(&run);
-    open_log(&run);
-    if (strcmp(run.config.train.tokenizer, "byte") != 0) {
-        vocabulary_keep(&run.vocabulary, run.config.train.out);
-    }
-    recorder_open(&run.trace, &run.config, &run.model, run.at.step);
-    console_start(&run.config, &run.model, &run.arena);
+    const TrainConfig *t = &run.config.train;
+    process_hold_streams();
+    open_run(&run, argc, argv);
     train(&run);
 
-    bool interrupted = run.at.step < run.config.train.steps;
+    bool interrupted = run.at.step < t->steps;
     bool saved = save(&run);
-    if (!stop_signal && run.config.train.sample > 0) {
+    if (!process_must_end() && t->sample > 0) {
         sample(&run);
     }
-    if (!stop_signal && run.choices_file) {
-        answer_choices(&run);
+    if (!process_must_end() && run.choices_file) {
+        answer_questions(&run.model, &run.config, &run.questions, &run.batch, &run.log);
     }
     bool exported = interrupted || export_write(&run.config, &run.model, &run.vocabulary);
-    if (run.config.train.trace_syncs) {
-        printf("%ssyncs    the host waited for the device %lld times inside %lld training steps\n",
-               console_line_start(), (long long)run.waits, (long long)run.at.step);
-        log_line(&run.log, "{\"event\":\"syncs\",\"waits\":%lld}", (long long)run.waits);
-    }
-    log_line(&run.log, "{\"event\":\"end\",\"step\":%lld,\"train_seconds\":%.6g,\"peak_bytes\":%zu}",
-             (long long)run.at.step, run.at.seconds, device_peak_memory());
-    write_report(&run);
-    log_close(&run.log);
-    profile_finish(run.config.train.profile ? &run.profile : NULL);
+    close_log(&run);
+    profile_finish(t->profile ? &run.profile : NULL);
     if (!interrupted) {
         console_end(&run.config, &run.model, &run.arena, &run.profile, &run.at);
     } else if (saved) {
         console_stopped(&run.config, &run.at, argv[0]);
     }
-    corpus_close(run.corpus);
-    choices_close(run.choices_file);
-    tokenizer_close(run.tokenizer);
-    transformer_free(&run.model);
-    profile_free(&run.profile);
-    watch_free(&run.watch);
-    recording_free(&run.recording);
-    choices_free(&run.choices);
-    trace_close(&run.trace);
-    free_batch(&run.batch);
-    arena_free(&run.arena);
+    close_run(&run);
     return !saved || !exported ? EXIT_ERROR : interrupted ? EXIT_PREEMPTED : EXIT_OK;
 }

@@ -30,6 +30,7 @@
 #include "../model/chain.h"
 #include "../model/commit.h"
 #include "../model/config.h"
+#include "bench.h"
 
 typedef struct {
     const char *name;
@@ -50,11 +51,6 @@ typedef struct {
     double capacity_factor;
     int repeats;
 } Options;
-
-static int compare(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
 
 /* std * normal numbers into a device array, by way of `staging` (count) on the device. */
 static void fill(real_t *x, acc_t *staging, size_t count, double std, int stream) {
@@ -92,11 +88,7 @@ static double measure(void (*call)(void *subject), void *subject, int repeats, d
         profile_free(&profile);
     }
     recording_free(&recording);
-    qsort(ms, repeats, sizeof(double), compare);
-    double median = ms[repeats / 2];
-    if (p95) {
-        *p95 = ms[(int)(0.95 * (repeats - 1))];
-    }
+    double median = bench_median(ms, repeats, p95);
     free(ms);
     return median;
 }
@@ -209,16 +201,6 @@ static void run_both(void *bench) {
     backward(bench, NULL);
 }
 
-static void print_stages(const char *name, const Profile *profile, int repeats) {
-    printf(",\"%s\":{", name);
-    for (int i = 0, printed = 0; i < STAGE_COUNT; i++) {
-        if (profile->seconds[i] > 0) {
-            printf("%s\"%s\":%.4f", printed++ ? "," : "", stage_name(i), 1e3 * profile->seconds[i] / repeats);
-        }
-    }
-    printf("}");
-}
-
 /* Entries that the experts accepted in the last forward, or rows of a layer that has no plan or a soft one. */
 static double rows_with_a_token(const Bench *b) {
     const MoeLayer *moe = &b->chain.moe[0];
@@ -261,8 +243,8 @@ static void bench_layer(const Layer *l, const Options *o, const char *device) {
         "\"peak_mib\":%.0f,\"device\":\"%s\",\"commit\":\"%s\"",
         l->name, o->router, o->layout, l->tokens, l->dim, l->expert_dim, l->experts, l->top_k, l->act, M, ms, p95,
         forward_ms, flops / ms / 1e9, o->repeats, b.arena.bytes / 1048576.0, device, commit_name());
-    print_stages("forward_stages_ms", &stages[0], o->repeats);
-    print_stages("backward_stages_ms", &stages[1], o->repeats);
+    bench_print_stages("forward_stages_ms", &stages[0], o->repeats);
+    bench_print_stages("backward_stages_ms", &stages[1], o->repeats);
     printf("}\n");
     fflush(stdout);
     profile_free(&stages[0]);

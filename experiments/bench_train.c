@@ -5,13 +5,16 @@
  *     build/bench_train --model cpu-mid --steps 20
  *     build/bench_train_cuda --model d12         the models of the GPU are d12, d12-fine, d12-dense, tiny, tiny-byte
  *     build/bench_train_cuda --model d12 --router forced --force balanced    without it: the price of uneven experts
+ *     build/bench_train --model none             matrix products alone
+ *
+ * --steps is the number of steps that are timed. All other options are those of ./train that the model does not set:
+ * --recompute experts for less memory, --graph 0 to queue call by call.
  *
  * Whole steps: forward, loss, backward, clipping, AdamW on tokens drawn from a fixed Zipf-like distribution, copied to
  * the device inside the time; the median of the steps after a warm-up. On a GPU steps are queued in groups, since to
- * wait for each would leave the device idle in between: the median is that of the groups. --graph 0 queues call by
- * call, --recompute norms|experts takes less memory. A last step with stage times is not in the median. FLOPs as in
- * transformer_flops_per_token. The same models in PyTorch: baselines/torch_cpu.py and torch_gpu.py; both in one job:
- * cpu_compare.sh, gpu_compare.sh.
+ * wait for each would leave the device idle in between: the median is that of the groups. A last step with stage times
+ * is not in the median. FLOPs as in transformer_flops_per_token. The same models in PyTorch: baselines/torch_cpu.py
+ * and torch_gpu.py; both in one job: cpu_compare.sh, gpu_compare.sh.
  */
 #include <math.h>
 #include <stdio.h>
@@ -25,30 +28,36 @@
 #include "../model/config.h"
 #include "../model/optimizer.h"
 #include "../model/transformer.h"
+#include "bench.h"
 
 typedef struct {
     const char *name;
     bool gpu;
-    int layers, dim, heads, seq, expert_dim, experts, top_k, vocab, batch, steps;
+    int steps;           /* that are timed */
+    const char *options; /* of ./train */
 } Model;
 
 static const Model MODELS[] = {
-    {"cpu-default", false, 4, 128, 4, 128, 256, 8, 2, 256, 16, 40},
-    {"cpu-mid", false, 4, 256, 4, 256, 512, 8, 2, 256, 8, 16},
-    {"cpu-c512", false, 6, 512, 8, 512, 1024, 8, 2, 256, 2, 8},
-    {"d12", true, 12, 768, 12, 1024, 2048, 8, 2, 50304, 32, 40},
-    {"d12-fine", true, 12, 768, 12, 1024, 512, 64, 8, 50304, 32, 40},
-    {"d12-dense", true, 12, 768, 12, 1024, 4096, 0, 1, 50304, 32, 40},
-    {"tiny", true, 6, 512, 8, 512, 1024, 8, 2, 8192, 64, 100},
-    {"tiny-byte", true, 4, 256, 4, 256, 512, 8, 2, 256, 64, 200},
+    {"cpu-default", false, 40,
+     "--layers 4 --dim 128 --heads 4 --seq 128 --expert-dim 256 --experts 8 --top-k 2 --vocab 256 --batch 16"},
+    {"cpu-mid", false, 16,
+     "--layers 4 --dim 256 --heads 4 --seq 256 --expert-dim 512 --experts 8 --top-k 2 --vocab 256 --batch 8"},
+    {"cpu-c512", false, 8,
+     "--layers 6 --dim 512 --heads 8 --seq 512 --expert-dim 1024 --experts 8 --top-k 2 --vocab 256 --batch 2"},
+    {"d12", true, 40,
+     "--layers 12 --dim 768 --heads 12 --seq 1024 --expert-dim 2048 --experts 8 --top-k 2 --vocab 50304 --batch 32"},
+    {"d12-fine", true, 40,
+     "--layers 12 --dim 768 --heads 12 --seq 1024 --expert-dim 512 --experts 64 --top-k 8 --vocab 50304 --batch 32"},
+    {"d12-dense", true, 40,
+     "--layers 12 --dim 768 --heads 12 --seq 1024 --expert-dim 4096 --experts 1 --top-k 1 --vocab 50304 --batch 32 "
+     "--router dense"},
+    {"tiny", true, 100,
+     "--layers 6 --dim 512 --heads 8 --seq 512 --expert-dim 1024 --experts 8 --top-k 2 --vocab 8192 --batch 64"},
+    {"tiny-byte", true, 200,
+     "--layers 4 --dim 256 --heads 4 --seq 256 --expert-dim 512 --experts 8 --top-k 2 --vocab 256 --batch 64"},
 };
 
-enum { MODEL_COUNT = sizeof MODELS / sizeof MODELS[0], WARM_UP = 5, GROUP = 5 };
-
-static int compare(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
+enum { MODEL_COUNT = sizeof MODELS / sizeof MODELS[0], WARM_UP = 5, GROUP = 5, MOST_WORDS = 256 };
 
 /* Token n of step s, more often small than large. */
 static int zipf_token(int step, int n, int V) {
@@ -72,9 +81,10 @@ static void queue_step(Bench *b) {
     transformer_loss(&b->model, b->tokens + 1, 0, true, NULL);
     transformer_backward(&b->model, b->tokens, 0, NULL);
     optimizer_step(&b->optimizer, &b->model, &b->config.train, NULL);
+    transformer_update_routers(&b->model, b->optimizer.state, NULL);
 }
 
-static void step(Bench *b, int s, bool record) {
+static void run_step(Bench *b, int s, bool record) {
     device_from_host(b->tokens, b->host_tokens + s % 7, (b->model.N + 1) * sizeof(int), NULL);
     optimizer_set_rate(&b->optimizer, &b->config.train, s, NULL);
     transformer_begin_step(&b->model, s, NULL);
@@ -87,38 +97,26 @@ static void step(Bench *b, int s, bool record) {
     }
 }
 
-/* NULL: as the model has it. */
-typedef struct {
-    const char *router, *force;
-} Routing;
+/* The model's options, and behind them those of the command line (count). */
+static void configure(Config *config, const Model *m, char **options, int count) {
+    char text[512], *words[MOST_WORDS] = {"bench_train", "--steps", "10000", "--tie", m->gpu ? "1" : "0"};
+    int used = 5;
+    snprintf(text, sizeof text, "%s", m->options);
+    for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) {
+        words[used++] = word;
+    }
+    CHECK(used + count <= MOST_WORDS, "%d words are too many for a command line", count);
+    memcpy(words + used, options, count * sizeof(char *));
+    config_parse(config, used + count, words);
+    config_finish(config);
+    CHECK(config->train.grad_accum == 1, "--grad-accum %d: steps are timed whole; drop it", config->train.grad_accum);
+}
 
-static void open_bench(Bench *b, const Model *m, Routing routing, Recompute recompute) {
-    *b = (Bench){0};
-    config_defaults(&b->config);
+static void open_bench(Bench *b) {
     ModelConfig *c = &b->config.model;
-    c->layers = m->layers;
-    c->dim = m->dim;
-    c->heads = m->heads;
-    c->seq = m->seq;
-    c->vocab = m->vocab;
-    c->tie = m->gpu;
-    c->expert_dim = m->expert_dim;
-    c->experts = m->experts > 0 ? m->experts : 1;
-    c->top_k = m->top_k;
-    if (m->experts == 0) {
-        snprintf(c->router, sizeof c->router, "dense");
-    } else if (routing.router) {
-        snprintf(c->router, sizeof c->router, "%s", routing.router);
-    }
-    if (routing.force) {
-        snprintf(c->force, sizeof c->force, "%s", routing.force);
-    }
-    b->config.train.batch = m->batch;
-    b->config.train.steps = 10000;
-    b->config.train.recompute = recompute;
-    config_finish(&b->config);
-    size_t N = (size_t)m->batch * m->seq;
-    transformer_reserve(&b->model, &b->config, m->batch, 1, USE_TRAIN, NULL, &b->arena);
+    int batch = b->config.train.batch;
+    size_t N = (size_t)batch * c->seq;
+    transformer_reserve(&b->model, &b->config, batch, 1, USE_TRAIN, NULL, &b->arena);
     optimizer_reserve(&b->optimizer, &b->model.tensors, &b->arena);
     arena_reserve(&b->arena, (void **)&b->tokens, (N + 1) * sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&b->arena);
@@ -126,12 +124,15 @@ static void open_bench(Bench *b, const Model *m, Routing routing, Recompute reco
     optimizer_connect(&b->optimizer, &b->model.tensors, &b->config.train);
     acc_t *host = calloc(b->model.tensors.total, sizeof(acc_t));
     b->host_tokens = calloc(N + 8, sizeof(int)); /* step s reads it from s % 7 on, so that batches differ */
-    CHECK(host && b->host_tokens, "out of memory for model %s", m->name);
+    double *frequency = calloc(c->vocab, sizeof(double));
+    CHECK(host && b->host_tokens && frequency, "out of memory for the weights and a batch");
     for (size_t n = 0; n < N + 8; n++) {
-        b->host_tokens[n] = zipf_token(0, (int)n, m->vocab);
+        b->host_tokens[n] = zipf_token(0, (int)n, c->vocab);
+        frequency[b->host_tokens[n]]++;
     }
-    tensors_init(&b->model.tensors, host, 1);
+    transformer_init(&b->model, host, 1, frequency);
     transformer_load(&b->model, host);
+    free(frequency);
     free(host);
 }
 
@@ -142,21 +143,40 @@ static void close_bench(Bench *b) {
     arena_free(&b->arena);
 }
 
-static void bench_model(const Model *m, Routing routing, int steps, bool graph, Recompute recompute,
-                        const char *device) {
-    Bench b;
-    open_bench(&b, m, routing, recompute);
+static void print_result(Bench *b, const Model *m, double median, double p95, int steps, const Profile *profile,
+                         const char *device) {
+    const TrainConfig *t = &b->config.train;
+    double flops = transformer_flops_per_token(&b->model), speed = b->model.N / median, peak = device_peak_flops();
+    acc_t loss;
+    host_from_device(&loss, b->model.step_loss, sizeof loss, NULL);
+    printf(
+        "{\"model\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"threads\":%d,\"ms\":%.4f,\"p95\":%.4f,"
+        "\"tok_s\":%.0f,\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"recompute\":%d,\"loss\":%.4f,"
+        "\"arena_mib\":%.1f,\"peak_mib\":%.1f,\"device\":\"%s\",\"commit\":\"%s\"",
+        m->name, b->config.model.router, device_threads(), 1e3 * median, 1e3 * p95, speed, speed * flops / 1e9,
+        peak > 0 ? speed * flops / peak : 0, steps, t->graph, t->recompute, (double)loss, b->arena.bytes / 1048576.0,
+        device_peak_memory() / 1048576.0, device, commit_name());
+    bench_print_stages("stages_ms", profile, 1);
+    printf("}\n");
+    fflush(stdout);
+}
+
+static void bench_model(const Model *m, int steps, char **options, int option_count, const char *device) {
+    Bench b = {0};
+    configure(&b.config, m, options, option_count);
+    open_bench(&b);
+    bool graph = b.config.train.graph;
     int group = device_runs_ahead() ? GROUP : 1, groups = (steps + group - 1) / group, done = 0;
-    double *seconds = calloc(groups, sizeof(double));
+    double *seconds = calloc(groups, sizeof(double)), p95;
     CHECK(seconds, "out of memory for %d times", groups);
     while (done < WARM_UP) {
-        step(&b, done++, graph);
+        run_step(&b, done++, graph);
     }
     device_wait(NULL);
     for (int g = 0; g < groups; g++) {
         double start = seconds_now();
         for (int i = 0; i < group; i++) {
-            step(&b, done++, graph);
+            run_step(&b, done++, graph);
         }
         device_wait(NULL);
         seconds[g] = (seconds_now() - start) / group;
@@ -164,27 +184,12 @@ static void bench_model(const Model *m, Routing routing, int steps, bool graph, 
     Profile profile = {0};
     b.model.profile = &profile;
     profile_start(&profile, NULL);
-    step(&b, done, false);
+    run_step(&b, done, false);
     profile_stop(&profile, NULL);
     profile_finish(&profile);
-    qsort(seconds, groups, sizeof(double), compare);
-    double median = seconds[groups / 2], flops = transformer_flops_per_token(&b.model), N = b.model.N;
-    acc_t loss;
-    host_from_device(&loss, b.model.step_loss, sizeof loss, NULL);
-    printf(
-        "{\"model\":\"%s\",\"impl\":\"moelab\",\"threads\":%d,\"ms\":%.4f,\"p95\":%.4f,\"tok_s\":%.0f,"
-        "\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"recompute\":%d,\"loss\":%.4f,\"arena_mib\":%.1f,"
-        "\"peak_mib\":%.1f,\"device\":\"%s\",\"commit\":\"%s\",\"stages_ms\":{",
-        m->name, device_threads(), 1e3 * median, 1e3 * seconds[(int)(0.95 * (groups - 1))], N / median,
-        N / median * flops / 1e9, device_peak_flops() > 0 ? N / median * flops / device_peak_flops() : 0, steps, graph,
-        recompute, (double)loss, b.arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device, commit_name());
-    for (int i = 0, printed = 0; i < STAGE_COUNT; i++) {
-        if (profile.seconds[i] > 0) {
-            printf("%s\"%s\":%.3f", printed++ ? "," : "", stage_name(i), 1e3 * profile.seconds[i]);
-        }
-    }
-    printf("}}\n");
-    fflush(stdout);
+    double median = bench_median(seconds, groups, &p95);
+    print_result(&b, m, median, p95, steps, &profile, device);
+    profile_free(&profile);
     free(seconds);
     close_bench(&b);
 }
@@ -225,36 +230,32 @@ static void bench_matmul(int N, int OUT, int IN, const char *device) {
 
 int main(int argc, char **argv) {
     const char *only = NULL;
-    Routing routing = {NULL, NULL};
-    int steps = 0, graph = 1, recompute = RECOMPUTE_NONE;
-    for (int i = 1; i + 1 < argc; i += 2) {
+    char *options[MOST_WORDS], device[128];
+    int steps = 0, count = 0;
+    for (int i = 1; i < argc; i++) {
+        bool ours = strcmp(argv[i], "--model") == 0 || strcmp(argv[i], "--steps") == 0;
+        CHECK(!ours || i + 1 < argc, "%s needs a value", argv[i]);
         if (strcmp(argv[i], "--model") == 0) {
-            only = argv[i + 1];
+            only = argv[++i];
         } else if (strcmp(argv[i], "--steps") == 0) {
-            steps = atoi(argv[i + 1]);
-        } else if (strcmp(argv[i], "--graph") == 0) {
-            graph = atoi(argv[i + 1]);
-        } else if (strcmp(argv[i], "--router") == 0) {
-            routing.router = argv[i + 1];
-        } else if (strcmp(argv[i], "--force") == 0) {
-            routing.force = argv[i + 1];
-        } else if (strcmp(argv[i], "--recompute") == 0) {
-            recompute = strcmp(argv[i + 1], "norms") == 0     ? RECOMPUTE_NORMS
-                        : strcmp(argv[i + 1], "experts") == 0 ? RECOMPUTE_EXPERTS
-                                                              : RECOMPUTE_NONE;
+            steps = atoi(argv[++i]);
+            CHECK(steps > 0, "--steps %s: give at least 1", argv[i]);
         } else {
-            die(__FILE__, __LINE__, "unknown option %s: see the head of experiments/bench_train.c", argv[i]);
+            CHECK(count < MOST_WORDS, "%d words are too many for a command line", argc);
+            options[count++] = argv[i];
         }
     }
-    char device[128];
     device_open(0);
     device_describe(device, sizeof device);
-    bool gpu = device_runs_ahead();
+    bool known = !only || strcmp(only, "none") == 0, gpu = device_runs_ahead();
     for (int i = 0; i < MODEL_COUNT; i++) {
-        if (only ? strcmp(only, MODELS[i].name) == 0 : MODELS[i].gpu == gpu) {
-            bench_model(&MODELS[i], routing, steps > 0 ? steps : MODELS[i].steps, graph, (Recompute)recompute, device);
+        const Model *m = &MODELS[i];
+        if (only ? strcmp(only, m->name) == 0 : m->gpu == gpu) {
+            bench_model(m, steps > 0 ? steps : m->steps, options, count, device);
+            known = true;
         }
     }
+    CHECK(known, "--model %s is not known: see the table in experiments/bench_train.c", only);
     if (!only || strcmp(only, "none") == 0) {
         bench_matmul(2048, 512, 128, device);
         bench_matmul(2048, 128, 256, device);

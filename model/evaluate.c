@@ -154,20 +154,11 @@ void evaluation_free(Evaluation *e) {
     *e = (Evaluation){0};
 }
 
-/* A number, or null where there is none. */
-static void print_number(FILE *out, double value) {
-    if (isfinite(value)) {
-        fprintf(out, "%.9g", value);
-    } else {
-        fputs("null", out);
-    }
-}
-
 static void print_domain(FILE *out, const Evaluation *e, const char *name, int d) {
     fprintf(out, "%s\"%s\":{\"loss\":", d > 0 ? "," : "", name);
-    print_number(out, e->domain_loss[d]);
+    log_number(out, e->domain_loss[d]);
     fputs(",\"floor\":", out);
-    print_number(out, e->domain_floor[d]);
+    log_number(out, e->domain_floor[d]);
     fprintf(out, ",\"tokens\":%lld}", (long long)e->domain_tokens[d]);
 }
 
@@ -193,11 +184,11 @@ void evaluation_log(const Evaluation *e, Log *log, const char *const *names, int
     FILE *out = open_memstream(&text, &length);
     CHECK(out, "out of memory for a line of the log");
     fprintf(out, "{\"step\":%lld,\"tokens\":%lld,\"val_loss\":", (long long)step, (long long)tokens);
-    print_number(out, e->loss);
+    log_number(out, e->loss);
     fputs(",\"val_bpb\":", out);
-    print_number(out, e->bits_per_byte);
+    log_number(out, e->bits_per_byte);
     fputs(",\"val_floor\":", out);
-    print_number(out, e->floor);
+    log_number(out, e->floor);
     fputs(",\"val_domains\":{", out);
     for (int d = 0; d < e->domains; d++) {
         print_domain(out, e, names[d], d);
@@ -215,7 +206,7 @@ void evaluation_log(const Evaluation *e, Log *log, const char *const *names, int
     fputs("],\"churn\":[", out);
     for (int i = 0; i < e->moe_count; i++) {
         fputs(i > 0 ? "," : "", out);
-        print_number(out, e->churn[i]);
+        log_number(out, e->churn[i]);
     }
     fputs("]}", out);
     fclose(out);

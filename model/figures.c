@@ -35,6 +35,49 @@ static void take(void *to, const char **from, size_t bytes) {
     *from += bytes;
 }
 
+/* Adds what each layer says of each slice of the step: slices first, layers within. */
+static void sum_places(StepFigures *f, const acc_t *load, const int *demand, int slices) {
+    int layers = f->moe_count, E = f->E;
+    size_t places = (size_t)slices * layers;
+    for (size_t i = 0; i < places; i++) {
+        const acc_t *values = load + i * LOAD_VALUES;
+        f->aux += values[LOAD_BALANCE] / places;
+        f->z += values[LOAD_Z] / places;
+        f->entropy += values[LOAD_ENTROPY] / places;
+        f->dropped += values[LOAD_DROPPED] / places;
+        f->mean_entropy += values[LOAD_MEAN_ENTROPY] / places;
+        f->margin += values[LOAD_MARGIN] / places;
+        f->tokens_dropped += values[LOAD_TOKENS_DROPPED] / places;
+        f->padding += values[LOAD_PADDING] / places;
+        f->layer_entropy[i % layers] += values[LOAD_ENTROPY] / slices;
+        f->layer_margin[i % layers] += values[LOAD_MARGIN] / slices;
+        f->layer_main_norm[i % layers] += square(values[LOAD_MAIN_GRADIENT]); /* slices are different tokens */
+        f->layer_balance_norm[i % layers] += square(values[LOAD_BALANCE_GRADIENT]);
+        for (int e = 0; e < E; e++) {
+            f->counts[i % layers * E + e] += demand[i * E + e];
+        }
+    }
+}
+
+/* From the sums: norms, and how even the load is. */
+static void summarise_layers(StepFigures *f) {
+    int layers = f->moe_count;
+    for (int l = 0; l < layers; l++) {
+        f->main_gradient += f->layer_main_norm[l];
+        f->balance_gradient += f->layer_balance_norm[l];
+        f->layer_main_norm[l] = sqrt(f->layer_main_norm[l]);
+        f->layer_balance_norm[l] = sqrt(f->layer_balance_norm[l]);
+        LoadSummary s = load_summary(f->counts + (size_t)l * f->E, f->E);
+        f->load.cv += s.cv / layers;
+        f->load.kl += s.kl / layers;
+        f->load.max_vio += s.max_vio / layers;
+        f->load.dead += s.dead;
+        f->load.near_dead += s.near_dead;
+    }
+    f->main_gradient = sqrt(f->main_gradient);
+    f->balance_gradient = sqrt(f->balance_gradient);
+}
+
 StepFigures figures_read(Readback *readback, const Transformer *model, const Optimizer *optimizer) {
     int layers = model->moe_count, slices = model->slices, E = model->config->experts;
     StepFigures f = {.moe_count = layers, .E = E, .flops_per_token = transformer_flops_per_token(model)};
@@ -58,38 +101,8 @@ StepFigures figures_read(Readback *readback, const Transformer *model, const Opt
     take(demand, &from, places * E * sizeof(int));
     f.norms = optimizer_norms(optimizer, &model->tensors, sums);
     f.loss = step_loss;
-    for (size_t i = 0; i < places; i++) { /* slices first, layers within */
-        const acc_t *values = load + i * LOAD_VALUES;
-        f.aux += values[LOAD_BALANCE] / places;
-        f.z += values[LOAD_Z] / places;
-        f.entropy += values[LOAD_ENTROPY] / places;
-        f.dropped += values[LOAD_DROPPED] / places;
-        f.mean_entropy += values[LOAD_MEAN_ENTROPY] / places;
-        f.margin += values[LOAD_MARGIN] / places;
-        f.tokens_dropped += values[LOAD_TOKENS_DROPPED] / places;
-        f.padding += values[LOAD_PADDING] / places;
-        f.layer_entropy[i % layers] += values[LOAD_ENTROPY] / slices;
-        f.layer_margin[i % layers] += values[LOAD_MARGIN] / slices;
-        f.layer_main_norm[i % layers] += square(values[LOAD_MAIN_GRADIENT]); /* slices are different tokens */
-        f.layer_balance_norm[i % layers] += square(values[LOAD_BALANCE_GRADIENT]);
-        for (int e = 0; e < E; e++) {
-            f.counts[i % layers * E + e] += demand[i * E + e];
-        }
-    }
-    for (int l = 0; l < layers; l++) {
-        f.main_gradient += f.layer_main_norm[l];
-        f.balance_gradient += f.layer_balance_norm[l];
-        f.layer_main_norm[l] = sqrt(f.layer_main_norm[l]);
-        f.layer_balance_norm[l] = sqrt(f.layer_balance_norm[l]);
-        LoadSummary s = load_summary(f.counts + (size_t)l * E, E);
-        f.load.cv += s.cv / layers;
-        f.load.kl += s.kl / layers;
-        f.load.max_vio += s.max_vio / layers;
-        f.load.dead += s.dead;
-        f.load.near_dead += s.near_dead;
-    }
-    f.main_gradient = sqrt(f.main_gradient);
-    f.balance_gradient = sqrt(f.balance_gradient);
+    sum_places(&f, load, demand, slices);
+    summarise_layers(&f);
     free(load);
     free(demand);
     free(sums);
@@ -102,18 +115,9 @@ void figures_free(StepFigures *f) {
     *f = (StepFigures){0};
 }
 
-/* A number, or null where it is not finite: JSON has no other. */
-static void print_number(FILE *out, double value) {
-    if (isfinite(value)) {
-        fprintf(out, "%.9g", value);
-    } else {
-        fputs("null", out);
-    }
-}
-
 static void print_value(FILE *out, const char *key, double value) {
     fprintf(out, ",\"%s\":", key);
-    print_number(out, value);
+    log_number(out, value);
 }
 
 static void print_counts(FILE *out, const StepFigures *f) {
@@ -131,7 +135,7 @@ static void print_layers(FILE *out, const char *key, const double *values, int c
     fprintf(out, ",\"%s\":[", key);
     for (int l = 0; l < count; l++) {
         fputs(l > 0 ? "," : "", out);
-        print_number(out, values[l]);
+        log_number(out, values[l]);
     }
     fputs("]", out);
 }

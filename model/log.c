@@ -12,6 +12,7 @@
 #include <cjson/cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -222,6 +223,14 @@ void log_close(Log *log) {
         fprintf(stderr, "moelab: closing %s failed (%s): its last lines may be missing\n", log->path, strerror(errno));
     }
     log->fd = -1;
+}
+
+void log_number(FILE *out, double value) {
+    if (isfinite(value)) {
+        fprintf(out, "%.9g", value);
+    } else {
+        fputs("null", out);
+    }
 }
 
 void log_line(Log *log, const char *format, ...) {

@@ -20,6 +20,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "config.h"
 
@@ -54,6 +55,9 @@ void log_close(Log *log);
 __attribute__((format(printf, 2, 3)))
 #endif
 void log_line(Log *log, const char *format, ...);
+
+/* A number as the log writes it, null where it is not finite: JSON has no other. */
+void log_number(FILE *out, double value);
 
 /* Text as a JSON string literal, quotes included, each byte that is not UTF-8 as \ufffd; returns out. What exceeds size
  * (at least 3) is left out at the end, so that out is always a whole literal. */

@@ -11,10 +11,10 @@
 
 #include "../kernels/check.h"
 #include "generate.h"
+#include "process.h"
 
 typedef struct {
     const Vocabulary *vocabulary;
-    const volatile sig_atomic_t *stop;
     FILE *kept;            /* what was shown, for the log */
     unsigned char held[4]; /* the beginning of a character */
     int held_count;
@@ -86,7 +86,7 @@ static bool show_token(int token, void *user) {
         show_byte(shower, 0); /* an id that the tokenizer does not know */
     }
     fflush(stdout);
-    return !*shower->stop;
+    return !process_must_end();
 }
 
 /* Tokens of a prompt, at least one; nothing stands for the end of a document, or a newline, or token 0. */
@@ -112,12 +112,12 @@ static int *read_prompt(const Vocabulary *v, int V, const char *prompt, size_t *
 }
 
 static void sample_one(Generator *generator, const TrainConfig *train, int stream, const Vocabulary *vocabulary,
-                       const char *domain, const char *prompt, Log *log, const volatile sig_atomic_t *stop) {
+                       const char *domain, const char *prompt, Log *log) {
     char *text = NULL;
     size_t length = 0, count;
     int *start = read_prompt(vocabulary, generator->config.model.vocab, prompt, &count);
     int *tokens = calloc(train->sample, sizeof(int));
-    Shower shower = {.vocabulary = vocabulary, .stop = stop, .kept = open_memstream(&text, &length)};
+    Shower shower = {.vocabulary = vocabulary, .kept = open_memstream(&text, &length)};
     CHECK(tokens && shower.kept, "out of memory for a sample of %d tokens", train->sample);
     SampleOptions options = {train->temperature, train->top_p, train->sample_top_k, train->seed + stream};
     printf("\n--- %s ---\n%s", domain, prompt);
@@ -138,14 +138,14 @@ static void sample_one(Generator *generator, const TrainConfig *train, int strea
 }
 
 void sample_texts(Transformer *model, const Config *config, const Vocabulary *vocabulary, const char *const *domains,
-                  const char *const *prompts, int count, Log *log, const volatile sig_atomic_t *stop) {
+                  const char *const *prompts, int count, Log *log) {
     Generator generator;
     generator_open(&generator, config, model);
     if (config->train.prompt[0]) {
-        sample_one(&generator, &config->train, 0, vocabulary, "prompt", config->train.prompt, log, stop);
+        sample_one(&generator, &config->train, 0, vocabulary, "prompt", config->train.prompt, log);
     } else {
-        for (int d = 0; d < count && !*stop; d++) {
-            sample_one(&generator, &config->train, d, vocabulary, domains[d], prompts[d], log, stop);
+        for (int d = 0; d < count && !process_must_end(); d++) {
+            sample_one(&generator, &config->train, d, vocabulary, domains[d], prompts[d], log);
         }
     }
     generator_close(&generator);

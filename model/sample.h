@@ -2,17 +2,15 @@
 #ifndef MODEL_SAMPLE_H
 #define MODEL_SAMPLE_H
 
-#include <signal.h>
-
 #include "config.h"
 #include "log.h"
 #include "transformer.h"
 #include "vocabulary.h"
 
 /* Continues --prompt, or each of the prompts (count; "" starts from nothing) of the domains of the same number, by
- * --sample tokens, or until the document ends. Ends early once *stop is not 0. Ends the program with one line when the
+ * --sample tokens, or until the document ends or the run is asked to. Ends the program with one line when the
  * vocabulary has no tokens for a prompt. */
 void sample_texts(Transformer *model, const Config *config, const Vocabulary *vocabulary, const char *const *domains,
-                  const char *const *prompts, int count, Log *log, const volatile sig_atomic_t *stop);
+                  const char *const *prompts, int count, Log *log);
 
 #endif

@@ -214,6 +214,27 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
     chain_reserve(&layer->chain, config, l, model->N, &model->context, first_site, scratch, arena);
 }
 
+/* What there is once: the stream's end, head and losses, what routers tell. */
+static void reserve_around_layers(Transformer *model, Arena *arena) {
+    const ModelConfig *c = model->config;
+    size_t N = model->N, C = c->dim, statistics = (size_t)model->slices * model->moe_count;
+    MemoryCategory kind = MEMORY_ACTIVATIONS;
+    size_t rows = device_logits_at_once() / c->vocab;
+    rows = rows > LEAST_HEAD_ROWS ? rows : LEAST_HEAD_ROWS;
+    model->head_rows = N < rows ? model->N : (int)rows;
+    reserve(arena, &model->angles, (size_t)c->seq * c->head_dim, sizeof(acc_t), kind);
+    reserve(arena, &model->final_x, N * C, sizeof(real_t), kind);
+    reserve(arena, &model->hidden, N * C, sizeof(real_t), kind);
+    reserve(arena, &model->final_rstd, N, sizeof(acc_t), kind);
+    reserve(arena, &model->branch, N * C, sizeof(real_t), kind);
+    reserve(arena, &model->logits, (size_t)model->head_rows * c->vocab, sizeof(real_t), kind);
+    reserve(arena, &model->losses, N, sizeof(acc_t), kind);
+    reserve(arena, &model->slice_loss, model->slices, sizeof(acc_t), kind);
+    reserve(arena, &model->step_loss, 1, sizeof(acc_t), kind);
+    reserve(arena, &model->load, statistics * LOAD_VALUES, sizeof(acc_t), kind);
+    reserve(arena, &model->demand, statistics * c->experts, sizeof(int), kind);
+}
+
 static void reserve_backward(Transformer *model, Arena *arena) {
     const ModelConfig *c = model->config;
     size_t N = model->N, C = c->dim;
@@ -253,6 +274,9 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
         if (!weights_are_master()) {
             reserve(arena, &model->weights, model->tensors.total, sizeof(real_t), MEMORY_WEIGHTS);
         }
+    } else {
+        model->master = source->master;
+        model->weights = source->weights;
     }
     ScratchSize scratch = {0};
     for (int l = 0, site = 0; l < c->layers; l++) {
@@ -261,30 +285,13 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
             model->moes[site++] = &model->layers[l].chain.moe[s];
         }
     }
-    size_t N = model->N, C = c->dim, statistics = (size_t)slices * model->moe_count;
-    MemoryCategory kind = MEMORY_ACTIVATIONS;
-    size_t rows = device_logits_at_once() / c->vocab;
-    rows = rows > LEAST_HEAD_ROWS ? rows : LEAST_HEAD_ROWS;
-    model->head_rows = N < rows ? model->N : (int)rows;
-    reserve(arena, &model->angles, (size_t)c->seq * c->head_dim, sizeof(acc_t), kind);
-    reserve(arena, &model->final_x, N * C, sizeof(real_t), kind);
-    reserve(arena, &model->hidden, N * C, sizeof(real_t), kind);
-    reserve(arena, &model->final_rstd, N, sizeof(acc_t), kind);
-    reserve(arena, &model->branch, N * C, sizeof(real_t), kind);
-    reserve(arena, &model->logits, (size_t)model->head_rows * c->vocab, sizeof(real_t), kind);
-    reserve(arena, &model->losses, N, sizeof(acc_t), kind);
-    reserve(arena, &model->slice_loss, slices, sizeof(acc_t), kind);
-    reserve(arena, &model->step_loss, 1, sizeof(acc_t), kind);
-    reserve(arena, &model->load, statistics * LOAD_VALUES, sizeof(acc_t), kind);
-    reserve(arena, &model->demand, statistics * c->experts, sizeof(int), kind);
+    reserve_around_layers(model, arena);
     moe_reserve_scratch(&model->scratch, c, scratch, model->N, use == USE_TRAIN, arena);
     if (use == USE_TRAIN) {
         reserve_backward(model, arena);
         chain_reserve_scratch(&model->chain_scratch, c, model->N, arena);
     } else {
-        model->master = source->master;
-        model->weights = source->weights;
-        reserve(arena, &model->logits_acc, (size_t)model->B * c->vocab, sizeof(acc_t), kind);
+        reserve(arena, &model->logits_acc, (size_t)model->B * c->vocab, sizeof(acc_t), MEMORY_ACTIVATIONS);
     }
 }
 

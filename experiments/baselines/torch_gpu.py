@@ -10,15 +10,20 @@ experts, tied head), bf16 with float32 master weights, clipping, fused AdamW. Ex
     python3 experiments/baselines/torch_gpu.py train d12 tiny-byte    .. per model and way
     python3 experiments/baselines/torch_gpu.py dispatch 16384,4096,128,2
     options: --ways grouped,grouped+compile,grouped+graphs,loop,scatter   --weights rounded,copies   --repeats N
+             --seconds S: after so many nothing further is begun
 
 Medians of event times after a warm-up; normal random data. Called by experiments/gpu_compare.sh. Read next:
 torch_cpu.py.
 """
 import argparse
+import gc
 import json
 import math
 import statistics
 import sys
+import time
+
+START = time.monotonic()  # loading PyTorch takes seconds, which count
 
 import torch
 import torch.nn.functional as F
@@ -285,27 +290,31 @@ def main():
     p.add_argument("--weights", default="rounded,copies",
                    help="of a training step: float32 rounded where used, bf16 copies beside float32, or both")
     p.add_argument("--repeats", type=int, default=20)
+    p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing further after so many")
     args = p.parse_args()
     if not torch.cuda.is_available():
         sys.exit("torch_gpu.py: PyTorch sees no GPU: run it on a machine with one")
     torch.set_float32_matmul_precision("high")
     table = {"layer": LAYERS, "train": MODELS}.get(args.kind)
     for name in args.names or table or ["16384,4096,128,2", "32768,2048,64,8"]:
-        if args.kind == "dispatch":
-            bench_dispatch(name, args.repeats)
-            continue
-        for way in args.ways.split(",") if args.ways else WAYS:
+        for way in ["compile"] if args.kind == "dispatch" else args.ways.split(",") if args.ways else WAYS:
             if way == "scatter" and args.kind == "train":
+                continue
+            if time.monotonic() - START > args.seconds:
+                print("%s %s: not begun, %g s are over" % (name, way, args.seconds), file=sys.stderr)
                 continue
             torch.cuda.reset_peak_memory_stats()
             try:
-                if args.kind == "layer":
+                if args.kind == "dispatch":
+                    bench_dispatch(name, args.repeats)
+                elif args.kind == "layer":
                     bench_layer(name, way, args.repeats)
                 else:
                     bench_train(name, way, args.repeats, args)
             except Exception as error:  # a way that this installation lacks is no peer; say so and go on
                 print("%s %s: left out (%s)" % (name, way, str(error).strip().split("\n")[0][:160]), file=sys.stderr)
             torch._dynamo.reset()
+            gc.collect()  # modules and graphs refer to each other: the next peak is to be its own
             torch.cuda.empty_cache()
 
 

@@ -1,0 +1,36 @@
+/* What the benchmarks of layers and of training share: the order of times, and stage times as JSON. Included by
+ * bench_layer.c and bench_train.c. */
+#ifndef EXPERIMENTS_BENCH_H
+#define EXPERIMENTS_BENCH_H
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "../kernels/device.h"
+
+static inline int bench_compare(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Sorts the times; returns their median and sets the 95th percentile where it is asked for. */
+static inline double bench_median(double *times, int count, double *p95) {
+    qsort(times, count, sizeof(double), bench_compare);
+    if (p95) {
+        *p95 = times[(int)(0.95 * (count - 1))];
+    }
+    return times[count / 2];
+}
+
+/* ,"name":{"route":1.25,..}: milliseconds of each stage that took time, mean over the passes that were added up. */
+static inline void bench_print_stages(const char *name, const Profile *profile, int passes) {
+    printf(",\"%s\":{", name);
+    for (int i = 0, printed = 0; i < STAGE_COUNT; i++) {
+        if (profile->seconds[i] > 0) {
+            printf("%s\"%s\":%.4f", printed++ ? "," : "", stage_name(i), 1e3 * profile->seconds[i] / passes);
+        }
+    }
+    printf("}");
+}
+
+#endif

@@ -23,6 +23,7 @@
 #include "model/batch.h"
 #include "model/config.h"
 #include "model/console.h"
+#include "model/cost.h"
 #include "model/evaluate.h"
 #include "model/export.h"
 #include "model/import.h"

@@ -26,6 +26,7 @@
 #include "../kernels/random.h"
 #include "../model/commit.h"
 #include "../model/config.h"
+#include "../model/cost.h"
 #include "../model/optimizer.h"
 #include "../model/transformer.h"
 #include "bench.h"

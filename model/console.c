@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cost.h"
+
 const char *console_line_start(void) {
     return isatty(STDOUT_FILENO) ? "\r\033[K" : "";
 }

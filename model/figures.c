@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "../kernels/check.h"
+#include "cost.h"
 
 static double square(double x) {
     return x * x;

@@ -111,12 +111,6 @@ void transformer_store(const Transformer *model, acc_t *host);
 /* "layer 2", or "layer 2, step 1" where a layer routes more than once: the i-th router. */
 void transformer_router_name(const Transformer *model, int i, char *name, size_t size);
 
-/* Parameters a token meets (expert tensors count K/E, or what a chain can reach at most), and training FLOPs per token:
- * 6 per active matrix parameter and 6 T NH HS per layer for causal attention (half of the T x T scores, all of them for
- * masked prediction). */
-size_t transformer_active_parameters(const Transformer *model);
-double transformer_flops_per_token(const Transformer *model);
-
 /* Says which step the next forwards belong to, and whether they train: evaluation draws no noise and takes every token
  * (capacity 0) unless the user wants training's drops. */
 void transformer_set_step(Transformer *model, int64_t step, Stream *stream);

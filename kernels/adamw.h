@@ -37,7 +37,7 @@ typedef struct {
     double decay;
 } AdamPiece;
 
-enum { ADAM_CHUNK = 16384 };
+enum { ADAM_CHUNK = 4096 }; /* on a GPU, what a block of threads reads at once */
 
 /* Numbers the chunks of pieces whose count is set, and returns how many there are. pieces (count) on the host; what
  * follows takes them on the device. */

@@ -13,6 +13,7 @@ extern "C" {
 }
 
 enum { THREADS = 256, WIDTH = 4, IN_FLIGHT = 4 };
+static_assert(THREADS * WIDTH * IN_FLIGHT == ADAM_CHUNK, "a block reads its whole chunk before it writes");
 
 /* Where the block's chunk is in the flat buffers, and whose. */
 typedef struct {

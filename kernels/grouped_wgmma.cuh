@@ -29,7 +29,8 @@
  * while the other multiplies (Turns). What a group reads of a comes through two places of its own (SavedBoxes).
  *
  * Dealing out. Tiles of rows are alike, and block b takes the b-th, the (b + 132)-th, ... A tile of a weight gradient
- * takes as long as its expert has rows, so there clusters take the next tile when they are done (TileQueue).
+ * takes as long as its expert has rows, so there the longest come first, and every second round is dealt backwards
+ * (dealt in grouped_wgmma_weight.cuh).
  *
  * Operands. Weights come by TMA from one map over (E, rows, columns), as do rows that lie in order; both arrive
  * swizzled (wgmma.cuh). A box that runs past the expert's last row brings rows of the next one: each row makes only its

@@ -12,9 +12,9 @@
  * overwrite them with zeros before they use them. Both groups clear B: they write the same zeros, and neither waits for
  * the other.
  *
- * A tile takes as long as its expert has rows. So tiles are not dealt out beforehand: a cluster that is done takes the
- * next from a counter (TileQueue), and those of the expert with the most rows come first (order_experts). Which cluster
- * makes a tile does not change its bits: every element of dW has one owner, which sums the rows in their order.
+ * A tile takes as long as its expert has rows. So the tiles of the expert with the most rows are dealt out first, and
+ * every second round goes backwards: who got the longest tile of one round gets the shortest of the next (dealt). Which
+ * cluster makes a tile does not change its bits: every element of dW has one owner, which sums the rows in their order.
  *
  * Called by wgmma_weight (launch_weight). Read first: grouped_wgmma.cuh. */
 #ifndef KERNELS_GROUPED_WGMMA_WEIGHT_CUH
@@ -28,7 +28,6 @@ typedef struct {
     RowSource left, right;
     acc_t *dw;         /* (E,M,N), turned: (E,N,M) */
     const int *offset; /* (E+1) */
-    int *counter;      /* of tiles dealt out; 0 at the start */
     int E, M, N;       /* M columns of left, N of right */
     int blocks;        /* of a cluster: neighbours in M */
     int turned;        /* operands have changed places: left is right of the product, right left */
@@ -42,83 +41,10 @@ typedef struct {
 
 /* ---- which tile is next ---- */
 
-/* Two places for the numbers of tiles, so that the next is on its way while one is worked on. The first thread of the
- * cluster asks the counter and posts the answer to every block; each warp that works on tiles takes it from its own
- * block. full[i] ends when the number is there; empty[i], of the first block alone, when all warps of the cluster have
- * taken it. */
-struct TileQueue {
-    enum { BYTES = 4 * 8 + 2 * 4 };
-    uint32_t base; /* full[2], empty[2], number[2] */
-    uint32_t rank, blocks;
-    int turn; /* numbers taken by this thread */
-
-    __device__ uint32_t full(int i) const {
-        return base + i % 2 * 8;
-    }
-    __device__ uint32_t empty(int i) const {
-        return full(i) + 16;
-    }
-    __device__ uint32_t number(int i) const {
-        return base + 32 + i % 2 * 4;
-    }
-};
-
-/* `readers`: warps of all blocks of the cluster that take numbers. The block's barriers are ready when the cluster has
- * met. */
-__device__ static inline TileQueue queue_open(uint32_t shared, uint32_t blocks, int readers) {
-    TileQueue queue = {shared, cluster_rank(), blocks, 0};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) {
-            barrier_init(queue.full(i), 1);
-            barrier_init(queue.empty(i), readers);
-        }
-        barrier_init_fence();
-    }
-    return queue;
-}
-
-/* Asks for the `turn`-th number, by one thread of each block: each tells its barrier what to expect, the first block's
- * asks the counter. A block without others stores the number itself. */
-__device__ static inline void queue_ask(const TileQueue &queue, int turn, int *counter) {
-    if (queue.blocks > 1) {
-        barrier_arrive_expect(queue.full(turn), 4);
-    }
-    if (queue.rank > 0) {
-        return;
-    }
-    barrier_wait(queue.empty(turn), turn / 2 % 2 ^ 1);
-    int id = atomicAdd(counter, 1);
-    if (queue.blocks == 1) {
-        asm volatile("st.shared.s32 [%0], %1;" ::"r"(queue.number(turn)), "r"(id) : "memory");
-        barrier_arrive(queue.full(turn));
-    }
-    for (uint32_t block = 0; block < queue.blocks && queue.blocks > 1; block++) {
-        post_to(block, queue.number(turn), id, queue.full(turn));
-    }
-}
-
-/* The next tile's number, for the threads of a warp that call: all of them, or the first alone (`callers` has a bit for
- * each). */
-__device__ static inline int queue_take(TileQueue &queue, uint32_t callers) {
-    int id = 0;
-    if (threadIdx.x % 32 == 0) {
-        barrier_wait(queue.full(queue.turn), queue.turn / 2 % 2);
-        asm volatile("ld.shared.s32 %0, [%1];" : "=r"(id) : "r"(queue.number(queue.turn)) : "memory");
-        if (queue.rank == 0) {
-            barrier_arrive(queue.empty(queue.turn));
-        } else {
-            barrier_arrive_at(queue.empty(queue.turn), 0);
-        }
-    }
-    queue.turn++;
-    return __shfl_sync(callers, id, 0);
-}
-
-/* As ring_close. */
-__device__ static inline void queue_close(const TileQueue &queue) {
-    for (int turn = queue.turn; turn < queue.turn + 2 && queue.rank == 0; turn++) {
-        barrier_wait(queue.empty(turn), turn / 2 % 2 ^ 1);
-    }
+/* The number of this cluster's k-th tile. */
+__device__ static inline int dealt(int k, const WeightProduct &p) {
+    int clusters = gridDim.x / p.blocks, cluster = blockIdx.x / p.blocks;
+    return k * clusters + (k % 2 == 0 ? cluster : clusters - 1 - cluster);
 }
 
 /* order[i] = the expert with the i-th most rows, by all threads of the block, each its experts. */
@@ -133,7 +59,7 @@ __device__ static inline void order_experts(int *order, const int *offset, int E
     }
 }
 
-/* The tile of block `rank` where its cluster has got number `id`; false past the last. Bands as in find_tile. A second
+/* Tile `id` of all, of which block `rank` of the cluster has its part; false past the last. Bands as in find_tile. A second
  * block may find a tile past M: it loads for the other and stores nothing. */
 template <int COLUMNS>
 __device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_t rank, const int *order,
@@ -183,20 +109,13 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
 
 /* The loading warp group: all its threads where left is by index, else one. */
 template <bool INDEXED, int COLUMNS>
-__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
+__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const int *order,
                                                 const CUtensorMap *left_map, const CUtensorMap *right_map,
                                                 const WeightProduct &p) {
     const int rows = 64 / (LOADERS / 32);                         /* of a stage, that a warp copies */
     const int row = threadIdx.x / 32 * rows + threadIdx.x % rows; /* that this thread looks up for its warp */
     WeightTile tile;
-    if (threadIdx.x == 0) {
-        queue_ask(queue, 0, p.counter);
-    }
-    const uint32_t callers = INDEXED ? 0xffffffffu : 1;
-    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, callers), ring.rank, order, p)) {
-        if (threadIdx.x == 0) {
-            queue_ask(queue, queue.turn, p.counter);
-        }
+    for (int i = 0; find_weight_tile<COLUMNS>(&tile, dealt(i, p), ring.rank, order, p); i++) {
         int next = INDEXED && tile.first < tile.end ? p.left.entry[min(tile.first + row, tile.end - 1)] : -1;
         for (int k = tile.first; k < tile.end; k += DEEP, ring.next()) {
             uint32_t from = k + row < tile.end ? row_of_entry(next, p.left, p.M) : ZERO_ROW;
@@ -221,7 +140,6 @@ __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, TileQueue qu
         }
     }
     if (threadIdx.x == 0) {
-        queue_close(queue);
         ring_close(ring);
     }
 }
@@ -301,12 +219,12 @@ __device__ static inline void clear_gradient(const WeightProduct &p, const Weigh
 
 /* A multiplying warp group; `used` as in multiply_tiles. */
 template <bool INDEXED, int COLUMNS>
-__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueue queue, const int *order,
+__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, const int *order,
                                                     const WeightProduct &p) {
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
     float sum[COLUMNS / 2];
     WeightTile tile;
-    while (find_weight_tile<COLUMNS>(&tile, queue_take(queue, 0xffffffffu), ring.rank, order, p)) {
+    for (int i = 0; find_weight_tile<COLUMNS>(&tile, dealt(i, p), ring.rank, order, p); i++) {
         if (tile.first == tile.end) {
             if (!p.add) {
                 clear_gradient<COLUMNS>(p, tile);
@@ -349,7 +267,7 @@ __device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, TileQueu
 }
 
 /* The second sweep of experts_backward in experts.c: clusters replace its loop over (expert, rows of dW), a tile for
- * each block at a time, until none is left. Shared memory: ring | queue | order (E). */
+ * each block at a time. Shared memory: ring | order (E). */
 template <bool INDEXED, int COLUMNS>
 static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     weight_product_kernel(const __grid_constant__ CUtensorMap left_map, const __grid_constant__ CUtensorMap right_map,
@@ -357,20 +275,18 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
 #ifdef HOPPER_CODE
     extern __shared__ char memory[];
     Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1, p.blocks);
-    uint32_t after_ring = ring.base + ring.BYTES;
-    TileQueue queue = queue_open(after_ring, p.blocks, p.blocks * (2 * GROUP / 32 + (INDEXED ? LOADERS / 32 : 1)));
-    int *order = reinterpret_cast<int *>(memory + (after_ring - shared_address(memory)) + queue.BYTES);
+    int *order = reinterpret_cast<int *>(memory + (ring.base + ring.BYTES - shared_address(memory)));
     order_experts(order, p.offset, p.E);
     __syncthreads();
     cluster_sync();
     if (threadIdx.x < LOADERS) {
         registers_release<LOADER_REGISTERS>();
         if (INDEXED || threadIdx.x == 0) {
-            load_weight_tiles<INDEXED, COLUMNS>(ring, queue, order, &left_map, &right_map, p);
+            load_weight_tiles<INDEXED, COLUMNS>(ring, order, &left_map, &right_map, p);
         }
     } else {
         registers_claim<MULTIPLIER_REGISTERS>();
-        multiply_weight_tiles<INDEXED, COLUMNS>(ring, queue, order, p);
+        multiply_weight_tiles<INDEXED, COLUMNS>(ring, order, p);
     }
 #endif
 }
@@ -384,11 +300,9 @@ static void launch_weight(WeightProduct p, int64_t tiles, Grouped g) {
     int rows = g.shape.rows;
     CUtensorMap right_map = matrix_map(p.right.x, sizeof(real_t), p.N, rows, 1, DEEP);
     CUtensorMap left_map = p.left.entry ? right_map : matrix_map(p.left.x, sizeof(real_t), p.M, rows, 1, DEEP);
-    size_t bytes = Ring<COLUMNS>::BYTES + TileQueue::BYTES + p.E * sizeof(int);
+    size_t bytes = Ring<COLUMNS>::BYTES + p.E * sizeof(int);
     int down = ceil_div(p.M, WGMMA_ROWS);
     p.blocks = down % 2 == 0 || down >= 10 ? 2 : 1;
-    p.counter = (int *)cuda_workspace(sizeof(int));
-    CUDA_CHECK(cudaMemsetAsync(p.counter, 0, sizeof(int), g.stream));
     if (p.left.entry) {
         launch_wgmma(weight_product_kernel<true, COLUMNS>, bytes, tiles, p.blocks, g.stream, left_map, right_map, p);
     } else {

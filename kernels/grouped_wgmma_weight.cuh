@@ -24,6 +24,8 @@
 
 enum { MOST_SORTED = 256 }; /* more experts are taken as they come: none is large */
 
+enum { LOADER_ROWS = 64 / (LOADERS / 32) }; /* of a stage, that a warp copies by index */
+
 typedef struct {
     RowSource left, right;
     acc_t *dw;         /* (E,M,N), turned: (E,N,M) */
@@ -83,11 +85,12 @@ __device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_
 
 /* ---- loading ---- */
 
-/* 64 rows of left by index, 128 columns from `column` on. A warp copies ROWS rows, two at a time: 16 lanes to a row, 16
- * bytes to a lane. `from` in lane i, and in lane i + ROWS, says where row i of these begins (row_of_entry). A tile
- * begins at a multiple of 1024 bytes, so that the swizzle, piece ^ row % 8, may be made on the address itself. */
-__device__ static inline void copy_rows(uint32_t to, const real_t *x, int width, int column, uint32_t from) {
-    enum { PIECES = WGMMA_ROWS / 8, ROWS = 64 / (LOADERS / 32) };
+/* 64 rows of left by index, 128 columns from `column` on. A warp copies LOADER_ROWS of them, two at a time: 16 lanes to
+ * a row, 16 bytes to a lane. `from` in lane first + i says where row i of these begins (row_of_entry). A tile begins at
+ * a multiple of 1024 bytes, so that the swizzle, piece ^ row % 8, may be made on the address itself. */
+__device__ static inline void copy_rows(uint32_t to, const real_t *x, int width, int column, uint32_t from,
+                                        int first) {
+    enum { PIECES = WGMMA_ROWS / 8, ROWS = LOADER_ROWS };
     int lane = threadIdx.x % 32, piece = lane % PIECES, below = lane / PIECES;
     bool inside = column + piece * 8 < width;
     bool whole = __all_sync(0xffffffffu, inside && from != ZERO_ROW); /* nearly always: then no copy has a condition */
@@ -96,12 +99,12 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
     if (whole) {
 #pragma unroll
         for (int i = 0; i < ROWS; i += 32 / PIECES) {
-            uint32_t row = __shfl_sync(0xffffffffu, from, i + below);
+            uint32_t row = __shfl_sync(0xffffffffu, from, first + i + below);
             copy_16((to ^ i % 8 << 4) + i * 128, columns + (size_t)row * 16);
         }
     } else {
         for (int i = 0; i < ROWS; i += 32 / PIECES) {
-            uint32_t row = __shfl_sync(0xffffffffu, from, i + below);
+            uint32_t row = __shfl_sync(0xffffffffu, from, first + i + below);
             copy_16_if((to ^ i % 8 << 4) + i * 128, columns + (size_t)row * 16, inside && row != ZERO_ROW);
         }
     }
@@ -112,15 +115,17 @@ template <bool INDEXED, int COLUMNS>
 __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const int *order,
                                                 const CUtensorMap *left_map, const CUtensorMap *right_map,
                                                 const WeightProduct &p) {
-    const int rows = 64 / (LOADERS / 32);                         /* of a stage, that a warp copies */
-    const int row = threadIdx.x / 32 * rows + threadIdx.x % rows; /* that this thread looks up for its warp */
+    /* of two stages, the row that this thread looks up for its warp */
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = lane / LOADER_ROWS * DEEP + warp * LOADER_ROWS + lane % LOADER_ROWS;
     WeightTile tile;
     for (int i = 0; find_weight_tile<COLUMNS>(&tile, dealt(i, p), ring.rank, order, p); i++) {
         int next = INDEXED && tile.first < tile.end ? p.left.entry[min(tile.first + row, tile.end - 1)] : -1;
-        for (int k = tile.first; k < tile.end; k += DEEP, ring.next()) {
-            uint32_t from = k + row < tile.end ? row_of_entry(next, p.left, p.M) : ZERO_ROW;
-            if (INDEXED) { /* the next stage's entries travel while this one is copied */
-                next = p.left.entry[min(k + DEEP + row, tile.end - 1)];
+        uint32_t from = ZERO_ROW;
+        for (int k = tile.first, odd = 0; k < tile.end; k += DEEP, odd ^= 1, ring.next()) {
+            if (INDEXED && !odd) { /* while rows of two stages are copied, the entries of the next two travel */
+                from = k + row < tile.end ? row_of_entry(next, p.left, p.M) : ZERO_ROW;
+                next = p.left.entry[min(k + 2 * DEEP + row, tile.end - 1)];
             }
             barrier_wait(ring.empty(), ring.parity ^ 1);
             if (threadIdx.x == 0) {
@@ -134,7 +139,7 @@ __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const int *o
             }
             if (INDEXED) {
                 __syncwarp();
-                copy_rows(ring.a(), p.left.x, p.M, tile.m, from);
+                copy_rows(ring.a(), p.left.x, p.M, tile.m, from, odd * LOADER_ROWS);
                 barrier_arrive_copied(ring.full());
             }
         }

@@ -21,8 +21,8 @@
  * what limits a training step. So two blocks form a cluster and take tiles below each other: the same B. Each loads
  * half of it, and TMA writes that half into both blocks' shared memory and tells both full[s]: 32 KB of reads instead
  * of 48. In return a stage may be filled again only when it is read in both blocks: empty[s] counts the groups of both,
- * and each group tells both. A block does not end before its last stages are released, since the other reaches into it
- * (ring_close). Where experts have few rows a cluster is one block (cluster_blocks).
+ * and each group tells both. They reach into each other's shared memory, so they end together (cluster_end). Where
+ * experts have few rows a cluster is one block (cluster_blocks).
  *
  * Turns. At the end of a tile of `hidden` a is read and da and h are written, five times the bytes of a tile of u, and
  * the tensor cores would wait. There the groups share no tile: each takes every second one, 64 rows, and one stores

@@ -134,9 +134,6 @@ __device__ static inline void load_tiles(Ring<COLUMNS, TILE_ROWS<FINISH>> ring, 
             }
         }
     }
-    if (t == 0) {
-        ring_close(ring);
-    }
 }
 
 /* up: a, rounded, and the activation of what was rounded, so that the backward makes the same h again. */
@@ -435,6 +432,7 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
         registers_claim<MULTIPLIER_REGISTERS>();
         multiply_tiles<FINISH, GELU, ACROSS_B, INDEXED, COLUMNS>(ring, saved, turns, first_tile, &saved_map, p);
     }
+    cluster_end();
 #endif
 }
 

@@ -88,8 +88,7 @@ __device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_
 /* 64 rows of left by index, 128 columns from `column` on. A warp copies LOADER_ROWS of them, two at a time: 16 lanes to
  * a row, 16 bytes to a lane. `from` in lane first + i says where row i of these begins (row_of_entry). A tile begins at
  * a multiple of 1024 bytes, so that the swizzle, piece ^ row % 8, may be made on the address itself. */
-__device__ static inline void copy_rows(uint32_t to, const real_t *x, int width, int column, uint32_t from,
-                                        int first) {
+__device__ static inline void copy_rows(uint32_t to, const real_t *x, int width, int column, uint32_t from, int first) {
     enum { PIECES = WGMMA_ROWS / 8, ROWS = LOADER_ROWS };
     int lane = threadIdx.x % 32, piece = lane % PIECES, below = lane / PIECES;
     bool inside = column + piece * 8 < width;
@@ -112,9 +111,8 @@ __device__ static inline void copy_rows(uint32_t to, const real_t *x, int width,
 
 /* The loading warp group: all its threads where left is by index, else one. */
 template <bool INDEXED, int COLUMNS>
-__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const int *order,
-                                                const CUtensorMap *left_map, const CUtensorMap *right_map,
-                                                const WeightProduct &p) {
+__device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const int *order, const CUtensorMap *left_map,
+                                                const CUtensorMap *right_map, const WeightProduct &p) {
     /* of two stages, the row that this thread looks up for its warp */
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = lane / LOADER_ROWS * DEEP + warp * LOADER_ROWS + lane % LOADER_ROWS;
@@ -143,9 +141,6 @@ __device__ static inline void load_weight_tiles(Ring<COLUMNS> ring, const int *o
                 barrier_arrive_copied(ring.full());
             }
         }
-    }
-    if (threadIdx.x == 0) {
-        ring_close(ring);
     }
 }
 
@@ -224,8 +219,7 @@ __device__ static inline void clear_gradient(const WeightProduct &p, const Weigh
 
 /* A multiplying warp group; `used` as in multiply_tiles. */
 template <bool INDEXED, int COLUMNS>
-__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, const int *order,
-                                                    const WeightProduct &p) {
+__device__ static inline void multiply_weight_tiles(Ring<COLUMNS> ring, const int *order, const WeightProduct &p) {
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP;
     float sum[COLUMNS / 2];
     WeightTile tile;
@@ -293,6 +287,7 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
         registers_claim<MULTIPLIER_REGISTERS>();
         multiply_weight_tiles<INDEXED, COLUMNS>(ring, order, p);
     }
+    cluster_end();
 #endif
 }
 

@@ -139,10 +139,18 @@ __device__ static inline uint32_t cluster_rank(void) {
     return rank;
 }
 
-/* All threads of all blocks of the cluster meet. Nothing that they wrote is promised to the others but barriers before
- * barrier_init_fence: a release for the whole cluster would wait for memory. */
+/* All threads of all blocks of the cluster meet, warp by warp. Nothing that they wrote is promised to the others but
+ * barriers before barrier_init_fence: a release for the whole cluster would wait for memory. */
 __device__ static inline void cluster_sync(void) {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/* The end of a kernel: no block of the cluster goes before all that they told each other's barriers has arrived. What a
+ * block tells another just before it ends may be lost. */
+__device__ static inline void cluster_end(void) {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 /* Writes a number into the shared memory of block `rank`, whose barrier counts its 4 bytes. */

@@ -93,15 +93,6 @@ __device__ static inline Ring<COLUMNS, ROWS> ring_open(uint32_t shared, int full
     return ring;
 }
 
-/* By one thread of the loading group, at the end: waits until every stage has been released by all blocks of the
- * cluster, so that the block does not end while another still reaches into its shared memory. */
-template <int COLUMNS, int ROWS>
-__device__ static inline void ring_close(Ring<COLUMNS, ROWS> ring) {
-    for (int i = 0; i < ring.STAGES; i++, ring.next()) {
-        barrier_wait(ring.empty(), ring.parity ^ 1);
-    }
-}
-
 /* sum (+)= A B over one stage; a, b: this warp group's tiles. */
 template <int ACROSS_A, int ACROSS_B, int COUNT>
 __device__ static inline void multiply_stage(float (&sum)[COUNT], uint32_t a, uint32_t b, bool add) {

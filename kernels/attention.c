@@ -64,10 +64,10 @@ static int visible_keys(AttentionShape shape, int t) {
 
 /* out (rows, HS) of the queries at positions first .. first+rows-1; lse (rows) may be NULL. */
 static void attend(real_t *out, size_t out_row, acc_t *lse, const real_t *q, size_t q_row, const real_t *k,
-                   const real_t *v, size_t kv_row, int first, int rows, AttentionShape shape) {
+                   size_t k_row, const real_t *v, size_t v_row, int first, int rows, AttentionShape shape) {
     real_t scores[MOST_SCORES] __attribute__((aligned(64)));
     int HS = shape.HS, keys = visible_keys(shape, first + rows - 1), stride = score_stride(keys);
-    block_multiply(scores, stride, q, q_row, 1, k, 1, kv_row, rows, keys, HS, 0);
+    block_multiply(scores, stride, q, q_row, 1, k, 1, k_row, rows, keys, HS, 0);
     for (int t = 0; t < rows; t++) {
         int visible = visible_keys(shape, first + t);
         acc_t row_lse = softmax_row(scores + (size_t)t * stride, visible, stride, 1 / (real_t)sqrt(HS));
@@ -75,22 +75,24 @@ static void attend(real_t *out, size_t out_row, acc_t *lse, const real_t *q, siz
             lse[t] = row_lse;
         }
     }
-    block_multiply(out, out_row, scores, stride, 1, v, kv_row, 1, rows, HS, keys, 0);
+    block_multiply(out, out_row, scores, stride, 1, v, v_row, 1, rows, HS, keys, 0);
 }
 
-void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape, Stream *stream) {
+void attention_forward(real_t *out, acc_t *lse, const real_t *qk, const real_t *qkv, AttentionShape shape,
+                       Stream *stream) {
     int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
-    size_t width = (size_t)(NH + 2 * NKV) * HS;
+    size_t qk_width = (size_t)(NH + NKV) * HS, width = qk_width + (size_t)NKV * HS;
     int size = query_rows(T), blocks = (T + size - 1) / size;
 #pragma omp parallel for schedule(dynamic)
     for (int i = 0; i < B * NH * blocks; i++) {
         int b = i / blocks / NH, head = i / blocks % NH, first = i % blocks * size;
         int rows = T - first < size ? T - first : size;
-        const real_t *sequence = qkv + (size_t)b * T * width;
-        const real_t *k = sequence + (NH + head / (NH / NKV)) * HS;
+        int kv_head = head / (NH / NKV);
+        const real_t *k = qk + (size_t)b * T * qk_width + (NH + kv_head) * HS;
+        const real_t *v = qkv + (size_t)b * T * width + qk_width + kv_head * HS;
         size_t row = (size_t)b * T + first;
         attend(out + (row * NH + head) * HS, (size_t)NH * HS, lse + ((size_t)b * NH + head) * T + first,
-               qkv + row * width + head * HS, width, k, k + NKV * HS, width, first, rows, shape);
+               qk + row * qk_width + head * HS, qk_width, k, qk_width, v, width, first, rows, shape);
     }
 }
 
@@ -105,10 +107,10 @@ static void softmax_row_backward(real_t *restrict p, real_t *restrict dp, int vi
     }
 }
 
-void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv,
-                        AttentionShape shape, Stream *stream) {
+void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qk,
+                        const real_t *qkv, AttentionShape shape, Stream *stream) {
     int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
-    size_t width = (size_t)(NH + 2 * NKV) * HS, out_width = (size_t)NH * HS;
+    size_t qk_width = (size_t)(NH + NKV) * HS, width = qk_width + (size_t)NKV * HS, out_width = (size_t)NH * HS;
     int size = query_rows(T), group = NH / NKV;
     real_t scale = 1 / (real_t)sqrt(HS);
 #pragma omp parallel for schedule(dynamic)
@@ -117,7 +119,8 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
         real_t ds[MOST_SCORES] __attribute__((aligned(64)));
         int b = i / NKV, kv_head = i % NKV;
         size_t start = (size_t)b * T;
-        const real_t *k = qkv + start * width + (NH + kv_head) * HS, *v = k + NKV * HS;
+        const real_t *k = qk + start * qk_width + (NH + kv_head) * HS;
+        const real_t *v = qkv + start * width + qk_width + kv_head * HS;
         real_t *dk = dqkv + start * width + (NH + kv_head) * HS, *dv = dk + NKV * HS;
         for (int t = 0; t < T; t++) {
             memset(dk + t * width, 0, sizeof(real_t) * HS);
@@ -127,11 +130,11 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
             for (int first = 0; first < T; first += size) {
                 int rows = T - first < size ? T - first : size;
                 int keys = visible_keys(shape, first + rows - 1), stride = score_stride(keys);
-                const real_t *q = qkv + (start + first) * width + head * HS;
+                const real_t *q = qk + (start + first) * qk_width + head * HS;
                 const real_t *o = out + (start + first) * out_width + head * HS;
                 const real_t *d_o = dout + (start + first) * out_width + head * HS;
                 const acc_t *row_lse = lse + ((size_t)b * NH + head) * T + first;
-                block_multiply(p, stride, q, width, 1, k, 1, width, rows, keys, HS, 0);
+                block_multiply(p, stride, q, qk_width, 1, k, 1, qk_width, rows, keys, HS, 0);
                 block_multiply(ds, stride, d_o, out_width, 1, v, 1, width, rows, keys, HS, 0);
                 for (int t = 0; t < rows; t++) {
                     real_t d = dot(d_o + t * out_width, o + t * out_width, HS);
@@ -139,30 +142,30 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
                                          visible_keys(shape, first + t), stride, row_lse[t], d, scale);
                 }
                 block_multiply(dv, width, p, 1, stride, d_o, out_width, 1, keys, HS, rows, 1);
-                block_multiply(dk, width, ds, 1, stride, q, width, 1, keys, HS, rows, 1);
-                block_multiply(dqkv + (start + first) * width + head * HS, width, ds, stride, 1, k, width, 1, rows, HS,
-                               keys, 0);
+                block_multiply(dk, width, ds, 1, stride, q, qk_width, 1, keys, HS, rows, 1);
+                block_multiply(dqkv + (start + first) * width + head * HS, width, ds, stride, 1, k, qk_width, 1, rows,
+                               HS, keys, 0);
             }
         }
     }
 }
 
-void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, AttentionShape shape,
-                      Stream *stream) {
+void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int position,
+                      AttentionShape shape, Stream *stream) {
     assert(shape.causal);
     int B = shape.B, T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS;
-    size_t width = (size_t)(NH + 2 * NKV) * HS, kv_width = (size_t)NKV * HS;
+    size_t kv_width = (size_t)NKV * HS, qk_width = (size_t)NH * HS + kv_width;
 #pragma omp parallel for
     for (int i = 0; i < B * NKV; i++) {
         int b = i / NKV, kv_head = i % NKV;
-        const real_t *row = qkv + b * width;
+        const real_t *row = qk + b * qk_width, *value = qkv + b * (qk_width + kv_width) + qk_width + kv_head * HS;
         real_t *k = keys + (size_t)b * T * kv_width + kv_head * HS,
                *v = values + (size_t)b * T * kv_width + kv_head * HS;
         memcpy(k + position * kv_width, row + (NH + kv_head) * HS, sizeof(real_t) * HS);
-        memcpy(v + position * kv_width, row + (NH + NKV + kv_head) * HS, sizeof(real_t) * HS);
+        memcpy(v + position * kv_width, value, sizeof(real_t) * HS);
         for (int head = kv_head * (NH / NKV); head < (kv_head + 1) * (NH / NKV); head++) {
-            attend(out + ((size_t)b * NH + head) * HS, HS, NULL, row + head * HS, width, k, v, kv_width, position, 1,
-                   shape);
+            attend(out + ((size_t)b * NH + head) * HS, HS, NULL, row + head * HS, qk_width, k, kv_width, v, kv_width,
+                   position, 1, shape);
         }
     }
 }

@@ -18,8 +18,9 @@ extern "C" {
 
 #include "attention_flash.cuh"
 
-static bool flash_fits(const real_t *qkv, const real_t *out, AttentionShape shape) {
-    return cuda_fastest_path() != PATH_PLAIN && shape.HS <= 128 && packs_fit(qkv, shape.HS) && packs_fit(out, shape.HS);
+static bool flash_fits(const real_t *qk, const real_t *qkv, const real_t *out, AttentionShape shape) {
+    return cuda_fastest_path() != PATH_PLAIN && shape.HS <= 128 && packs_fit(qk, shape.HS) &&
+           packs_fit(qkv, shape.HS) && packs_fit(out, shape.HS);
 }
 
 /* More than 48 KB of shared memory must be asked for. */
@@ -29,92 +30,96 @@ static void flash_shared_memory(Kernel kernel, int bytes) {
 }
 
 template <int HS>
-static void forward_on_tiles(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape, cudaStream_t stream) {
+static void forward_on_tiles(real_t *out, acc_t *lse, const real_t *qk, const real_t *qkv, AttentionShape shape,
+                             cudaStream_t stream) {
     constexpr int BYTES = forward_bytes<HS>();
     int blocks = shape.B * shape.NH * ceil_div(shape.T, TILE);
     flash_shared_memory(flash_forward<HS>, BYTES);
-    flash_forward<HS><<<blocks, GROUP_THREADS, BYTES, stream>>>(out, lse, qkv, shape,
+    flash_forward<HS><<<blocks, GROUP_THREADS, BYTES, stream>>>(out, lse, qk, qkv, shape,
+                                                                head_map(qk, shape.NH + shape.NKV, shape),
                                                                 head_map(qkv, shape.NH + 2 * shape.NKV, shape));
     CUDA_LAUNCHED();
 }
 
 template <int HS>
-static void backward_on_tiles(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv,
-                              AttentionShape shape, cudaStream_t stream) {
+static void backward_on_tiles(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qk,
+                              const real_t *qkv, AttentionShape shape, cudaStream_t stream) {
     constexpr int Q_BYTES = backward_q_bytes<HS>(), KV_BYTES = backward_kv_bytes<HS>();
     float2 *statistics = (float2 *)cuda_workspace(sizeof(float2) * shape.B * shape.NH * statistics_stride(shape));
-    CUtensorMap qkv_map = head_map(qkv, shape.NH + 2 * shape.NKV, shape), dout_map = head_map(dout, shape.NH, shape);
+    CUtensorMap qk_map = head_map(qk, shape.NH + shape.NKV, shape), dout_map = head_map(dout, shape.NH, shape);
+    CUtensorMap qkv_map = head_map(qkv, shape.NH + 2 * shape.NKV, shape);
     int q_blocks = shape.B * shape.NH * ceil_div(shape.T, TILE);
     int kv_blocks = shape.B * shape.NKV * ceil_div(shape.T, TILE);
     flash_shared_memory(flash_backward_q<HS>, Q_BYTES);
-    flash_backward_q<HS>
-        <<<q_blocks, GROUP_THREADS, Q_BYTES, stream>>>(dqkv, statistics, dout, out, lse, qkv, shape, qkv_map, dout_map);
+    flash_backward_q<HS><<<q_blocks, GROUP_THREADS, Q_BYTES, stream>>>(dqkv, statistics, dout, out, lse, qk, qkv, shape,
+                                                                       qk_map, qkv_map, dout_map);
     CUDA_LAUNCHED();
     flash_shared_memory(flash_backward_kv<HS>, KV_BYTES);
-    flash_backward_kv<HS>
-        <<<kv_blocks, GROUP_THREADS, KV_BYTES, stream>>>(dqkv, statistics, dout, qkv, shape, qkv_map, dout_map);
+    flash_backward_kv<HS><<<kv_blocks, GROUP_THREADS, KV_BYTES, stream>>>(dqkv, statistics, dout, qk, qkv, shape,
+                                                                          qk_map, qkv_map, dout_map);
     CUDA_LAUNCHED();
 }
 
 /* Whether the matrix units could take it; then it is queued. */
-static bool flash_attention_forward(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape,
+static bool flash_attention_forward(real_t *out, acc_t *lse, const real_t *qk, const real_t *qkv, AttentionShape shape,
                                     cudaStream_t stream) {
-    if (!flash_fits(qkv, out, shape)) {
+    if (!flash_fits(qk, qkv, out, shape)) {
         return false;
     }
     switch (ceil_div(shape.HS, 32)) {
-        case 1: forward_on_tiles<32>(out, lse, qkv, shape, stream); return true;
-        case 2: forward_on_tiles<64>(out, lse, qkv, shape, stream); return true;
-        case 3: forward_on_tiles<96>(out, lse, qkv, shape, stream); return true;
-        default: forward_on_tiles<128>(out, lse, qkv, shape, stream); return true;
+        case 1: forward_on_tiles<32>(out, lse, qk, qkv, shape, stream); return true;
+        case 2: forward_on_tiles<64>(out, lse, qk, qkv, shape, stream); return true;
+        case 3: forward_on_tiles<96>(out, lse, qk, qkv, shape, stream); return true;
+        default: forward_on_tiles<128>(out, lse, qk, qkv, shape, stream); return true;
     }
 }
 
 static bool flash_attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse,
-                                     const real_t *qkv, AttentionShape shape, cudaStream_t stream) {
-    if (!flash_fits(qkv, out, shape) || !flash_fits(dqkv, dout, shape)) {
+                                     const real_t *qk, const real_t *qkv, AttentionShape shape, cudaStream_t stream) {
+    if (!flash_fits(qk, qkv, out, shape) || !flash_fits(dqkv, dqkv, dout, shape)) {
         return false;
     }
     switch (ceil_div(shape.HS, 32)) {
-        case 1: backward_on_tiles<32>(dqkv, dout, out, lse, qkv, shape, stream); return true;
-        case 2: backward_on_tiles<64>(dqkv, dout, out, lse, qkv, shape, stream); return true;
-        case 3: backward_on_tiles<96>(dqkv, dout, out, lse, qkv, shape, stream); return true;
-        default: backward_on_tiles<128>(dqkv, dout, out, lse, qkv, shape, stream); return true;
+        case 1: backward_on_tiles<32>(dqkv, dout, out, lse, qk, qkv, shape, stream); return true;
+        case 2: backward_on_tiles<64>(dqkv, dout, out, lse, qk, qkv, shape, stream); return true;
+        case 3: backward_on_tiles<96>(dqkv, dout, out, lse, qk, qkv, shape, stream); return true;
+        default: backward_on_tiles<128>(dqkv, dout, out, lse, qk, qkv, shape, stream); return true;
     }
 }
 
 #else
 
-static bool flash_attention_forward(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape,
+static bool flash_attention_forward(real_t *out, acc_t *lse, const real_t *qk, const real_t *qkv, AttentionShape shape,
                                     cudaStream_t stream) {
     return false;
 }
 
 static bool flash_attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse,
-                                     const real_t *qkv, AttentionShape shape, cudaStream_t stream) {
+                                     const real_t *qk, const real_t *qkv, AttentionShape shape, cudaStream_t stream) {
     return false;
 }
 
 #endif
 
-void attention_forward(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape, Stream *stream) {
-    if (flash_attention_forward(out, lse, qkv, shape, cuda_stream(stream))) {
+void attention_forward(real_t *out, acc_t *lse, const real_t *qk, const real_t *qkv, AttentionShape shape,
+                       Stream *stream) {
+    if (flash_attention_forward(out, lse, qk, qkv, shape, cuda_stream(stream))) {
         return;
     }
-    plain_forward<<<plain_blocks(shape, shape.NH), PLAIN_THREADS, 0, cuda_stream(stream)>>>(out, lse, qkv, shape);
+    plain_forward<<<plain_blocks(shape, shape.NH), PLAIN_THREADS, 0, cuda_stream(stream)>>>(out, lse, qk, qkv, shape);
     CUDA_LAUNCHED();
 }
 
-void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv,
-                        AttentionShape shape, Stream *stream) {
-    if (flash_attention_backward(dqkv, dout, out, lse, qkv, shape, cuda_stream(stream))) {
+void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qk,
+                        const real_t *qkv, AttentionShape shape, Stream *stream) {
+    if (flash_attention_backward(dqkv, dout, out, lse, qk, qkv, shape, cuda_stream(stream))) {
         return;
     }
     float *d = (float *)cuda_workspace(sizeof(float) * shape.B * shape.NH * shape.T);
     plain_backward_q<<<plain_blocks(shape, shape.NH), PLAIN_THREADS, 0, cuda_stream(stream)>>>(dqkv, d, dout, out, lse,
-                                                                                               qkv, shape);
+                                                                                               qk, qkv, shape);
     CUDA_LAUNCHED();
-    plain_backward_kv<<<plain_blocks(shape, shape.NKV), PLAIN_THREADS, 0, cuda_stream(stream)>>>(dqkv, d, dout, lse,
+    plain_backward_kv<<<plain_blocks(shape, shape.NKV), PLAIN_THREADS, 0, cuda_stream(stream)>>>(dqkv, d, dout, lse, qk,
                                                                                                  qkv, shape);
     CUDA_LAUNCHED();
 }
@@ -160,18 +165,19 @@ __device__ static inline void decode_join(real_t *out, const float *part, const 
 
 /* blockIdx.x replaces the loops over sequence and query head. A warp takes 32 keys of every 32 * DECODE_WARPS, a thread
  * one key for the score and the columns lane, lane + 32, .. for the sum. The first head of a group writes the token's
- * key and value into the cache; every head reads them from qkv, not from there. Shared memory: q (HS), part (warps,HS).
+ * key and value into the cache; every head reads them from qk and qkv, not from there. Shared memory: q (HS), part
+ * (warps,HS).
  */
 __global__ static void __launch_bounds__(DECODE_WARPS * 32)
-    decode_kernel(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, AttentionShape shape,
-                  bool packs) {
+    decode_kernel(real_t *out, real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int position,
+                  AttentionShape shape, bool packs) {
     extern __shared__ float decode_shared[];
     __shared__ float probability[DECODE_WARPS][32], warp_largest[DECODE_WARPS], warp_total[DECODE_WARPS];
     int NH = shape.NH, NKV = shape.NKV, HS = shape.HS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int b = blockIdx.x / NH, head = blockIdx.x % NH, kv_head = head / (NH / NKV);
     size_t kv_width = (size_t)NKV * HS, start = (size_t)b * shape.T * kv_width + kv_head * HS;
-    const real_t *row = qkv + (size_t)b * (NH + 2 * NKV) * HS;
-    const real_t *new_key = row + (NH + kv_head) * HS, *new_value = new_key + NKV * HS;
+    const real_t *row = qk + (size_t)b * (NH + NKV) * HS, *new_key = row + (NH + kv_head) * HS;
+    const real_t *new_value = qkv + ((size_t)b * (NH + 2 * NKV) + NH + NKV + kv_head) * HS;
     float *q = decode_shared, *part = q + HS + warp * HS, scale = 1 / sqrtf((float)HS);
     for (int c = threadIdx.x; c < HS; c += DECODE_WARPS * 32) {
         q[c] = to_float(row[head * HS + c]);
@@ -214,13 +220,13 @@ __global__ static void __launch_bounds__(DECODE_WARPS * 32)
     decode_join(out + ((size_t)b * NH + head) * HS, q + HS, warp_largest, warp_total, scale, HS);
 }
 
-void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qkv, int position, AttentionShape shape,
-                      Stream *stream) {
+void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int position,
+                      AttentionShape shape, Stream *stream) {
     size_t bytes = sizeof(float) * (1 + DECODE_WARPS) * shape.HS;
     CHECK(bytes <= 160 * 1024, "a head of %d: generation on the GPU takes at most 2400", shape.HS);
     CUDA_CHECK(cudaFuncSetAttribute(decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    bool packs = packs_fit(qkv, shape.HS) && packs_fit(keys, shape.HS);
-    decode_kernel<<<shape.B * shape.NH, DECODE_WARPS * 32, bytes, cuda_stream(stream)>>>(out, keys, values, qkv,
+    bool packs = packs_fit(qk, shape.HS) && packs_fit(keys, shape.HS);
+    decode_kernel<<<shape.B * shape.NH, DECODE_WARPS * 32, bytes, cuda_stream(stream)>>>(out, keys, values, qk, qkv,
                                                                                          position, shape, packs);
     CUDA_LAUNCHED();
 }

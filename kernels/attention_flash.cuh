@@ -95,14 +95,15 @@ __device__ static inline void finish_softmax(float (&factor)[2], float *lse, con
  * i + 1 runs. */
 template <int HS>
 __global__ void __launch_bounds__(GROUP_THREADS, FlashBlocks<HS>::FORWARD)
-    flash_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qkv, AttentionShape shape,
+    flash_forward(__nv_bfloat16 *out, float *lse, const __nv_bfloat16 *qk, const __nv_bfloat16 *qkv,
+                  AttentionShape shape, const __grid_constant__ CUtensorMap qk_map,
                   const __grid_constant__ CUtensorMap qkv_map) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int BYTES = tile_bytes(HS);
     int T = shape.T, NH = shape.NH, NKV = shape.NKV;
     Owner own = flash_owner(shape, NH, true);
-    HeadRows q = head_rows(&qkv_map, qkv, NH + 2 * NKV, own.head, own.b, shape);
-    HeadRows k = head_rows(&qkv_map, qkv, NH + 2 * NKV, NH + own.head / (NH / NKV), own.b, shape);
+    HeadRows q = head_rows(&qk_map, qk, NH + NKV, own.head, own.b, shape);
+    HeadRows k = head_rows(&qk_map, qk, NH + NKV, NH + own.head / (NH / NKV), own.b, shape);
     HeadRows v = head_rows(&qkv_map, qkv, NH + 2 * NKV, NH + NKV + own.head / (NH / NKV), own.b, shape);
     uint32_t query_tile = shared_address(shared), key_tiles = query_tile + BYTES;
     uint32_t value_tiles = key_tiles + STAGES * BYTES, query_there = value_tiles + STAGES * BYTES;
@@ -195,14 +196,15 @@ __device__ static inline void row_statistics(float2 (&row)[2], const __nv_bfloat
 template <int HS>
 __global__ void __launch_bounds__(GROUP_THREADS, FlashBlocks<HS>::QUERY)
     flash_backward_q(__nv_bfloat16 *dqkv, float2 *statistics, const __nv_bfloat16 *dout, const __nv_bfloat16 *out,
-                     const float *lse, const __nv_bfloat16 *qkv, AttentionShape shape,
-                     const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map) {
+                     const float *lse, const __nv_bfloat16 *qk, const __nv_bfloat16 *qkv, AttentionShape shape,
+                     const __grid_constant__ CUtensorMap qk_map, const __grid_constant__ CUtensorMap qkv_map,
+                     const __grid_constant__ CUtensorMap dout_map) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int BYTES = tile_bytes(HS);
     int T = shape.T, NH = shape.NH, NKV = shape.NKV, width = (NH + 2 * NKV) * shape.HS;
     Owner own = flash_owner(shape, NH, true);
-    HeadRows q = head_rows(&qkv_map, qkv, NH + 2 * NKV, own.head, own.b, shape);
-    HeadRows k = head_rows(&qkv_map, qkv, NH + 2 * NKV, NH + own.head / (NH / NKV), own.b, shape);
+    HeadRows q = head_rows(&qk_map, qk, NH + NKV, own.head, own.b, shape);
+    HeadRows k = head_rows(&qk_map, qk, NH + NKV, NH + own.head / (NH / NKV), own.b, shape);
     HeadRows v = head_rows(&qkv_map, qkv, NH + 2 * NKV, NH + NKV + own.head / (NH / NKV), own.b, shape);
     HeadRows dy = head_rows(&dout_map, dout, NH, own.head, own.b, shape);
     int tiles = tiles_seen(shape, own.first + TILE - 1);
@@ -296,16 +298,16 @@ __device__ static inline void load_queries(uint32_t stages, HeadRows q, HeadRows
 /* blockIdx.x replaces the loops over sequence, key/value head and tiles of keys. */
 template <int HS>
 __global__ void __launch_bounds__(GROUP_THREADS, FlashBlocks<HS>::KEY)
-    flash_backward_kv(__nv_bfloat16 *dqkv, const float2 *statistics, const __nv_bfloat16 *dout,
-                      const __nv_bfloat16 *qkv, AttentionShape shape, const __grid_constant__ CUtensorMap qkv_map,
-                      const __grid_constant__ CUtensorMap dout_map) {
+    flash_backward_kv(__nv_bfloat16 *dqkv, const float2 *statistics, const __nv_bfloat16 *dout, const __nv_bfloat16 *qk,
+                      const __nv_bfloat16 *qkv, AttentionShape shape, const __grid_constant__ CUtensorMap qk_map,
+                      const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int BYTES = tile_bytes(HS);
     int T = shape.T, NH = shape.NH, NKV = shape.NKV, heads = NH / NKV;
     Owner own = flash_owner(shape, NKV, false);
-    HeadRows k = head_rows(&qkv_map, qkv, NH + 2 * NKV, NH + own.head, own.b, shape);
+    HeadRows k = head_rows(&qk_map, qk, NH + NKV, NH + own.head, own.b, shape);
     HeadRows v = head_rows(&qkv_map, qkv, NH + 2 * NKV, NH + NKV + own.head, own.b, shape);
-    HeadRows q = head_rows(&qkv_map, qkv, NH + 2 * NKV, own.head * heads, own.b, shape);
+    HeadRows q = head_rows(&qk_map, qk, NH + NKV, own.head * heads, own.b, shape);
     HeadRows dy = head_rows(&dout_map, dout, NH, own.head * heads, own.b, shape);
     statistics += ((size_t)own.b * NH + own.head * heads) * statistics_stride(shape);
     uint32_t key_tile = shared_address(shared), value_tile = key_tile + BYTES, stages = value_tile + BYTES;

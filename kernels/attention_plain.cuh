@@ -149,17 +149,18 @@ __device__ static inline float plain_softmax(float (&s)[2], float *largest, floa
 
 /* blockIdx.x replaces the loops over sequence, head, tiles of query rows and 64 columns of out. */
 __global__ static void __launch_bounds__(PLAIN_THREADS)
-    plain_forward(real_t *out, acc_t *lse, const real_t *qkv, AttentionShape shape) {
+    plain_forward(real_t *out, acc_t *lse, const real_t *qk, const real_t *qkv, AttentionShape shape) {
     __shared__ PlainTile left, right;
     __shared__ PlainScores scores;
     int T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS, x = threadIdx.x % 16, y = threadIdx.x / 16;
-    size_t width = (size_t)(NH + 2 * NKV) * HS;
+    size_t qk_width = (size_t)(NH + NKV) * HS, width = qk_width + (size_t)NKV * HS;
     PlainOwner own = plain_owner(shape, NH);
-    const real_t *sequence = qkv + own.b * T * width, *q = sequence + own.head * HS;
-    const real_t *k = sequence + (NH + own.head / (NH / NKV)) * HS, *v = k + NKV * HS;
+    const real_t *sequence = qk + own.b * T * qk_width, *q = sequence + own.head * HS;
+    int kv_head = own.head / (NH / NKV);
+    const real_t *k = sequence + (NH + kv_head) * HS, *v = qkv + own.b * T * width + qk_width + kv_head * HS;
     float scale = 1 / sqrtf((float)HS), s[2][2], o[2][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     for (int key = 0; key < plain_keys(shape, own.first); key += PLAIN_ROWS) {
-        plain_scores(s, left, right, q, width, own.first, k, width, key, T, HS);
+        plain_scores(s, left, right, q, qk_width, own.first, k, qk_width, key, T, HS);
         for (int i = 0; i < 2; i++) {
             for (int j = 0; j < 2; j++) {
                 bool sees = plain_sees(shape, own.first + y + 16 * i, key + x + 16 * j);
@@ -187,15 +188,16 @@ __global__ static void __launch_bounds__(PLAIN_THREADS)
 /* d (B,NH,T) = dout . out is written for plain_backward_kv. blockIdx.x replaces the loops over sequence, head, tiles of
  * query rows and 64 columns of dq. */
 __global__ static void __launch_bounds__(PLAIN_THREADS)
-    plain_backward_q(real_t *dqkv, float *d, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qkv,
-                     AttentionShape shape) {
+    plain_backward_q(real_t *dqkv, float *d, const real_t *dout, const real_t *out, const acc_t *lse, const real_t *qk,
+                     const real_t *qkv, AttentionShape shape) {
     __shared__ PlainTile left, right;
     __shared__ PlainScores scores;
     int T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS, x = threadIdx.x % 16, y = threadIdx.x / 16;
-    size_t width = (size_t)(NH + 2 * NKV) * HS, out_width = (size_t)NH * HS;
+    size_t qk_width = (size_t)(NH + NKV) * HS, width = qk_width + (size_t)NKV * HS, out_width = (size_t)NH * HS;
     PlainOwner own = plain_owner(shape, NH);
-    const real_t *sequence = qkv + own.b * T * width, *q = sequence + own.head * HS;
-    const real_t *k = sequence + (NH + own.head / (NH / NKV)) * HS, *v = k + NKV * HS;
+    const real_t *sequence = qk + own.b * T * qk_width, *q = sequence + own.head * HS;
+    int kv_head = own.head / (NH / NKV);
+    const real_t *k = sequence + (NH + kv_head) * HS, *v = qkv + own.b * T * width + qk_width + kv_head * HS;
     size_t start = (size_t)own.b * T * out_width + own.head * HS, row_start = ((size_t)own.b * NH + own.head) * T;
     float scale = 1 / sqrtf((float)HS), s[2][2], dp[2][2], dq[2][4] = {}, row_lse[2], row_d[2];
     for (int i = 0; i < 2; i++) {
@@ -211,7 +213,7 @@ __global__ static void __launch_bounds__(PLAIN_THREADS)
         }
     }
     for (int key = 0; key < plain_keys(shape, own.first); key += PLAIN_ROWS) {
-        plain_scores(s, left, right, q, width, own.first, k, width, key, T, HS);
+        plain_scores(s, left, right, q, qk_width, own.first, k, qk_width, key, T, HS);
         plain_scores(dp, left, right, dout + start, out_width, own.first, v, width, key, T, HS);
         for (int i = 0; i < 2; i++) {
             for (int j = 0; j < 2; j++) {
@@ -220,7 +222,7 @@ __global__ static void __launch_bounds__(PLAIN_THREADS)
             }
         }
         plain_keep(scores, s);
-        plain_load(right, k, width, key, T, own.col, HS);
+        plain_load(right, k, qk_width, key, T, own.col, HS);
         plain_multiply(dq, scores, right);
     }
     float factor[2] = {scale, scale};
@@ -230,21 +232,21 @@ __global__ static void __launch_bounds__(PLAIN_THREADS)
 /* Rows of the scores are keys here. blockIdx.x replaces the loops over sequence, key/value head, tiles of keys and 64
  * columns of dk and dv. */
 __global__ static void __launch_bounds__(PLAIN_THREADS)
-    plain_backward_kv(real_t *dqkv, const float *d, const real_t *dout, const acc_t *lse, const real_t *qkv,
-                      AttentionShape shape) {
+    plain_backward_kv(real_t *dqkv, const float *d, const real_t *dout, const acc_t *lse, const real_t *qk,
+                      const real_t *qkv, AttentionShape shape) {
     __shared__ PlainTile left, right;
     __shared__ PlainScores scores;
     int T = shape.T, NH = shape.NH, NKV = shape.NKV, HS = shape.HS, x = threadIdx.x % 16, y = threadIdx.x / 16;
-    size_t width = (size_t)(NH + 2 * NKV) * HS, out_width = (size_t)NH * HS;
+    size_t qk_width = (size_t)(NH + NKV) * HS, width = qk_width + (size_t)NKV * HS, out_width = (size_t)NH * HS;
     PlainOwner own = plain_owner(shape, NKV);
-    const real_t *sequence = qkv + own.b * T * width;
-    const real_t *k = sequence + (NH + own.head) * HS, *v = k + NKV * HS;
+    const real_t *sequence = qk + own.b * T * qk_width;
+    const real_t *k = sequence + (NH + own.head) * HS, *v = qkv + own.b * T * width + qk_width + own.head * HS;
     float scale = 1 / sqrtf((float)HS), s[2][2], dp[2][2], dk[2][4] = {}, dv[2][4] = {};
     for (int head = own.head * (NH / NKV); head < (own.head + 1) * (NH / NKV); head++) {
         const real_t *q = sequence + head * HS, *dy = dout + own.b * T * out_width + head * HS;
         size_t row_start = ((size_t)own.b * NH + head) * T;
         for (int t = shape.causal ? own.first : 0; t < T; t += PLAIN_ROWS) {
-            plain_scores(s, left, right, k, width, own.first, q, width, t, T, HS);
+            plain_scores(s, left, right, k, qk_width, own.first, q, qk_width, t, T, HS);
             plain_scores(dp, left, right, v, width, own.first, dy, out_width, t, T, HS);
             for (int i = 0; i < 2; i++) {
                 for (int j = 0; j < 2; j++) {
@@ -258,7 +260,7 @@ __global__ static void __launch_bounds__(PLAIN_THREADS)
             plain_load(right, dy, out_width, t, T, own.col, HS);
             plain_multiply(dv, scores, right);
             plain_keep(scores, dp);
-            plain_load(right, q, width, t, T, own.col, HS);
+            plain_load(right, q, qk_width, t, T, own.col, HS);
             plain_multiply(dk, scores, right);
         }
     }

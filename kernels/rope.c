@@ -46,26 +46,23 @@ static void head_forward(real_t *restrict out, const real_t *q, acc_t scale, con
     }
 }
 
-void rope_forward(real_t *out, acc_t *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
+void rope_forward(real_t *qk, acc_t *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
                   const acc_t *table, RopeShape shape, Stream *stream) {
     int HS = shape.HS, rotated = shape.NH + shape.NKV;
     int width = (rotated + shape.NKV) * HS;
 #pragma omp parallel for schedule(static) if (shape.N > 1)
     for (int n = 0; n < shape.N; n++) {
         const acc_t *cosine = table + (size_t)(shape.start + n % shape.T) * HS;
-        size_t row = (size_t)n * width;
         for (int head = 0; head < rotated; head++) {
-            const real_t *q = qkv + row + (size_t)head * HS;
+            const real_t *q = qkv + (size_t)n * width + (size_t)head * HS;
             const real_t *w = head < shape.NH ? q_weight : k_weight;
             acc_t r = 1;
             if (w) {
                 r = (acc_t)(1 / sqrt((double)dot(q, q, HS) / HS + shape.eps));
                 rstd[(size_t)n * rotated + head] = r;
             }
-            head_forward(out + row + (size_t)head * HS, q, r, w, cosine, HS / 2);
+            head_forward(qk + ((size_t)n * rotated + head) * HS, q, r, w, cosine, HS / 2);
         }
-        size_t values = row + (size_t)rotated * HS;
-        memcpy(out + values, qkv + values, (size_t)shape.NKV * HS * sizeof *out);
     }
 }
 
@@ -91,9 +88,9 @@ static void head_norm_backward(real_t *restrict dq, acc_t *restrict dw, real_t *
     }
 }
 
-void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_t *dout, const acc_t *rstd,
-                   const real_t *qkv, const real_t *q_weight, const real_t *k_weight, const acc_t *table,
-                   RopeShape shape, Stream *stream) {
+void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const acc_t *rstd, const real_t *qkv,
+                   const real_t *q_weight, const real_t *k_weight, const acc_t *table, RopeShape shape,
+                   Stream *stream) {
     int HS = shape.HS, rotated = shape.NH + shape.NKV;
     int width = (rotated + shape.NKV) * HS;
     CHECK(HS <= ROPE_MOST_HEAD, "a head size of %d is above %d: raise --heads or lower --dim", HS, ROPE_MOST_HEAD);
@@ -111,17 +108,13 @@ void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_
                 size_t at = row + (size_t)head * HS;
                 const real_t *w = head < shape.NH ? q_weight : k_weight;
                 real_t du[ROPE_MOST_HEAD];
-                turn_back(du, dout + at, cosine, HS / 2);
+                turn_back(du, dqkv + at, cosine, HS / 2);
                 if (w) {
                     acc_t r = rstd[(size_t)n * rotated + head];
                     head_norm_backward(dqkv + at, dw[chunk][head >= shape.NH], du, qkv + at, w, r, HS);
                 } else {
                     memcpy(dqkv + at, du, (size_t)HS * sizeof *du);
                 }
-            }
-            size_t values = row + (size_t)rotated * HS;
-            if (dqkv != dout) {
-                memcpy(dqkv + values, dout + values, (size_t)shape.NKV * HS * sizeof *dqkv);
             }
         }
     }

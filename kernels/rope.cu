@@ -130,36 +130,36 @@ typedef struct {
 
 /* ---- forward ---- */
 
-/* Grid and block: the loops over n and over head, values included, `lanes` threads each. */
+/* Grid and block: the loops over n and over the heads of queries and keys, `lanes` threads each. */
 template <int WIDTH, int TURNS>
 __global__ void __launch_bounds__(THREADS)
-    turn_heads(real_t *out, float *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
+    turn_heads(real_t *qk, float *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
                const float *table, Heads h) {
-    unsigned job = (blockIdx.x * THREADS + threadIdx.x) >> h.lane_bits, all = h.NH + 2 * h.NKV;
-    int lanes = 1 << h.lane_bits, lane = threadIdx.x & (lanes - 1), half = h.HS / 2, rotated = h.NH + h.NKV;
-    int n = job / all, head = job % all;
+    unsigned job = (blockIdx.x * THREADS + threadIdx.x) >> h.lane_bits, rotated = h.NH + h.NKV;
+    int lanes = 1 << h.lane_bits, lane = threadIdx.x & (lanes - 1), half = h.HS / 2;
+    int n = job / rotated, head = job % rotated;
     bool live = n < h.N;
-    size_t at = (size_t)job * h.HS;
-    Part<WIDTH, TURNS> q = to_float(load_part<WIDTH, TURNS>(qkv + at, lane, lanes, half, live));
+    const real_t *from = qkv + ((size_t)n * (rotated + h.NKV) + head) * h.HS;
+    Part<WIDTH, TURNS> q = to_float(load_part<WIDTH, TURNS>(from, lane, lanes, half, live));
     const real_t *w = head < h.NH ? q_weight : k_weight;
-    if (q_weight) { /* the values' heads only keep their warp company */
+    if (q_weight) {
         float squares = 0;
         for (int k = 0; k < WIDTH * TURNS; k++) {
             squares += q.low[k] * q.low[k] + q.high[k] * q.high[k];
         }
         float r = 1 / sqrtf(head_sum(squares, lanes) / h.HS + h.eps);
-        if (live && head < rotated) {
+        if (live) {
             Part<WIDTH, TURNS> weight = to_float(load_part<WIDTH, TURNS>(w, lane, lanes, half, true));
             for (int k = 0; k < WIDTH * TURNS; k++) {
                 q.low[k] *= r * weight.low[k];
                 q.high[k] *= r * weight.high[k];
             }
             if (lane == 0) {
-                rstd[(size_t)n * rotated + head] = r;
+                rstd[job] = r;
             }
         }
     }
-    if (live && head < rotated) {
+    if (live) {
         const float *row = table + (size_t)(h.start + n % h.T) * h.HS;
         Part<WIDTH, TURNS> turn = load_part<WIDTH, TURNS>(row, lane, lanes, half, true); /* cosines, sines */
         for (int k = 0; k < WIDTH * TURNS; k++) {
@@ -167,9 +167,7 @@ __global__ void __launch_bounds__(THREADS)
             q.low[k] = a * turn.low[k] - b * turn.high[k];
             q.high[k] = b * turn.low[k] + a * turn.high[k];
         }
-    }
-    if (live) {
-        store_part<WIDTH, TURNS>(out + at, q, lane, lanes, half);
+        store_part<WIDTH, TURNS>(qk + (size_t)job * h.HS, q, lane, lanes, half);
     }
 }
 
@@ -190,13 +188,13 @@ static bool halves_are_packs(const real_t *a, const real_t *b, const real_t *q_w
            packs_fit(table, HS / 2);
 }
 
-void rope_forward(real_t *out, acc_t *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
+void rope_forward(real_t *qk, acc_t *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
                   const acc_t *table, RopeShape shape, Stream *stream) {
-    bool packs = halves_are_packs(out, qkv, q_weight, k_weight, table, shape.HS);
+    bool packs = halves_are_packs(qk, qkv, q_weight, k_weight, table, shape.HS);
     Heads h = describe(shape, packs);
-    int blocks = ceil_div(((int64_t)h.N * (h.NH + 2 * h.NKV)) << h.lane_bits, THREADS);
+    int blocks = ceil_div(((int64_t)h.N * (h.NH + h.NKV)) << h.lane_bits, THREADS);
     auto kernel = packs ? turn_heads<PACK_WIDTH, 1> : turn_heads<1, PLAIN_TURNS>;
-    kernel<<<blocks, THREADS, 0, cuda_stream(stream)>>>(out, rstd, qkv, q_weight, k_weight, table, h);
+    kernel<<<blocks, THREADS, 0, cuda_stream(stream)>>>(qk, rstd, qkv, q_weight, k_weight, table, h);
     CUDA_LAUNCHED();
 }
 
@@ -266,11 +264,11 @@ __device__ static Part<WIDTH, TURNS> head_back(Part<WIDTH, TURNS> *dw, const rea
 }
 
 /* Grid and block: the loops over n and over head; a group of `lanes` threads keeps its head and takes every step-th
- * token, first for the queries' heads, then for the keys', then for the values'. */
+ * token, first for the queries' heads, then for the keys'. */
 template <int WIDTH, int TURNS>
 __global__ void __launch_bounds__(BACK_THREADS, TURNS == 1 ? BLOCKS_PER_SM : 1)
-    turn_heads_back(real_t *dqkv, float *partial, const real_t *dout, const float *rstd, const real_t *qkv,
-                    const real_t *q_weight, const real_t *k_weight, const float *table, Heads h) {
+    turn_heads_back(real_t *dqkv, float *partial, const float *rstd, const real_t *qkv, const real_t *q_weight,
+                    const real_t *k_weight, const float *table, Heads h) {
     int lanes = 1 << h.lane_bits, lane = threadIdx.x & (lanes - 1), half = h.HS / 2, rotated = h.NH + h.NKV;
     unsigned group = (blockIdx.x * BACK_THREADS + threadIdx.x) >> h.lane_bits;
     unsigned groups = gridDim.x * BACK_THREADS >> h.lane_bits;
@@ -286,7 +284,7 @@ __global__ void __launch_bounds__(BACK_THREADS, TURNS == 1 ? BLOCKS_PER_SM : 1)
             int n = start + token;
             bool live = n < h.N && token < step;
             Part<WIDTH, TURNS> dq =
-                head_back<WIDTH, TURNS>(&dw, dout + at, rstd + (size_t)n * rotated + head, qkv + at, w, norm,
+                head_back<WIDTH, TURNS>(&dw, dqkv + at, rstd + (size_t)n * rotated + head, qkv + at, w, norm,
                                         table + (size_t)(h.start + position) * h.HS, lane, lanes, half, live);
             if (live) {
                 store_part<WIDTH, TURNS>(dqkv + at, dq, lane, lanes, half);
@@ -299,17 +297,12 @@ __global__ void __launch_bounds__(BACK_THREADS, TURNS == 1 ? BLOCKS_PER_SM : 1)
                                         h.HS);
         }
     }
-    for (unsigned job = group; job < (unsigned)(h.N * h.NKV) && dqkv != dout; job += groups) {
-        size_t at = job / h.NKV * width + (size_t)(rotated + job % h.NKV) * h.HS;
-        Part<WIDTH, TURNS> dv = to_float(load_part<WIDTH, TURNS>(dout + at, lane, lanes, half, true));
-        store_part<WIDTH, TURNS>(dqkv + at, dv, lane, lanes, half);
-    }
 }
 
-void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_t *dout, const acc_t *rstd,
-                   const real_t *qkv, const real_t *q_weight, const real_t *k_weight, const acc_t *table,
-                   RopeShape shape, Stream *stream) {
-    bool packs = halves_are_packs(dqkv, dout, q_weight, k_weight, table, shape.HS) && packs_fit(qkv, shape.HS / 2);
+void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const acc_t *rstd, const real_t *qkv,
+                   const real_t *q_weight, const real_t *k_weight, const acc_t *table, RopeShape shape,
+                   Stream *stream) {
+    bool packs = halves_are_packs(dqkv, qkv, q_weight, k_weight, table, shape.HS);
     Heads h = describe(shape, packs);
     int64_t heads = h.NH > h.NKV ? h.NH : h.NKV;
     int least = ceil_div(heads << h.lane_bits, BACK_THREADS); /* for a token's heads at a time */
@@ -317,8 +310,7 @@ void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_
     int most = least > PARTIAL_BLOCKS ? least : PARTIAL_BLOCKS, blocks = needed < most ? needed : most;
     float *partial = q_weight ? (float *)cuda_workspace((size_t)2 * blocks * h.HS * sizeof(float)) : NULL;
     auto kernel = packs ? turn_heads_back<PACK_WIDTH, 1> : turn_heads_back<1, PLAIN_TURNS>;
-    kernel<<<blocks, BACK_THREADS, 0, cuda_stream(stream)>>>(dqkv, partial, dout, rstd, qkv, q_weight, k_weight, table,
-                                                             h);
+    kernel<<<blocks, BACK_THREADS, 0, cuda_stream(stream)>>>(dqkv, partial, rstd, qkv, q_weight, k_weight, table, h);
     CUDA_LAUNCHED();
     if (q_weight) {
         partials_add(dq_weight, dk_weight, partial, blocks, h.HS, stream);

@@ -6,7 +6,8 @@
  *     out_i        = u_i cos - u_{i+HS/2} sin
  *     out_{i+HS/2} = u_{i+HS/2} cos + u_i sin
  *
- * Values pass through unchanged. A row of qkv is [NH query heads | NKV key heads | NKV value heads], each HS wide.
+ * A row of qkv is [NH query heads | NKV key heads | NKV value heads], each HS wide. Values are not turned: attention
+ * reads them from qkv, and a row of what is turned, qk, ends before them.
  */
 #ifndef KERNELS_ROPE_H
 #define KERNELS_ROPE_H
@@ -25,15 +26,14 @@ typedef struct {
 /* table (positions, HS): cos in the first half of a row, sin in the second, of positions 0 .. positions-1 */
 void rope_table(acc_t *table, int positions, int HS, double base, Stream *stream);
 
-/* out, qkv (N, (NH+2*NKV)*HS); rstd (N, NH+NKV); q_weight, k_weight (HS), both NULL: no norm (rstd unused). out may not
- * be qkv. */
-void rope_forward(real_t *out, acc_t *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
+/* qk (N, (NH+NKV)*HS); qkv (N, (NH+2*NKV)*HS); rstd (N, NH+NKV); q_weight, k_weight (HS), both NULL: no norm (rstd
+ * unused) */
+void rope_forward(real_t *qk, acc_t *rstd, const real_t *qkv, const real_t *q_weight, const real_t *k_weight,
                   const acc_t *table, RopeShape shape, Stream *stream);
 
-/* dqkv (N, ..) is overwritten; dq_weight, dk_weight (HS) accumulate (NULL with NULL weights); dout is the gradient of
- * out. dqkv may be dout. */
-void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const real_t *dout, const acc_t *rstd,
-                   const real_t *qkv, const real_t *q_weight, const real_t *k_weight, const acc_t *table,
-                   RopeShape shape, Stream *stream);
+/* In dqkv (N, (NH+2*NKV)*HS) the gradient of qk becomes that of queries and keys; behind it the values' stays as it is.
+ * dq_weight, dk_weight (HS) accumulate (NULL with NULL weights). */
+void rope_backward(real_t *dqkv, acc_t *dq_weight, acc_t *dk_weight, const acc_t *rstd, const real_t *qkv,
+                   const real_t *q_weight, const real_t *k_weight, const acc_t *table, RopeShape shape, Stream *stream);
 
 #endif

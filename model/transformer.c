@@ -28,6 +28,10 @@ static int qkv_width(const ModelConfig *config) {
     return (config->heads + 2 * config->kv_heads) * config->head_dim;
 }
 
+static int qk_width(const ModelConfig *config) {
+    return (config->heads + config->kv_heads) * config->head_dim;
+}
+
 /* Columns of what attention puts out: all query heads side by side; C unless --head-dim says otherwise. */
 static int att_width(const ModelConfig *config) {
     return config->heads * config->head_dim;
@@ -88,7 +92,7 @@ void transformer_connect(Transformer *model) {
         Layer *layer = &model->layers[l];
         if (model->recompute) {
             layer->xn = model->layers[0].xn;
-            layer->qkv_turned = model->layers[0].qkv_turned;
+            layer->qk_turned = model->layers[0].qk_turned;
             layer->mn = model->layers[0].mn;
         }
         if (model->recompute == RECOMPUTE_EXPERTS) {
@@ -160,7 +164,7 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
     bool keep = l == 0 || !model->recompute; /* layers after the first use its buffers (transformer_connect) */
     if (keep) {
         reserve(arena, &layer->xn, N * C, sizeof(real_t), kind);
-        reserve(arena, &layer->qkv_turned, N * width, sizeof(real_t), kind);
+        reserve(arena, &layer->qk_turned, N * qk_width(c), sizeof(real_t), kind);
         reserve(arena, &layer->mn, N * C, sizeof(real_t), kind);
     }
     reserve(arena, &layer->x_rstd, N, sizeof(acc_t), kind);
@@ -331,7 +335,7 @@ static void norm_again(Transformer *model, real_t *y, const real_t *s, acc_t *rs
 }
 
 static void turn(Transformer *model, Layer *layer, int start, Stream *stream) {
-    rope_forward(layer->qkv_turned, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w, layer->k_norm.w, model->angles,
+    rope_forward(layer->qk_turned, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w, layer->k_norm.w, model->angles,
                  rope_shape(model, start), stream);
 }
 
@@ -344,10 +348,10 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
     matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
     turn(model, layer, start, stream);
     if (layer->keys) {
-        attention_decode(layer->att, layer->keys, layer->values, layer->qkv_turned, start, attention_shape(model),
-                         stream);
+        attention_decode(layer->att, layer->keys, layer->values, layer->qk_turned, layer->qkv_raw, start,
+                         attention_shape(model), stream);
     } else {
-        attention_forward(layer->att, layer->lse, layer->qkv_turned, attention_shape(model), stream);
+        attention_forward(layer->att, layer->lse, layer->qk_turned, layer->qkv_raw, attention_shape(model), stream);
     }
     matmul_forward(model->branch, layer->att, layer->attn_out.w, N, att_width(c), C, stream);
 }
@@ -366,10 +370,10 @@ static void attention_block_backward(Transformer *model, Layer *layer, Stream *s
     }
     matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, att_width(c), C, 0, stream);
     matmul_backward_weight(layer->attn_out.grad, model->dx, layer->att, N, att_width(c), C, stream);
-    attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qkv_turned, attention_shape(model),
-                       stream);
-    rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, model->dqkv, layer->qk_rstd, layer->qkv_raw,
-                  layer->q_norm.w, layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
+    attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qk_turned, layer->qkv_raw,
+                       attention_shape(model), stream);
+    rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w,
+                  layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
     matmul_backward_input(model->dn, model->dqkv, layer->qkv.w, N, C, qkv_width(c), 0, stream);
     matmul_backward_weight(layer->qkv.grad, model->dqkv, layer->xn, N, C, qkv_width(c), stream);
 }

@@ -36,7 +36,7 @@ typedef struct {
     real_t *xn;            /* (N,C) normalised */
     acc_t *x_rstd;         /* (N) */
     real_t *qkv_raw;       /* (N, (NH+2*NKV)*HS) as projected */
-    real_t *qkv_turned;    /* the same after QK-norm and RoPE */
+    real_t *qk_turned;     /* (N, (NH+NKV)*HS), queries and keys after QK-norm and RoPE */
     acc_t *qk_rstd;        /* (N, NH+NKV) */
     real_t *att;           /* (N, NH*HS) */
     acc_t *lse;            /* (B,NH,T) */

@@ -104,40 +104,41 @@ static inline void matmul_case_backward(Case *c) {
     matmul_backward_weight(grad(c, "w"), grad(c, "y"), val(c, "x"), c->n[0], c->n[1], c->n[2], NULL);
 }
 
-/* Rows of q, k and v between three arrays and the heads of one, so that each is checked under its own name. */
-static inline void copy_heads(acc_t *qkv, acc_t *part[3], int N, int NH, int NKV, int HS, bool pack) {
-    int width[3] = {NH * HS, NKV * HS, NKV * HS};
-    acc_t *at = qkv;
-    for (int n = 0; n < N; n++) {
-        for (int i = 0; i < 3; at += width[i++]) {
-            acc_t *row = part[i] + (size_t)n * width[i];
-            memcpy(pack ? at : row, pack ? row : at, (size_t)width[i] * sizeof *at);
+typedef struct {
+    int N, NH, NKV, HS;
+} Heads;
+
+static inline size_t heads_numbers(Heads h, int times_keys) {
+    return (size_t)h.N * (size_t)(h.NH + times_keys * h.NKV) * (size_t)h.HS;
+}
+
+/* Rows of q, k and v between their arrays and the heads of one matrix, so that each is checked under its own name. The
+ * matrix ends after `parts` of them; one that is NULL is left out. */
+static inline void copy_heads(acc_t *matrix, acc_t *q, acc_t *k, acc_t *v, int parts, Heads h, bool pack) {
+    acc_t *part[3] = {q, k, v}, *at = matrix;
+    int width[3] = {h.NH * h.HS, h.NKV * h.HS, h.NKV * h.HS};
+    for (int n = 0; n < h.N; n++) {
+        for (int i = 0; i < parts; at += width[i++]) {
+            if (part[i]) {
+                acc_t *row = part[i] + (size_t)n * width[i];
+                memcpy(pack ? at : row, pack ? row : at, (size_t)width[i] * sizeof *at);
+            }
         }
     }
 }
 
-static inline void add_heads(Case *c, int N, int NH, int NKV, int HS) {
+static inline Heads rope_case_heads(const Case *c) {
+    return (Heads){.N = c->n[0], .NH = c->n[3], .NKV = c->n[4], .HS = c->n[5]};
+}
+
+static inline void make_rope(Case *c) { /* N T start NH NKV HS norm */
+    Heads h = rope_case_heads(c);
+    int N = h.N, NH = h.NH, NKV = h.NKV, HS = h.HS;
     add_input(c, "q", ACTIVATION, (size_t)N * NH * HS, OVERWRITTEN);
     add_input(c, "k", ACTIVATION, (size_t)N * NKV * HS, OVERWRITTEN);
-    add_input(c, "v", ACTIVATION, (size_t)N * NKV * HS, OVERWRITTEN);
-    add_scratch(c, "qkv", ACTIVATION, (size_t)N * (NH + 2 * NKV) * HS);
-    add_scratch(c, "dqkv", ACTIVATION, (size_t)N * (NH + 2 * NKV) * HS);
-}
-
-static inline void pack_heads(Case *c, int N, int NH, int NKV, int HS) {
-    acc_t *part[3] = {host_val(c, "q"), host_val(c, "k"), host_val(c, "v")};
-    copy_heads(host_val(c, "qkv"), part, N, NH, NKV, HS, true);
-}
-
-static inline void unpack_heads(Case *c, int N, int NH, int NKV, int HS) {
-    acc_t *part[3] = {host_grad(c, "q"), host_grad(c, "k"), host_grad(c, "v")};
-    copy_heads(host_val(c, "dqkv"), part, N, NH, NKV, HS, false);
-}
-
-static inline void make_rope(Case *c) { /* N T start NH NKV HS norm inplace */
-    int N = c->n[0], NH = c->n[3], NKV = c->n[4], HS = c->n[5];
-    add_heads(c, N, NH, NKV, HS);
-    add_output(c, "out", ACTIVATION, (size_t)N * (NH + 2 * NKV) * HS);
+    add_scratch(c, "qkv", ACTIVATION, heads_numbers(h, 2));
+    add_scratch(c, "dqkv", ACTIVATION, heads_numbers(h, 2));
+    add_output(c, "qk", ACTIVATION, heads_numbers(h, 1));
     if (c->n[6]) {
         add_input(c, "q_weight", WEIGHT, (size_t)HS, ACCUMULATED);
         add_input(c, "k_weight", WEIGHT, (size_t)HS, ACCUMULATED);
@@ -158,35 +159,46 @@ static inline RopeShape rope_case_shape(const Case *c) {
 }
 
 static inline void rope_case_pack(Case *c) {
-    pack_heads(c, c->n[0], c->n[3], c->n[4], c->n[5]);
+    copy_heads(host_val(c, "qkv"), host_val(c, "q"), host_val(c, "k"), NULL, 3, rope_case_heads(c), true);
 }
 
 static inline void rope_case_forward(Case *c) {
     RopeShape s = rope_case_shape(c);
     bool norm = c->n[6];
     rope_table(val(c, "table"), s.start + s.T, s.HS, s.base, NULL);
-    rope_forward(val(c, "out"), norm ? val(c, "rstd") : NULL, val(c, "qkv"), norm ? val(c, "q_weight") : NULL,
+    rope_forward(val(c, "qk"), norm ? val(c, "rstd") : NULL, val(c, "qkv"), norm ? val(c, "q_weight") : NULL,
                  norm ? val(c, "k_weight") : NULL, val(c, "table"), s, NULL);
 }
 
 static inline void rope_case_backward(Case *c) {
-    bool norm = c->n[6], inplace = c->n[7];
-    if (inplace) {
-        device_copy(val(c, "dqkv"), grad(c, "out"), array_named(c, "out")->count * sizeof(real_t), NULL);
+    Heads h = rope_case_heads(c);
+    bool norm = c->n[6];
+    size_t qk = heads_numbers(h, 1) / h.N, qkv = heads_numbers(h, 2) / h.N;
+    for (int n = 0; n < h.N; n++) {
+        device_copy((real_t *)val(c, "dqkv") + n * qkv, (real_t *)grad(c, "qk") + n * qk, qk * sizeof(real_t), NULL);
     }
     rope_backward(val(c, "dqkv"), norm ? grad(c, "q_weight") : NULL, norm ? grad(c, "k_weight") : NULL,
-                  inplace ? val(c, "dqkv") : grad(c, "out"), norm ? val(c, "rstd") : NULL, val(c, "qkv"),
-                  norm ? val(c, "q_weight") : NULL, norm ? val(c, "k_weight") : NULL, val(c, "table"),
-                  rope_case_shape(c), NULL);
+                  norm ? val(c, "rstd") : NULL, val(c, "qkv"), norm ? val(c, "q_weight") : NULL,
+                  norm ? val(c, "k_weight") : NULL, val(c, "table"), rope_case_shape(c), NULL);
 }
 
 static inline void rope_case_finish(Case *c) {
-    unpack_heads(c, c->n[0], c->n[3], c->n[4], c->n[5]);
+    copy_heads(host_val(c, "dqkv"), host_grad(c, "q"), host_grad(c, "k"), NULL, 3, rope_case_heads(c), false);
+}
+
+static inline Heads attention_case_heads(const Case *c) {
+    return (Heads){.N = c->n[0] * c->n[1], .NH = c->n[2], .NKV = c->n[3], .HS = c->n[4]};
 }
 
 static inline void make_attention(Case *c) { /* B T NH NKV HS causal */
     int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
-    add_heads(c, B * T, NH, NKV, HS);
+    Heads h = attention_case_heads(c);
+    add_input(c, "q", ACTIVATION, (size_t)B * T * NH * HS, OVERWRITTEN);
+    add_input(c, "k", ACTIVATION, (size_t)B * T * NKV * HS, OVERWRITTEN);
+    add_input(c, "v", ACTIVATION, (size_t)B * T * NKV * HS, OVERWRITTEN);
+    add_scratch(c, "qk", ACTIVATION, heads_numbers(h, 1));
+    add_scratch(c, "qkv", ACTIVATION, heads_numbers(h, 2));
+    add_scratch(c, "dqkv", ACTIVATION, heads_numbers(h, 2));
     add_output(c, "out", ACTIVATION, (size_t)B * T * NH * HS);
     add_saved(c, "lse", PRECISE, (size_t)B * NH * T);
 }
@@ -197,20 +209,23 @@ static inline AttentionShape attention_case_shape(const Case *c) {
 }
 
 static inline void attention_case_pack(Case *c) {
-    pack_heads(c, c->n[0] * c->n[1], c->n[2], c->n[3], c->n[4]);
+    Heads h = attention_case_heads(c);
+    copy_heads(host_val(c, "qk"), host_val(c, "q"), host_val(c, "k"), NULL, 2, h, true);
+    copy_heads(host_val(c, "qkv"), NULL, NULL, host_val(c, "v"), 3, h, true);
 }
 
 static inline void attention_case_forward(Case *c) {
-    attention_forward(val(c, "out"), val(c, "lse"), val(c, "qkv"), attention_case_shape(c), NULL);
+    attention_forward(val(c, "out"), val(c, "lse"), val(c, "qk"), val(c, "qkv"), attention_case_shape(c), NULL);
 }
 
 static inline void attention_case_backward(Case *c) {
-    attention_backward(val(c, "dqkv"), grad(c, "out"), val(c, "out"), val(c, "lse"), val(c, "qkv"),
+    attention_backward(val(c, "dqkv"), grad(c, "out"), val(c, "out"), val(c, "lse"), val(c, "qk"), val(c, "qkv"),
                        attention_case_shape(c), NULL);
 }
 
 static inline void attention_case_finish(Case *c) {
-    unpack_heads(c, c->n[0] * c->n[1], c->n[2], c->n[3], c->n[4]);
+    copy_heads(host_val(c, "dqkv"), host_grad(c, "q"), host_grad(c, "k"), host_grad(c, "v"), 3, attention_case_heads(c),
+               false);
 }
 
 /* Rows 0, every, 2 every, ... are predicted. */

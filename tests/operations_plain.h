@@ -43,6 +43,7 @@ static inline void convert_case_forward(Case *c) {
 /* Every token of B sequences in turn, from an empty cache. */
 static inline void make_decode(Case *c) { /* B T NH NKV HS */
     int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4];
+    add_given(c, "qk", ACTIVATION, (size_t)T * B * (NH + NKV) * HS);
     add_given(c, "qkv", ACTIVATION, (size_t)T * B * (NH + 2 * NKV) * HS);
     add_saved(c, "out", ACTIVATION, (size_t)T * B * NH * HS);
     add_saved(c, "keys", ACTIVATION, (size_t)B * T * NKV * HS);
@@ -52,9 +53,10 @@ static inline void make_decode(Case *c) { /* B T NH NKV HS */
 static inline void decode_case_forward(Case *c) {
     AttentionShape s = {.B = c->n[0], .T = c->n[1], .NH = c->n[2], .NKV = c->n[3], .HS = c->n[4], .causal = 1};
     for (int t = 0; t < s.T; t++) {
+        const real_t *qk = (const real_t *)val(c, "qk") + (size_t)t * s.B * (s.NH + s.NKV) * s.HS;
         const real_t *qkv = (const real_t *)val(c, "qkv") + (size_t)t * s.B * (s.NH + 2 * s.NKV) * s.HS;
         real_t *out = (real_t *)val(c, "out") + (size_t)t * s.B * s.NH * s.HS;
-        attention_decode(out, val(c, "keys"), val(c, "values"), qkv, t, s, NULL);
+        attention_decode(out, val(c, "keys"), val(c, "values"), qk, qkv, t, s, NULL);
     }
 }
 

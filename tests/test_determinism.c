@@ -276,18 +276,20 @@ static void test_expert_rows(void **state) {
 
 /* A sequence gives the same bits alone and as one of a batch. */
 static void check_attention_sequences(int causal) {
-    enum { B = 3, T = 70, NH = 4, NKV = 2, HS = 16, W = (NH + 2 * NKV) * HS, O = NH * HS };
+    enum { B = 3, T = 70, NH = 4, NKV = 2, HS = 16, QK = (NH + NKV) * HS, W = QK + NKV * HS, O = NH * HS };
     Case c = {.seed = 60};
-    real_t *qkv = case_normal(&c, B * T * W), *dout = case_normal(&c, B * T * O), *out = case_reals(&c, B * T * O);
+    real_t *qk = case_normal(&c, B * T * QK), *qkv = case_normal(&c, B * T * W);
+    real_t *dout = case_normal(&c, B * T * O), *out = case_reals(&c, B * T * O);
     real_t *dqkv = case_reals(&c, B * T * W), *lse = case_reals(&c, B * NH * T);
     real_t *one_out = case_reals(&c, T * O), *one_dqkv = case_reals(&c, T * W), *one_lse = case_reals(&c, NH * T);
     AttentionShape all = {B, T, NH, NKV, HS, causal}, one = {1, T, NH, NKV, HS, causal};
     omp_set_num_threads(2);
-    attention_forward(out, lse, qkv, all, NULL);
-    attention_backward(dqkv, dout, out, lse, qkv, all, NULL);
+    attention_forward(out, lse, qk, qkv, all, NULL);
+    attention_backward(dqkv, dout, out, lse, qk, qkv, all, NULL);
     for (int b = 0; b < B; b++) {
-        attention_forward(one_out, one_lse, qkv + b * T * W, one, NULL);
-        attention_backward(one_dqkv, dout + b * T * O, one_out, one_lse, qkv + b * T * W, one, NULL);
+        const real_t *one_qk = qk + b * T * QK, *one_qkv = qkv + b * T * W;
+        attention_forward(one_out, one_lse, one_qk, one_qkv, one, NULL);
+        attention_backward(one_dqkv, dout + b * T * O, one_out, one_lse, one_qk, one_qkv, one, NULL);
         assert_bits(one_out, out + b * T * O, T * O);
         assert_bits(one_lse, lse + b * NH * T, NH * T);
         assert_bits(one_dqkv, dqkv + b * T * W, T * W);

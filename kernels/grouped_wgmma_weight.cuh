@@ -61,8 +61,8 @@ __device__ static inline void order_experts(int *order, const int *offset, int E
     }
 }
 
-/* Tile `id` of all, of which block `rank` of the cluster has its part; false past the last. Bands as in find_tile. A second
- * block may find a tile past M: it loads for the other and stores nothing. */
+/* Tile `id` of all, of which block `rank` of the cluster has its part; false past the last. Bands as in find_tile. A
+ * second block may find a tile past M: it loads for the other and stores nothing. */
 template <int COLUMNS>
 __device__ static inline bool find_weight_tile(WeightTile *tile, int id, uint32_t rank, const int *order,
                                                const WeightProduct &p) {

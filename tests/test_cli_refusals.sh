@@ -107,7 +107,7 @@ test_refuses_a_prompt_beyond_the_vocabulary() {
 test_refuses_absurd_sizes() {
     refuses 'out of memory: the run needs' --layers 1024 --dim 65536 --heads 4096 --experts 4096 --expert-dim 65536
     refuses '2\^31' --batch 1048576 --seq 4096
-    refuses 'out of memory' --batch 1048576 --experts 256
+    refuses 'out of memory' --batch 1048576 --seq 1000 --experts 256
     OMP_NUM_THREADS=2 refuses '--seq 65536 is out of range' --seq 65536 --batch 1 --steps 0
     refuses 'raise --heads' --dim 1032 --heads 1 --steps 0
     rm -rf run

@@ -1,0 +1,79 @@
+/* Ranks: processes that train one model together, and what they say to each other.
+ *
+ *     mpirun -n 4 ./train --ep 2         four ranks; without mpirun there is one, to whom everything here is the identity
+ *
+ *                 rank    0   1   2   3
+ *     experts            (0   1) (2   3)     ep neighbours hold all experts between them, each 1/ep of them
+ *     replicas           (0      2)          those that hold the same experts
+ *                            (1      3)
+ *     world              (0   1   2   3)     all have the same copy of everything else
+ *
+ * Every function but the questions is collective: all ranks of the group call it, in the same order, with the same
+ * sizes where nothing else is said. Sums are taken in the order of the ranks, so all ranks get the same bits, and a run
+ * repeats them. Arrays are on the device, unless a name says host.
+ *
+ * A rank that waits longer than comm_set_patience for others ends all of them with one line: for whom it waited and,
+ * from comm_at, in which step, layer and part.
+ *
+ *     comm_open();  comm_form_groups(ep);  ..  comm_close();
+ */
+#ifndef KERNELS_COMM_H
+#define KERNELS_COMM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "types.h"
+
+typedef enum { GROUP_WORLD, GROUP_EXPERTS, GROUP_REPLICAS, GROUP_COUNT } Group;
+
+/* Before anything else of the program: finds out whether mpirun started it, and joins the others. Errors end all ranks
+ * from here on (check.h); what goes wrong on all of them is said by rank 0 alone. */
+void comm_open(void);
+
+/* Groups of `ep` neighbours. Ends the program with one line when ep does not divide the number of ranks. */
+void comm_form_groups(int ep);
+
+void comm_close(void);
+
+/* This rank's number in the group, and how many the group has. Before comm_form_groups the others than the world have
+ * one rank. */
+int comm_rank(Group group);
+int comm_ranks(Group group);
+
+/* Where the run is, for the line that names who is waited for: step, layer (-1: none), and a part such as "dispatch",
+ * which must stay where it is. Not collective. */
+void comm_at(int64_t step, int layer, const char *part);
+void comm_set_patience(double seconds);
+
+/* all (ranks, bytes): what each rank of the group brought, in their order; mine (bytes) may lie in all at its place. */
+void comm_gather(Group group, void *all, const void *mine, size_t bytes, Stream *stream);
+
+/* x (count) = the sum over the ranks' x, in the order of the ranks, the same bits on all. */
+void comm_sum(Group group, acc_t *x, size_t count, Stream *stream);
+
+/* Rows to every rank of the group and from every rank: rows from_first[r] .. from_first[r+1] of `from` go to rank r,
+ * and arrive at its rows to_first[this rank] on. to_first, from_first (ranks + 1): on the host; what one rank sends to
+ * another and what that expects must agree. row_bytes of a row; from and to do not overlap. */
+void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
+                   size_t row_bytes, Stream *stream);
+
+/* On the host: whether any rank says so; and that all have come here. */
+bool comm_any(bool mine);
+void comm_barrier(void);
+
+/* On the host: ends all ranks with one line unless this text is the same on all; what: what it is, for the line. */
+void comm_check_same(const char *text, const char *what);
+
+/* On the host: to (rank 0 alone, NULL elsewhere) = what rank `from` of the world holds in `bytes` of mine; called by
+ * rank 0 and `from`. With `from` 0 a copy. */
+void comm_to_first(void *to, const void *mine, size_t bytes, int from);
+
+/* What this rank has sent to others so far. */
+typedef struct {
+    int64_t calls, messages, bytes;
+} CommCount;
+CommCount comm_count(void);
+
+#endif

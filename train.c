@@ -18,6 +18,7 @@
 #include "data/corpus.h"
 #include "data/tokenizer.h"
 #include "kernels/check.h"
+#include "kernels/comm.h"
 #include "kernels/device.h"
 #include "model/answer.h"
 #include "model/batch.h"
@@ -25,6 +26,7 @@
 #include "model/console.h"
 #include "model/cost.h"
 #include "model/evaluate.h"
+#include "model/exchange.h"
 #include "model/export.h"
 #include "model/import.h"
 #include "model/log.h"
@@ -38,9 +40,11 @@
 #include "model/transformer.h"
 #include "model/vocabulary.h"
 #include "model/watch.h"
+#include "model/whole.h"
 
 typedef struct {
     Config config;
+    bool first; /* of the ranks: the one that talks and writes */
     Tokenizer *tokenizer;
     Vocabulary vocabulary; /* the tokenizer, as model/ sees it */
     Corpus *corpus;
@@ -144,18 +148,38 @@ static double *count_tokens(Run *run) {
     double *frequency = calloc(c->model.vocab, sizeof(double));
     CHECK(frequency, "out of memory for %d token frequencies", c->model.vocab);
     Batch batch = {.tokens = run->batch.host_tokens};
+    int B = run->model.B, slice = B * comm_ranks(GROUP_WORLD); /* the same counts on every rank */
     for (int64_t step = 0; step < BATCHES && router_find(c->model.router)->init; step++) {
-        corpus_batch(run->corpus, SPLIT_TRAIN, step, 0, run->model.B, &batch);
-        for (int n = 0; n < run->model.N; n++) {
-            frequency[batch.tokens[n]]++;
+        for (int first = 0; first < slice; first += B) {
+            corpus_batch(run->corpus, SPLIT_TRAIN, step, first, B, &batch);
+            for (int n = 0; n < run->model.N; n++) {
+                frequency[batch.tokens[n]]++;
+            }
         }
     }
     return frequency;
 }
 
+/* The weights of --init-from, this rank's part of them, over the initial ones in host. */
+static void import_part(Run *run, acc_t *host) {
+    const Config *c = &run->config;
+    const TensorList *list = &run->model.tensors;
+    TensorList whole = whole_tensors(&c->model);
+    acc_t *all = calloc(whole.total, sizeof(acc_t));
+    CHECK(all, "out of memory for %zu weights of --init-from", whole.total);
+    for (int t = 0; t < list->count; t++) { /* what is not in --init-from stays as it is */
+        const Tensor *part = &list->items[t];
+        memcpy(all + whole.items[t].offset + part->first, host + part->offset, part->count * sizeof(acc_t));
+    }
+    import_weights(all, &whole, &c->model, c->train.init_from, c->train.upcycle);
+    tensors_take_part(list, host, &whole, all);
+    tensors_free(&whole);
+    free(all);
+}
+
 static void open_model(Run *run) {
     const Config *c = &run->config;
-    int slices = c->train.grad_accum, batch = c->train.batch / slices;
+    int slices = c->train.grad_accum, batch = c->train.batch / slices / comm_ranks(GROUP_WORLD);
     transformer_reserve(&run->model, c, batch, slices, USE_TRAIN, NULL, &run->arena);
     optimizer_reserve(&run->optimizer, &run->model.tensors, &run->arena);
     batch_reserve(&run->batch, run->model.N, slices, &run->arena);
@@ -172,15 +196,20 @@ static void open_model(Run *run) {
     double *frequency = count_tokens(run);
     transformer_init(&run->model, host, c->train.seed, frequency);
     if (c->train.init_from[0]) {
-        import_weights(host, &run->model.tensors, &c->model, c->train.init_from, c->train.upcycle);
+        import_part(run, host);
     }
     transformer_load(&run->model, host);
     free(frequency);
     free(host);
 }
 
+/* The first rank's; others keep none. */
 static void open_log(Run *run) {
     char device[128];
+    if (!run->first) {
+        run->log.fd = -1;
+        return;
+    }
     device_describe(device, sizeof device);
     LogHeader header = {.device = device,
                         .params_total = tensors_parameters(&run->model.tensors),
@@ -202,19 +231,30 @@ static void open_log(Run *run) {
     log_line(&run->log, "{\"event\":\"memory\"%s}", memory);
 }
 
+/* From here on the ranks know that they train the same model, and which part of it is whose. */
+static void join_ranks(Run *run) {
+    const Config *c = &run->config;
+    char *options = config_to_json(c);
+    comm_check_same(options, "options");
+    free(options);
+    comm_form_groups(c->train.ep);
+    exchange_check(c);
+}
+
 static void open_run(Run *run, int argc, char **argv) {
     Config *c = &run->config;
     config_parse(c, argc, argv);
     open_tokenizer(run);
     config_finish(c);
+    join_ranks(run);
     export_check(c, &run->vocabulary);
     process_catch_signals();
-    device_open(0);
+    device_open(comm_local_rank(), comm_local_ranks());
     open_corpus(run);
     open_questions(run);
     open_model(run);
     open_log(run);
-    if (strcmp(c->train.tokenizer, "byte") != 0) {
+    if (run->first && strcmp(c->train.tokenizer, "byte") != 0) {
         vocabulary_keep(&run->vocabulary, c->train.out);
     }
     recorder_open(&run->trace, c, &run->model, run->at.step);
@@ -223,14 +263,15 @@ static void open_run(Run *run, int argc, char **argv) {
 
 /* ---- one step ---- */
 
-/* Reads slice `slice` of a step to place `place` on the device. */
+/* Reads this rank's share of slice `slice` of a step to place `place` on the device: sequences in the order of the ranks,
+ * so that a slice is the same tokens however many ranks there are. */
 static void read_batch(Run *run, Split split, int64_t step, int slice, int place) {
     BatchBuffers *b = &run->batch;
     bool evaluation = split == SPLIT_VAL;
     Batch batch = {b->host_tokens, b->host_targets, evaluation ? b->domain : NULL, evaluation ? b->floor : NULL,
                    evaluation ? b->bytes : NULL};
-    int count = run->model.B;
-    corpus_batch(run->corpus, split, step, slice * count, count, &batch);
+    int count = run->model.B, share = slice * comm_ranks(GROUP_WORLD) + comm_rank(GROUP_WORLD);
+    corpus_batch(run->corpus, split, step, share * count, count, &batch);
     batch_to_device(b, place);
 }
 
@@ -245,6 +286,7 @@ static void queue_step(Run *run) {
         transformer_backward(model, run->batch.tokens + first, slice, NULL);
         recorder_add(&run->trace, model);
     }
+    transformer_sum_ranks(model, NULL);
     optimizer_step(&run->optimizer, model, &run->config.train, NULL);
     transformer_update_routers(model, run->optimizer.state, NULL);
 }
@@ -283,7 +325,7 @@ static bool save(Run *run) {
     bool saved = training_save(&run->config, &run->model, &run->optimizer, &run->at, error, sizeof error);
     if (saved) {
         log_line(&run->log, "{\"event\":\"checkpoint\",\"step\":%lld}", (long long)run->at.step);
-    } else {
+    } else if (run->first) {
         fprintf(stderr, "moelab: step %lld not saved: %s\n", (long long)run->at.step, error);
     }
     return saved;
@@ -291,7 +333,7 @@ static bool save(Run *run) {
 
 static void write_report(const Run *run) {
     char error[512];
-    if (!report_write(run->config.train.out, error, sizeof error)) {
+    if (run->first && !report_write(run->config.train.out, error, sizeof error)) {
         fprintf(stderr, "moelab: no report: %s\n", error);
     }
 }
@@ -434,6 +476,11 @@ int main(int argc, char **argv) {
     Run run = {.val_loss = NAN};
     const TrainConfig *t = &run.config.train;
     process_hold_streams();
+    comm_open();
+    run.first = comm_rank(GROUP_WORLD) == 0;
+    if (!run.first) {
+        process_be_quiet();
+    }
     open_run(&run, argc, argv);
     train(&run);
 
@@ -454,5 +501,6 @@ int main(int argc, char **argv) {
         console_stopped(&run.config, &run.at, argv[0]);
     }
     close_run(&run);
+    comm_close();
     return !saved || !exported ? EXIT_ERROR : interrupted ? EXIT_PREEMPTED : EXIT_OK;
 }

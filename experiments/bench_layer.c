@@ -140,6 +140,7 @@ static void open_bench(Bench *b, const Layer *l, const Options *o) {
     b->context = (RouterContext){.T = b->config.model.seq,
                                  .slices = 1,
                                  .routers = chain_routers(&b->config.model, 0),
+                                 .ranks = 1,
                                  .seed = 1,
                                  .training = true};
     router_context_reserve(&b->context, &b->arena);
@@ -371,7 +372,7 @@ int main(int argc, char **argv) {
     }
     CHECK(o.repeats > 0, "--repeats %d: give at least 1", o.repeats);
     char device[128];
-    device_open(0);
+    device_open(0, 1);
     device_describe(device, sizeof device);
     if (dispatch) {
         bench_dispatch(dispatch, o.repeats, device);

@@ -246,7 +246,7 @@ int main(int argc, char **argv) {
             options[count++] = argv[i];
         }
     }
-    device_open(0);
+    device_open(0, 1);
     device_describe(device, sizeof device);
     bool known = !only || strcmp(only, "none") == 0, gpu = device_runs_ahead();
     for (int i = 0; i < MODEL_COUNT; i++) {

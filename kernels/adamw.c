@@ -68,6 +68,16 @@ void adamw_square_sums(double *sums, double *partial, const acc_t *grads, const 
     }
 }
 
+void adamw_add_sums(double *sums, const double *all, const AdamPiece *pieces, int count, int ranks, Stream *stream) {
+    for (int i = 0; i < count; i++) {
+        double sum = 0;
+        for (int r = 0; r < ranks; r++) {
+            sum += all[(size_t)r * count + i];
+        }
+        sums[i] = pieces[i].spread ? sum : sums[i];
+    }
+}
+
 void adamw_begin(AdamState *state, const double *sums, int count, const acc_t *loss, const double *lr,
                  AdamOptions options, Stream *stream) {
     double sum = 0;

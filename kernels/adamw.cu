@@ -131,6 +131,23 @@ void adamw_begin(AdamState *state, const double *sums, int count, const acc_t *l
     CUDA_LAUNCHED();
 }
 
+/* A thread for each piece. */
+__global__ static void add_sums(double *sums, const double *all, const AdamPiece *pieces, int count, int ranks) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count && pieces[i].spread) {
+        double sum = 0;
+        for (int r = 0; r < ranks; r++) {
+            sum += all[(size_t)r * count + i];
+        }
+        sums[i] = sum;
+    }
+}
+
+void adamw_add_sums(double *sums, const double *all, const AdamPiece *pieces, int count, int ranks, Stream *stream) {
+    add_sums<<<ceil_div(count, THREADS), THREADS, 0, cuda_stream(stream)>>>(sums, all, pieces, count, ranks);
+    CUDA_LAUNCHED();
+}
+
 /* ---- the update ---- */
 
 /* The factors of adamw.h for one piece. */

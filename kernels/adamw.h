@@ -34,6 +34,7 @@ typedef struct {
     int first_chunk;
     int trained;   /* 0: frozen, nothing but its gradient changes */
     int keep_grad; /* 1: its gradient is left as it is, because the next step's overwrites it; 0: it is cleared */
+    int spread;    /* 1: the piece is a part of a tensor, other ranks have the others; 0: all of it */
     double decay;
 } AdamPiece;
 
@@ -54,6 +55,10 @@ static inline int adamw_number_chunks(AdamPiece *pieces, int count) {
  * partial (chunks) scratch */
 void adamw_square_sums(double *sums, double *partial, const acc_t *grads, const AdamPiece *pieces, int count,
                        int chunks, Stream *stream);
+
+/* sums[i] = the sum over `ranks` of all[r,i] in their order, for spread pieces; others keep theirs. sums (count), all
+ * (ranks,count) */
+void adamw_add_sums(double *sums, const double *all, const AdamPiece *pieces, int count, int ranks, Stream *stream);
 
 /* state from the sums (count), the loss (skips as well when *loss is not finite) and the learning rate *lr, all on the
  * device: a recorded step can be repeated with another rate */

@@ -37,6 +37,10 @@ void comm_form_groups(int ep);
 
 void comm_close(void);
 
+/* Of the ranks on this machine: this one's number, and how many there are. */
+int comm_local_rank(void);
+int comm_local_ranks(void);
+
 /* This rank's number in the group, and how many the group has. Before comm_form_groups the others than the world have
  * one rank. */
 int comm_rank(Group group);
@@ -58,6 +62,9 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream);
  * another and what that expects must agree. row_bytes of a row; from and to do not overlap. */
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
                    size_t row_bytes, Stream *stream);
+
+/* x (count) on the host = the sum over all ranks' x, in their order. */
+void comm_sum_host(double *x, size_t count);
 
 /* On the host: whether any rank says so; and that all have come here. */
 bool comm_any(bool mine);

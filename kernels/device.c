@@ -17,7 +17,13 @@
 
 #include "check.h"
 
-void device_open(int index) {
+void device_open(int index, int sharers) {
+#ifdef _OPENMP
+    if (sharers > 1 && !getenv("OMP_NUM_THREADS")) {
+        int share = omp_get_num_procs() / sharers;
+        omp_set_num_threads(share > 0 ? share : 1);
+    }
+#endif
 }
 
 /* ---- memory ---- */

@@ -28,7 +28,7 @@ static struct {
     size_t used; /* bytes of the current part */
 } ring;
 
-void device_open(int index) {
+void device_open(int index, int sharers) {
     if (the_stream) {
         return;
     }
@@ -53,7 +53,7 @@ void device_open(int index) {
 
 cudaStream_t cuda_stream(Stream *stream) {
     if (!the_stream) {
-        device_open(0);
+        device_open(0, 1);
     }
     return stream ? (cudaStream_t)stream : the_stream;
 }

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../kernels/comm.h"
 #include "cost.h"
 
 const char *console_line_start(void) {
@@ -53,6 +54,25 @@ static void print_routing(const Config *config, const Transformer *model) {
     }
 }
 
+/* Who holds which experts and reads which sequences. */
+static void print_ranks(const Config *config, const Transformer *model) {
+    enum { SHOWN = 16 };
+    int ranks = comm_ranks(GROUP_WORLD), ep = comm_ranks(GROUP_EXPERTS);
+    int experts = config->model.experts / ep, B = model->B;
+    printf("ranks    %d; the experts of each layer are spread over %d of them (--ep %d), %d times over\n", ranks, ep, ep,
+           ranks / ep);
+    for (int r = 0; r < ranks && r < SHOWN; r++) {
+        printf("rank %-3d sequences %d to %d of every %d", r, r * B, (r + 1) * B - 1, ranks * B);
+        if (model->moe_count > 0) {
+            printf(", experts %d to %d", r % ep * experts, (r % ep + 1) * experts - 1);
+        }
+        printf("\n");
+    }
+    if (ranks > SHOWN) {
+        printf("         .. and so on\n");
+    }
+}
+
 void console_start(const Config *config, const Transformer *model, const Arena *arena) {
     const ModelConfig *m = &config->model;
     const TrainConfig *t = &config->train;
@@ -69,6 +89,9 @@ void console_start(const Config *config, const Transformer *model, const Arena *
     }
     printf("data     %s%s; %d steps of %d x %d tokens\n", t->data,
            m->objective == OBJECTIVE_MLM ? ", masked tokens" : "", t->steps, t->batch, m->seq);
+    if (comm_ranks(GROUP_WORLD) > 1) {
+        print_ranks(config, model);
+    }
     printf("device   %s\n", device);
     print_memory(arena, "arena", arena->bytes);
     printf("run      %s%s\n", t->out, t->resume[0] ? " (resumed)" : "");
@@ -162,6 +185,11 @@ void console_end(const Config *config, const Transformer *model, const Arena *ar
         printf("\ntrained  %lld steps, %.2f M tokens in %.1f s (%.0f tokens/s, %.0f GFLOP/s)\n", (long long)at->step,
                at->tokens / 1e6, at->seconds, at->tokens / at->seconds,
                at->tokens / at->seconds * transformer_flops_per_token(model) / 1e9);
+    }
+    if (comm_ranks(GROUP_WORLD) > 1) {
+        CommCount sent = comm_count();
+        printf("sent     %.1f MiB in %lld messages, by rank 0, to other ranks\n", sent.bytes / 1048576.0,
+               (long long)sent.messages);
     }
     print_memory(arena, "peak", device_peak_memory());
     printf("report   %s/report.html\n", t->out);

@@ -9,7 +9,7 @@ size_t transformer_active_parameters(const Transformer *model) {
     size_t active = 0, visits = (size_t)c->top_k * c->chain_steps, E = c->experts;
     for (int i = 0; i < model->tensors.count; i++) {
         const Tensor *t = &model->tensors.items[i];
-        active += t->kind == TENSOR_EXPERT  ? t->count / E * (visits < E ? visits : E)
+        active += t->kind == TENSOR_EXPERT  ? t->count * t->parts / E * (visits < E ? visits : E)
                   : t->kind == TENSOR_STATE ? 0
                                             : t->count;
     }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 #include "balance.h"
 
 static void *allocate(size_t count, size_t size) {
@@ -125,7 +126,34 @@ void evaluation_add(Evaluation *e, const Transformer *model, const int *targets,
     free(losses);
 }
 
+/* Adds up what the ranks, each on its share of the text, have found; all of them get the sums. */
+static void sum_ranks(Evaluation *e) {
+    int ranks = comm_ranks(GROUP_WORLD), D = e->domains;
+    double *tokens = allocate(D + 3, sizeof(double));
+    for (int d = 0; d < D; d++) {
+        tokens[d] = (double)e->domain_tokens[d];
+    }
+    tokens[D] = (double)e->text_bytes;
+    tokens[D + 1] = e->text_loss;
+    tokens[D + 2] = e->text_bytes < 0;
+    comm_sum_host(tokens, D + 3);
+    comm_sum_host(e->domain_loss, D);
+    comm_sum_host(e->domain_floor, D);
+    comm_sum_host(e->domain_expert, (size_t)e->moe_count * D * e->E);
+    comm_sum_host(e->churn, e->moe_count);
+    for (int d = 0; d < D; d++) {
+        e->domain_tokens[d] = (int64_t)tokens[d];
+    }
+    e->text_bytes = tokens[D + 2] > 0 ? -1 : (int64_t)tokens[D];
+    e->text_loss = tokens[D + 1];
+    for (int i = 0; i < e->moe_count; i++) {
+        e->churn[i] /= ranks;
+    }
+    free(tokens);
+}
+
 void evaluation_finish(Evaluation *e, double bytes_per_token) {
+    sum_ranks(e);
     int64_t tokens = 0;
     for (int d = 0; d < e->domains; d++) {
         tokens += e->domain_tokens[d];

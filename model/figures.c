@@ -17,7 +17,8 @@ static double square(double x) {
 /* What a readback holds, in this order: step_loss, the optimizer's state, its sums, load, demand. */
 void figures_request(Readback *readback, const Transformer *model, const Optimizer *optimizer, Stream *stream) {
     size_t places = (size_t)model->slices * model->moe_count;
-    size_t sums = optimizer->count * sizeof(double), load = places * LOAD_VALUES * sizeof(acc_t);
+    size_t sums = optimizer->count * sizeof(double);
+    size_t load = model->context.ranks * places * LOAD_VALUES * sizeof(acc_t);
     size_t demand = places * model->config->experts * sizeof(int);
     if (readback->capacity == 0) {
         readback_reserve(readback, sizeof(acc_t) + sizeof(AdamState) + sums + load + demand);
@@ -36,10 +37,10 @@ static void take(void *to, const char **from, size_t bytes) {
     *from += bytes;
 }
 
-/* Adds what each layer says of each slice of the step: slices first, layers within. */
-static void sum_places(StepFigures *f, const acc_t *load, const int *demand, int slices) {
-    int layers = f->moe_count, E = f->E;
-    size_t places = (size_t)slices * layers;
+/* Adds what each layer says of each slice of the step on each rank: ranks first, then slices, layers within. */
+static void sum_load(StepFigures *f, const acc_t *load, int parts) {
+    int layers = f->moe_count;
+    size_t places = (size_t)parts * layers;
     for (size_t i = 0; i < places; i++) {
         const acc_t *values = load + i * LOAD_VALUES;
         f->aux += values[LOAD_BALANCE] / places;
@@ -50,13 +51,18 @@ static void sum_places(StepFigures *f, const acc_t *load, const int *demand, int
         f->margin += values[LOAD_MARGIN] / places;
         f->tokens_dropped += values[LOAD_TOKENS_DROPPED] / places;
         f->padding += values[LOAD_PADDING] / places;
-        f->layer_entropy[i % layers] += values[LOAD_ENTROPY] / slices;
-        f->layer_margin[i % layers] += values[LOAD_MARGIN] / slices;
-        f->layer_main_norm[i % layers] += square(values[LOAD_MAIN_GRADIENT]); /* slices are different tokens */
+        f->layer_entropy[i % layers] += values[LOAD_ENTROPY] / parts;
+        f->layer_margin[i % layers] += values[LOAD_MARGIN] / parts;
+        f->layer_main_norm[i % layers] += square(values[LOAD_MAIN_GRADIENT]); /* the parts are different tokens */
         f->layer_balance_norm[i % layers] += square(values[LOAD_BALANCE_GRADIENT]);
-        for (int e = 0; e < E; e++) {
-            f->counts[i % layers * E + e] += demand[i * E + e];
-        }
+    }
+}
+
+/* Adds the choices of each slice, which are those of all ranks. */
+static void sum_demand(StepFigures *f, const int *demand, int slices) {
+    size_t values = (size_t)f->moe_count * f->E;
+    for (size_t i = 0; i < slices * values; i++) {
+        f->counts[i % values] += demand[i];
     }
 }
 
@@ -80,10 +86,11 @@ static void summarise_layers(StepFigures *f) {
 }
 
 StepFigures figures_read(Readback *readback, const Transformer *model, const Optimizer *optimizer) {
-    int layers = model->moe_count, slices = model->slices, E = model->config->experts;
-    StepFigures f = {.moe_count = layers, .E = E, .flops_per_token = transformer_flops_per_token(model)};
+    int layers = model->moe_count, slices = model->slices, E = model->config->experts, ranks = model->context.ranks;
+    StepFigures f = {
+        .moe_count = layers, .E = E, .flops_per_token = transformer_flops_per_token(model), .ranks = ranks};
     size_t places = (size_t)slices * layers;
-    acc_t step_loss, *load = calloc(places * LOAD_VALUES + 1, sizeof(acc_t));
+    acc_t step_loss, *load = calloc(ranks * places * LOAD_VALUES + 1, sizeof(acc_t));
     int *demand = calloc(places * E + 1, sizeof(int));
     double *sums = calloc(optimizer->count + 1, sizeof(double));
     f.counts = calloc((size_t)layers * E + 1, sizeof(double));
@@ -98,11 +105,12 @@ StepFigures figures_read(Readback *readback, const Transformer *model, const Opt
     take(&step_loss, &from, sizeof step_loss);
     take(&f.adam, &from, sizeof f.adam);
     take(sums, &from, optimizer->count * sizeof(double));
-    take(load, &from, places * LOAD_VALUES * sizeof(acc_t));
+    take(load, &from, ranks * places * LOAD_VALUES * sizeof(acc_t));
     take(demand, &from, places * E * sizeof(int));
     f.norms = optimizer_norms(optimizer, &model->tensors, sums);
     f.loss = step_loss;
-    sum_places(&f, load, demand, slices);
+    sum_load(&f, load, ranks * slices);
+    sum_demand(&f, demand, slices);
     summarise_layers(&f);
     free(load);
     free(demand);
@@ -171,7 +179,8 @@ void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t s
     print_value(out, "router_main_norm", f->main_gradient);
     print_value(out, "router_balance_norm", f->balance_gradient);
     fprintf(out, ",\"ms\":%.4g,\"tok_s\":%.0f", 1e3 * seconds, tokens / seconds);
-    print_value(out, "mfu", f->flops_per_token * tokens / seconds / device_peak_flops()); /* null: no known peak */
+    print_value(out, "mfu",
+                f->flops_per_token * tokens / seconds / (device_peak_flops() * f->ranks)); /* null: no known peak */
     print_value(out, "drop", f->dropped);
     print_value(out, "token_drop", f->tokens_dropped);
     print_value(out, "padding", f->padding);

@@ -23,7 +23,7 @@ typedef struct {
     LoadSummary load;        /* mean over the MoE layers; dead and near_dead are sums */
     GradientNorms norms;     /* before clipping */
     AdamState adam;
-    int moe_count, E;
+    int moe_count, E, ranks;
     double flops_per_token;
     double *counts;        /* (moe_count, E) entries that chose each expert */
     double *layer_entropy; /* (moe_count) each, as the means above */

@@ -235,6 +235,9 @@ void log_number(FILE *out, double value) {
 
 void log_line(Log *log, const char *format, ...) {
     va_list arguments, again;
+    if (log->fd < 0) {
+        return;
+    }
     va_start(arguments, format);
     va_copy(again, arguments);
     int length = vsnprintf(NULL, 0, format, arguments);

@@ -25,7 +25,7 @@
 #include "config.h"
 
 typedef struct {
-    int fd;
+    int fd;      /* -1: a log that keeps nothing, of a rank that is not the first */
     bool warned; /* a write failed, and stderr was told */
     char path[CONFIG_TEXT + 16];
 } Log;

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 #include "../kernels/dispatch.h"
 #include "../kernels/permute.h"
 #include "../kernels/soft_mix.h"
@@ -120,6 +121,7 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
     const ModelConfig *c = &config->model;
     moe->N = N;
     moe->C = c->dim;
+    moe->layer = layer;
     moe->router = moe_is_routed(c, layer) ? router_find(c->router) : NULL;
     if (!moe->router) {
         moe->experts = expert_shape(c, 1, config_dense_width(c), N);
@@ -128,7 +130,8 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
         moe_set_dropless(moe, true); /* evaluation takes every entry */
         int most_rows = moe->plan.rows > moe->asked.rows ? moe->plan.rows : moe->asked.rows;
         moe_set_dropless(moe, false);
-        double share = 1.0 / ((double)context->routers * context->slices);
+        double share = 1.0 / ((double)context->routers * context->slices * context->ranks);
+        size_t rows = exchange_rows(most_rows);
         moe->pass = (RouterPass){.N = N,
                                  .C = c->dim,
                                  .E = c->experts,
@@ -139,18 +142,23 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
                                  .context = context,
                                  .aux_scale = config->train.aux_coef * share,
                                  .z_scale = config->train.z_coef * share};
-        moe->experts = expert_shape(c, c->experts, c->expert_dim, most_rows);
+        exchange_reserve(&moe->exchange, &moe->plan, rows, arena);
+        moe->experts = expert_shape(c, moe->exchange.experts, c->expert_dim, (int)rows);
         size_t entries = (size_t)N * moe->plan.K;
         reserve_plan(&moe->plan, most_rows, arena);
         reserve_pass(&moe->pass, moe->plan.slots > 0 ? entries : (size_t)N * c->experts, arena);
         if (moe->router->reserve) {
             moe->router->reserve(&moe->pass, arena);
         }
+        size_t row_bytes = c->dim * sizeof(real_t);
         if (moe->plan.slots > 0) {
-            arena_reserve(arena, (void **)&moe->out_rows, (size_t)most_rows * c->dim * sizeof(real_t),
-                          MEMORY_ACTIVATIONS);
+            arena_reserve(arena, (void **)&moe->out_rows, rows * row_bytes, MEMORY_ACTIVATIONS);
         }
-        grow(&size->rows, most_rows);
+        if (exchange_travels(&moe->exchange)) {
+            arena_reserve(arena, (void **)&moe->in_rows, rows * row_bytes, MEMORY_ACTIVATIONS);
+        }
+        grow(&size->rows, rows);
+        grow(&size->plan_rows, most_rows);
         grow(&size->entries, entries);
         size->soft |= moe->plan.slots > 0;
     }
@@ -178,12 +186,14 @@ void moe_free(MoeLayer *moe) {
         moe->router->release(&moe->pass);
     }
     free(moe->pass.own);
+    exchange_free(&moe->exchange);
 }
 
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena) {
     size_t row_bytes = size.rows * config->dim * sizeof(real_t);
-    bool copies = dispatch_copies() || size.soft;
+    bool copies = dispatch_copies() || size.soft || size.plan_rows < size.rows;
+    exchange_reserve_scratch(&scratch->exchange, size.plan_rows, size.rows, config->dim, arena);
     if (copies) {
         arena_reserve(arena, (void **)&scratch->in_rows, row_bytes, MEMORY_ACTIVATIONS);
     }
@@ -242,22 +252,50 @@ void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char
 
 /* ---- the layer ---- */
 
+/* What follows moves rows between ranks; part: for the line that a rank says which waits in vain. */
+static void begin_exchange(const MoeLayer *moe, const char *part, Profile *profile, Stream *stream) {
+    profile_stage(profile, STAGE_EXCHANGE, stream);
+    comm_at(moe->pass.context->host_step->number, moe->layer, part);
+}
+
 /* The router's losses and the statistics of what it did. */
 static void measure(MoeLayer *moe, acc_t *load, int *demand, Stream *stream) {
     RouterPass *pass = &moe->pass;
     const Plan *plan = &moe->plan;
     device_zero(load, LOAD_VALUES * sizeof(acc_t), stream);
+    pass->demand = moe->exchange.demand;
     if (moe->router->balance) {
         moe->router->balance(pass, plan, stream);
     }
     probs_measure(load, pass->mean_prob, pass->probs, plan->N, plan->E, pass->K, stream);
     plan_measure(load, plan, stream);
-    device_copy(demand, plan->demand, plan->E * sizeof(int), stream);
+    device_copy(demand, pass->demand, plan->E * sizeof(int), stream);
 }
 
 /* Rows that lie in x as they are. */
 static RowSource rows_of(const real_t *x) {
     return (RowSource){x, NULL, 0};
+}
+
+/* Rows of x (N,C) in the order of the plan: written out, to `to`, unless the experts fetch them by index. */
+static RowSource dispatch(const MoeLayer *moe, MoeScratch *scratch, real_t *to, const real_t *x, Stream *stream) {
+    const Plan *plan = &moe->plan;
+    to = exchange_outbox(&scratch->exchange, to);
+    if (plan->slots > 0) {
+        soft_dispatch_forward(to, x, plan, moe->C, stream);
+    } else if (exchange_travels(&moe->exchange)) {
+        dispatch_copy(to, x, plan, moe->C, stream);
+    } else {
+        return dispatch_forward(to, x, plan, moe->C, stream);
+    }
+    return rows_of(to);
+}
+
+/* Keeps rows that were made elsewhere. */
+static void keep(real_t *kept, const real_t *rows, size_t count, Stream *stream) {
+    if (kept != rows) {
+        device_copy(kept, rows, count * sizeof(real_t), stream);
+    }
 }
 
 /* Where a forward puts its pre-activations: where they are kept, or where all layers put theirs. */
@@ -284,7 +322,9 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
         return;
     }
     Plan *plan = &moe->plan;
+    const Exchange *exchange = &moe->exchange;
     bool soft = plan->slots > 0;
+    real_t *in_rows = moe->in_rows ? moe->in_rows : scratch->in_rows;
     real_t *out_rows = soft ? moe->out_rows : scratch->out_rows;
     moe->pass.x = x;
     moe->pass.load = load;
@@ -293,22 +333,25 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     moe->router->forward(&moe->pass, plan, stream);
     profile_stage(profile, STAGE_PERMUTE, stream);
     plan_build(plan, stream);
+    begin_exchange(moe, "counts", profile, stream);
+    exchange_plan(&moe->exchange, plan, stream);
+    profile_stage(profile, STAGE_PERMUTE, stream);
     measure(moe, load, demand, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
-    RowSource rows = rows_of(scratch->in_rows);
-    if (soft) {
-        soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
-    } else {
-        rows = dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
-    }
+    RowSource rows = dispatch(moe, scratch, in_rows, x, stream);
+    begin_exchange(moe, "dispatch", profile, stream);
+    rows = exchange_there(exchange, &scratch->exchange, in_rows, rows, stream);
     profile_stage(profile, STAGE_EXPERTS, stream);
-    experts_forward(out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, plan->offset, moe->experts, 0,
-                    stream);
+    experts_forward(out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, exchange->offset, moe->experts,
+                    0, stream);
+    begin_exchange(moe, "combine", profile, stream);
+    real_t *home = exchange_back(exchange, &scratch->exchange, out_rows, stream);
     profile_stage(profile, STAGE_COMBINE, stream);
     if (soft) {
-        soft_combine_forward(y, out_rows, plan, moe->C, 0, stream);
+        keep(moe->out_rows, home, (size_t)plan->rows * moe->C, stream);
+        soft_combine_forward(y, home, plan, moe->C, 0, stream);
     } else {
-        combine_forward(y, out_rows, plan, moe->C, 0, stream);
+        combine_forward(y, home, plan, moe->C, 0, stream);
     }
     if (moe->shared.H > 0) {
         profile_stage(profile, STAGE_EXPERTS, stream);
@@ -317,40 +360,59 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     }
 }
 
+/* The experts' input again, where it was not kept: cheaper than keeping it for every layer. */
+static RowSource dispatch_again(const MoeLayer *moe, MoeScratch *scratch, const real_t *x, Profile *profile,
+                                Stream *stream) {
+    if (moe->in_rows) {
+        return rows_of(moe->in_rows);
+    }
+    profile_stage(profile, STAGE_DISPATCH, stream);
+    return dispatch(moe, scratch, scratch->in_rows, x, stream);
+}
+
 /* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
 static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,
                           Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
+    const Exchange *exchange = &moe->exchange;
     profile_stage(profile, STAGE_COMBINE, stream);
-    soft_combine_backward(scratch->dy_rows, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    soft_dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
-    RowSource rows = rows_of(scratch->in_rows);
+    real_t *outbox = exchange_outbox(&scratch->exchange, scratch->dy_rows);
+    soft_combine_backward(outbox, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
+    begin_exchange(moe, "combine backward", profile, stream);
+    RowSource dy_rows = exchange_there(exchange, &scratch->exchange, scratch->dy_rows, rows_of(outbox), stream);
+    RowSource rows = dispatch_again(moe, scratch, x, profile, stream);
     profile_stage(profile, STAGE_EXPERTS, stream);
-    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
-    experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(scratch->dy_rows),
-                     rows, a, NULL, moe->w1, moe->w2, plan->offset, moe->experts, 0, add_dw, stream);
+    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, exchange->offset, moe->experts, stream);
+    experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows, rows, a, NULL,
+                     moe->w1, moe->w2, exchange->offset, moe->experts, 0, add_dw, stream);
+    begin_exchange(moe, "dispatch backward", profile, stream);
+    const real_t *home = exchange_back(exchange, &scratch->exchange, scratch->din_rows, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
-    soft_dispatch_backward(dx, scratch->dmix, scratch->din_rows, x, plan, moe->C, moe->shared.H > 0, stream);
+    soft_dispatch_backward(dx, scratch->dmix, home, x, plan, moe->C, moe->shared.H > 0, stream);
 }
 
 /* The same by way of a sparse plan. */
 static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
                             int add_dw, Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
+    const Exchange *exchange = &moe->exchange;
     profile_stage(profile, STAGE_COMBINE, stream);
-    RowSource dy_rows = combine_backward(scratch->dy_rows, dy, plan, moe->C, stream);
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    /* again: cheaper than keeping it for every layer */
-    RowSource rows = dispatch_forward(scratch->in_rows, x, plan, moe->C, stream);
+    RowSource dy_rows = dispatch(moe, scratch, scratch->dy_rows, dy, stream); /* the backward of combine */
+    begin_exchange(moe, "combine backward", profile, stream);
+    dy_rows = exchange_there(exchange, &scratch->exchange, scratch->dy_rows, dy_rows, stream);
+    const acc_t *weights = exchange_weights_there(exchange, &scratch->exchange, plan, stream);
+    RowSource rows = dispatch_again(moe, scratch, x, profile, stream);
     profile_stage(profile, STAGE_EXPERTS, stream);
-    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, plan->offset, moe->experts, stream);
+    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, exchange->offset, moe->experts, stream);
     experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows,
-                     rows, a, plan->row_weight, moe->w1, moe->w2, plan->offset, moe->experts, 0, add_dw, stream);
+                     rows, a, weights, moe->w1, moe->w2, exchange->offset, moe->experts, 0, add_dw, stream);
+    begin_exchange(moe, "dispatch backward", profile, stream);
+    const real_t *home = exchange_back(exchange, &scratch->exchange, scratch->din_rows, stream);
+    const acc_t *dweights = exchange_weights_back(exchange, &scratch->exchange, scratch->drow_weight, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
-    dispatch_backward(dx, scratch->din_rows, plan, moe->C, moe->shared.H > 0, stream);
+    dispatch_backward(dx, home, plan, moe->C, moe->shared.H > 0, stream);
     profile_stage(profile, STAGE_ROUTE, stream);
-    plan_weight_backward(scratch->dweight, scratch->drow_weight, plan, stream);
+    plan_weight_backward(scratch->dweight, dweights, plan, stream);
 }
 
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,

@@ -1,6 +1,6 @@
 /* The mixture-of-experts layer:
  *
- *     x -> router -> plan -> dispatch -> experts -> combine -> y          and back
+ *     x -> router -> plan -> dispatch -> exchange -> experts -> exchange -> combine -> y          and back
  *
  * The stages are separate kernels, called one after the other in moe.c and timed apart. A soft plan (plan.h) mixes
  * where a sparse one copies; the experts are the same. With the router "dense", or in a layer that --moe-every skips,
@@ -14,14 +14,16 @@
 #include "../kernels/experts.h"
 #include "../kernels/plan.h"
 #include "config.h"
+#include "exchange.h"
 #include "router.h"
 
 typedef struct {
-    int N, C;
+    int N, C, layer;
     const Router *router; /* NULL: a dense layer, no plan, no pass */
     RouterPass pass;
     Plan plan;
-    ExpertShape experts; /* the routed experts, or the one MLP of a dense layer */
+    Exchange exchange;
+    ExpertShape experts; /* this rank's routed experts, or the one MLP of a dense layer */
     ExpertShape shared;  /* the shared experts as one MLP; H 0: none */
     Plan asked;          /* its sizes as the options ask, for moe_set_dropless */
     const real_t *w1, *w2, *shared_w1, *shared_w2;
@@ -30,6 +32,7 @@ typedef struct {
     real_t *a;        /* (rows, 2H or H) of the experts before the activation; NULL: made again in scratch->a */
     real_t *shared_a; /* (N, ..) of the shared ones; likewise */
     real_t *out_rows; /* (rows,C) what the experts made; kept with a soft plan alone */
+    real_t *in_rows;  /* (rows,C) what the experts read; kept where it came from other ranks, else NULL */
 } MoeLayer;
 
 /* Buffers that all layers take turns in. */
@@ -45,11 +48,12 @@ typedef struct {
     acc_t *dmix;        /* (N,K of the plan), soft */
     acc_t *mean_prob;   /* (E) mean probabilities, for the statistics */
     int *all_rows;      /* {0, N}: the offsets of a single expert that takes every token */
+    ExchangeScratch exchange;
 } MoeScratch;
 
-/* What the layers need of those: rows, elements of h, elements of da, entries of a plan. */
+/* What the layers need of those: rows of experts, rows of a plan, elements of h, elements of da, entries of a plan. */
 typedef struct {
-    size_t rows, h, a, entries;
+    size_t rows, plan_rows, h, a, entries;
     bool soft, a_again;
 } ScratchSize;
 

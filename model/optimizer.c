@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 
 static bool is_frozen(const Tensor *tensor, Freeze freeze) {
     return tensor->kind == TENSOR_STATE || (freeze == FREEZE_EXPERTS && tensor->kind == TENSOR_EXPERT) ||
@@ -33,6 +34,8 @@ void optimizer_reserve(Optimizer *optimizer, const TensorList *tensors, Arena *a
     arena_reserve(arena, (void **)&optimizer->lr, sizeof(double), MEMORY_OPTIMIZER);
     arena_reserve(arena, (void **)&optimizer->pieces, optimizer->count * sizeof(AdamPiece), MEMORY_OPTIMIZER);
     arena_reserve(arena, (void **)&optimizer->sums, optimizer->count * sizeof(double), MEMORY_OPTIMIZER);
+    size_t gathered = comm_ranks(GROUP_EXPERTS) * optimizer->count * sizeof(double);
+    arena_reserve(arena, (void **)&optimizer->all_sums, gathered, MEMORY_OPTIMIZER);
     arena_reserve(arena, (void **)&optimizer->partial, optimizer->chunks * sizeof(double), MEMORY_OPTIMIZER);
 }
 
@@ -41,6 +44,7 @@ void optimizer_connect(Optimizer *optimizer, const TensorList *tensors, const Tr
     for (int i = 0; i < tensors->count; i++) {
         pieces[i].trained = !is_frozen(&tensors->items[i], train->freeze);
         pieces[i].keep_grad = tensors->items[i].grad_overwritten;
+        pieces[i].spread = tensors->items[i].parts > 1;
         pieces[i].decay = tensors->items[i].decay ? train->weight_decay : 0;
     }
     device_from_host(optimizer->pieces, pieces, optimizer->count * sizeof *pieces, NULL);
@@ -66,11 +70,21 @@ void optimizer_set_rate(Optimizer *optimizer, const TrainConfig *train, int step
     device_from_host(optimizer->lr, &lr, sizeof lr, stream);
 }
 
+/* The squares of experts' gradients that other ranks hold come to theirs: each expert counts once, on every rank. */
+static void gather_sums(Optimizer *o, const TensorList *tensors, Stream *stream) {
+    int ranks = comm_ranks(GROUP_EXPERTS);
+    if (ranks > 1) {
+        comm_gather(GROUP_EXPERTS, o->all_sums, o->sums, o->count * sizeof(double), stream);
+        adamw_add_sums(o->sums, o->all_sums, o->pieces, o->count, ranks, stream);
+    }
+}
+
 void optimizer_step(Optimizer *optimizer, Transformer *model, const TrainConfig *train, Stream *stream) {
     profile_stage(model->profile, STAGE_OPTIMIZER, stream);
     Optimizer *o = optimizer;
     AdamOptions options = {.beta1 = train->beta1, .beta2 = train->beta2, .eps = 1e-8, .clip = train->clip};
     adamw_square_sums(o->sums, o->partial, model->grads, o->pieces, o->count, o->chunks, stream);
+    gather_sums(o, &model->tensors, stream);
     adamw_begin(o->state, o->sums, o->count, model->step_loss, o->lr, options, stream);
     adamw_update(model->master, model->weights, o->m, o->v, model->grads, o->pieces, o->count, o->chunks, o->state,
                  options, stream);

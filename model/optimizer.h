@@ -14,7 +14,8 @@ typedef struct {
     AdamState *state;  /* device */
     double *lr;        /* of the step at hand, device */
     AdamPiece *pieces; /* (count) one per tensor, device */
-    double *sums;      /* (count) squared gradient norms, 0 for frozen tensors, device */
+    double *sums;      /* (count) squared gradient norms, of the whole tensor, 0 for frozen ones, device */
+    double *all_sums;  /* (ranks,count) what the ranks that share the experts have of them, device */
     double *partial;   /* (chunks) of the sums, device */
     int count, chunks;
 } Optimizer;

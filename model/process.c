@@ -4,7 +4,10 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <unistd.h>
+
+#include "../kernels/comm.h"
 
 static volatile sig_atomic_t signal_number = 0; /* of the first; a handler can be told nothing else */
 
@@ -31,5 +34,11 @@ void process_catch_signals(void) {
 }
 
 bool process_must_end(void) {
-    return signal_number != 0;
+    return comm_any(signal_number != 0);
+}
+
+void process_be_quiet(void) {
+    if (!freopen("/dev/null", "w", stdout)) {
+        fclose(stdout);
+    }
 }

@@ -15,7 +15,10 @@ void process_hold_streams(void);
 /* From here on the first SIGINT or SIGTERM asks the run to save and stop, a second ends it at once. */
 void process_catch_signals(void);
 
-/* Whether the run was asked to. */
+/* Collective: whether any rank was asked to. */
 bool process_must_end(void);
+
+/* For ranks that have nothing to say: standard output goes nowhere. */
+void process_be_quiet(void);
 
 #endif

@@ -5,7 +5,9 @@
 #include <stdlib.h>
 
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 #include "checkpoint.h"
+#include "whole.h"
 
 /* Host copies of what is on the device; false when there is no memory for them. */
 static bool open_state(CheckpointState *state, const TensorList *tensors) {
@@ -25,17 +27,17 @@ static void close_state(CheckpointState *state) {
 bool training_save(const Config *config, const Transformer *model, const Optimizer *optimizer, const Progress *progress,
                    char *error, size_t error_size) {
     CheckpointState state;
-    size_t bytes = model->tensors.total * sizeof(acc_t);
-    bool saved = open_state(&state, &model->tensors);
-    if (!saved) {
-        snprintf(error, error_size, "out of memory for a copy of %zu parameters and their moments",
-                 model->tensors.total);
+    TensorList whole = whole_tensors(&config->model);
+    bool saved = open_state(&state, &whole), first = comm_rank(GROUP_WORLD) == 0;
+    if (comm_any(!saved)) {
+        snprintf(error, error_size, "out of memory for a copy of %zu parameters and their moments", whole.total);
+        saved = false;
     } else {
         AdamState adam;
         char *json = config_to_json(config);
-        transformer_store(model, state.weights);
-        host_from_device(state.m, optimizer->m, bytes, NULL);
-        host_from_device(state.v, optimizer->v, bytes, NULL);
+        whole_gather(model, &whole, state.weights, model->master);
+        whole_gather(model, &whole, state.m, optimizer->m);
+        whole_gather(model, &whole, state.v, optimizer->v);
         host_from_device(&adam, optimizer->state, sizeof adam, NULL);
         state.step = progress->step;
         state.adam_step = adam.updates;
@@ -43,10 +45,12 @@ bool training_save(const Config *config, const Transformer *model, const Optimiz
         state.skipped_in_row = adam.skipped_in_row;
         state.tokens = progress->tokens;
         state.train_seconds = progress->seconds;
-        saved = checkpoint_save(config->train.out, &state, json, error, error_size);
+        saved = !first || checkpoint_save(config->train.out, &state, json, error, error_size);
+        saved = !comm_any(!saved);
         free(json);
     }
     close_state(&state);
+    tensors_free(&whole);
     return saved;
 }
 
@@ -65,18 +69,25 @@ static void print_difference(const Config *config) {
 Progress training_load(const Config *config, Transformer *model, Optimizer *optimizer) {
     const char *run = config->train.resume;
     CheckpointState state;
+    TensorList whole = whole_tensors(&config->model);
     size_t bytes = model->tensors.total * sizeof(acc_t);
-    CHECK(open_state(&state, &model->tensors), "out of memory for a copy of %zu parameters and their moments",
-          model->tensors.total);
+    acc_t *mine = malloc(bytes);
+    CHECK(open_state(&state, &whole) && mine, "out of memory for a copy of %zu parameters and their moments",
+          whole.total);
     checkpoint_load(run, &state);
     CHECK(state.step <= config->train.steps, "--resume %s: the run is at step %lld, past --steps %d: raise --steps",
           run, (long long)state.step, config->train.steps);
     print_difference(config);
-    transformer_load(model, state.weights);
-    device_from_host(optimizer->m, state.m, bytes, NULL);
-    device_from_host(optimizer->v, state.v, bytes, NULL);
+    tensors_take_part(&model->tensors, mine, &whole, state.weights);
+    transformer_load(model, mine);
+    tensors_take_part(&model->tensors, mine, &whole, state.m);
+    device_from_host(optimizer->m, mine, bytes, NULL);
+    tensors_take_part(&model->tensors, mine, &whole, state.v);
+    device_from_host(optimizer->v, mine, bytes, NULL);
     AdamState adam = {.updates = state.adam_step, .skipped = state.skipped, .skipped_in_row = state.skipped_in_row};
     device_from_host(optimizer->state, &adam, sizeof adam, NULL);
     close_state(&state);
+    tensors_free(&whole);
+    free(mine);
     return (Progress){state.step, state.tokens, state.skipped, state.train_seconds};
 }

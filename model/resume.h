@@ -17,7 +17,8 @@ typedef struct {
     double seconds;  /* of steps alone: no evaluation, no saving */
 } Progress;
 
-/* Saves model, optimizer and progress to RUN/checkpoint. False with one line in error when it could not: the checkpoint
+/* Collective. Saves model, optimizer and progress of all ranks to RUN/checkpoint, which any number of them can load.
+ * False with one line in error when it could not: the checkpoint
  * before stays. */
 bool training_save(const Config *config, const Transformer *model, const Optimizer *optimizer, const Progress *progress,
                    char *error, size_t error_size);

@@ -52,6 +52,7 @@ typedef struct {
     int T, start;
     int slice, slices; /* which of the step's forwards this is */
     int routers;       /* of the whole model */
+    int ranks;         /* which share the tokens of a batch equally: N here of ranks * N */
     uint64_t seed;
     bool training;         /* evaluation and generation draw no noise and leave running values alone */
     RouterStep *step;      /* on the device */
@@ -70,13 +71,14 @@ typedef struct {
     int site;             /* which of the model's routers this is: 0, 1, .. */
     const Config *config; /* for what only one router asks for */
     const RouterContext *context;
-    double aux_scale, z_scale;        /* what this layer's losses weigh: coefficient / routers / slices */
+    double aux_scale, z_scale;        /* what this layer's losses weigh: coefficient / routers / slices / ranks */
     const real_t *x;                  /* (N,C) the layer's normalised input; set by moe_forward */
     RouterParam param[ROUTER_PARAMS]; /* in the order in which the router's `tensors` lists them */
     /* saved by forward for backward */
     acc_t *logits, *probs; /* (N,E); soft: logits (N,E*S). probs: scores as shares that sum to 1, for statistics too */
     acc_t *lse;            /* (N) */
     acc_t *load;           /* (LOAD_VALUES) losses and statistics of this forward and backward */
+    const int *demand;     /* (E) entries of all ranks that chose each expert; set before `balance` */
     /* scratch */
     acc_t *dlogits;   /* as logits */
     acc_t *mean_prob; /* (E) */
@@ -94,6 +96,7 @@ typedef struct Router {
     bool sees_future;    /* a token's output may depend on later tokens of its sequence */
     bool sees_batch;     /* .. on other sequences of the batch */
     bool across;         /* soft: groups are tokens of equal position, not sequences */
+    bool one_rank;       /* its choice or its loss asks for all tokens of a batch at once, or for their numbers in it */
     bool exact_share;    /* experts choose: each takes exactly ceil(N K / E) tokens */
     bool learned;        /* has parameters that the main loss trains */
     int renorm_default;

@@ -134,6 +134,7 @@ const Router router_forced = {
     .summary = "where `--force` says (balanced, zipf:S, one, a recorded trace), weights learned: for benchmarks",
     .paper = "",
     .plan = PLAN_TOKENS_CHOOSE,
+    .one_rank = true,
     .learned = true,
     .renorm_default = 1,
     .aux_default = 0.01,

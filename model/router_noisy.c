@@ -81,6 +81,7 @@ const Router router_noisy = {
     .summary = "the K largest noisy logits, the noise learned; importance and load losses",
     .paper = "Shazeer et al. 1701.06538",
     .plan = PLAN_TOKENS_CHOOSE,
+    .one_rank = true,
     .learned = true,
     .renorm_default = 1,
     .aux_default = 0.01,

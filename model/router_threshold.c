@@ -71,6 +71,7 @@ const Router router_threshold = {
     .summary = "the experts whose running threshold its probability passes: expert choice, causal",
     .paper = "Expert Threshold 2603.11535",
     .plan = PLAN_EXPERTS_CHOOSE,
+    .one_rank = true,
     .learned = true,
     .z_default = 0.001,
     .has_z_loss = true,

@@ -29,14 +29,14 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
 }
 
 static void balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, 1, stream);
+    balance_forward(p->load, p->mean_prob, p->probs, p->lse, p->demand, p->N, p->E, p->context->ranks, stream);
 }
 
 static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
     topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, 1, 0, stream);
     gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
-    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, 1, p->aux_scale, p->z_scale,
-                     stream);
+    balance_backward(p->dlogits, p->load, p->probs, p->lse, p->demand, p->N, p->E, p->context->ranks, p->aux_scale,
+                     p->z_scale, stream);
     gate_backward(dx, p->param[GATE].dw, p->dlogits, p->x, p->param[GATE].w, p->N, p->C, p->E, stream);
 }
 

@@ -15,14 +15,14 @@ void softmax_gate_scores(RouterPass *p, Stream *stream) {
 }
 
 void softmax_gate_balance(RouterPass *p, const Plan *plan, Stream *stream) {
-    balance_forward(p->load, p->mean_prob, p->probs, p->lse, plan->demand, p->N, p->E, p->K, stream);
+    balance_forward(p->load, p->mean_prob, p->probs, p->lse, p->demand, p->N, p->E, p->K * p->context->ranks, stream);
 }
 
 void softmax_gate_backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
     const RouterParam *gate = &p->param[SOFTMAX_GATE];
     topk_backward(p->dlogits, dweight, p->probs, plan->expert, plan->weight, p->N, p->E, plan->K, p->renorm, stream);
     gradient_measure(p->load, p->dlogits, (size_t)p->N * p->E, stream);
-    balance_backward(p->dlogits, p->load, p->probs, p->lse, plan->demand, p->N, p->E, p->K, p->aux_scale, p->z_scale,
-                     stream);
+    balance_backward(p->dlogits, p->load, p->probs, p->lse, p->demand, p->N, p->E, p->K * p->context->ranks,
+                     p->aux_scale, p->z_scale, stream);
     gate_backward(dx, gate->dw, p->dlogits, p->x, gate->w, p->N, p->C, p->E, stream);
 }

@@ -36,6 +36,9 @@ int tensors_find(const TensorList *list, const char *name) {
 int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, int d0, int d1, int d2,
                 const char *name_format, ...) {
     assert(d0 > 0 && d1 >= 0 && d2 >= 0 && (d1 > 0 || d2 == 0));
+    int parts = kind == TENSOR_EXPERT && list->expert_parts > 1 ? list->expert_parts : 1;
+    assert(d0 % parts == 0);
+    d0 /= parts;
     if (list->count == list->capacity) {
         int capacity = list->capacity ? 2 * list->capacity : 64;
         Tensor *items = realloc(list->items, (size_t)capacity * sizeof *items);
@@ -43,7 +46,7 @@ int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, i
         list->items = items;
         list->capacity = capacity;
     }
-    Tensor tensor = {.kind = kind, .layer = layer, .init_std = init_std, .shape = {d0, d1, d2}};
+    Tensor tensor = {.kind = kind, .layer = layer, .init_std = init_std, .shape = {d0, d1, d2}, .parts = parts};
     tensor.ndim = d1 == 0 ? 1 : d2 == 0 ? 2 : 3;
     tensor.decay = tensor.ndim >= 2;
     tensor.count = 1;
@@ -52,6 +55,7 @@ int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, i
         CHECK(!overflow && tensor.count <= SIZE_MAX / 64,
               "a tensor of %d x %d x %d cannot be held: make the model smaller", d0, d1, d2);
     }
+    tensor.first = parts > 1 ? list->part * tensor.count : 0;
     va_list arguments;
     va_start(arguments, name_format);
     int length = vsnprintf(tensor.name, sizeof tensor.name, name_format, arguments);
@@ -75,7 +79,7 @@ void tensors_free(TensorList *list) {
 size_t tensors_parameters(const TensorList *list) {
     size_t parameters = 0;
     for (int i = 0; i < list->count; i++) {
-        parameters += list->items[i].kind == TENSOR_STATE ? 0 : list->items[i].count;
+        parameters += list->items[i].kind == TENSOR_STATE ? 0 : list->items[i].count * list->items[i].parts;
     }
     return parameters;
 }
@@ -101,7 +105,16 @@ void tensors_init(const TensorList *list, acc_t *host, uint64_t seed) {
         }
 #pragma omp parallel for
         for (size_t i = 0; i < tensor->count; i++) {
-            value[i] = (acc_t)(std < 0 ? 1.0 : std * random_normal(key, i));
+            value[i] = (acc_t)(std < 0 ? 1.0 : std * random_normal(key, tensor->first + i));
         }
+    }
+}
+
+void tensors_take_part(const TensorList *list, acc_t *host, const TensorList *whole, const acc_t *whole_host) {
+    assert(list->count == whole->count);
+    memset(host, 0, list->total * sizeof *host);
+    for (int t = 0; t < list->count; t++) {
+        const Tensor *part = &list->items[t];
+        memcpy(host + part->offset, whole_host + whole->items[t].offset + part->first, part->count * sizeof *host);
     }
 }

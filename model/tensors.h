@@ -2,6 +2,9 @@
  * checks.
  *
  * All tensors lie one after the other in flat buffers (weights, gradients, optimizer moments), each at its offset.
+ *
+ * Where several ranks hold the experts between them (--ep), the list of each has its own experts alone: the tensor
+ * (E,..) has the shape (E/ranks,..) and is the rank-th part of the whole.
  */
 #ifndef MODEL_TENSORS_H
 #define MODEL_TENSORS_H
@@ -19,6 +22,8 @@ typedef struct {
     char name[64]; /* "layers.0.moe.experts.w1" */
     int ndim;
     int shape[3];
+    int parts;     /* ranks that hold the whole tensor between them; 1: this list does */
+    size_t first;  /* element of the whole with which this part begins */
     size_t count;  /* elements */
     size_t offset; /* first element in the flat buffers; a multiple of 16 */
     TensorKind kind;
@@ -31,10 +36,12 @@ typedef struct {
 typedef struct {
     Tensor *items; /* owned */
     int count, capacity;
-    size_t total; /* elements of a flat buffer, gaps included */
+    size_t total;           /* elements of a flat buffer, gaps included */
+    int part, expert_parts; /* which part of the experts it has, and of how many; 0 of 0: all */
 } TensorList;
 
-/* Appends a tensor of shape (d0), (d0,d1) or (d0,d1,d2); unused extents are 0. Returns its index. */
+/* Appends a tensor of shape (d0), (d0,d1) or (d0,d1,d2), of an expert tensor the list's part; unused extents are 0.
+ * Returns its index. */
 int tensors_add(TensorList *list, TensorKind kind, int layer, double init_std, int d0, int d1, int d2,
                 const char *name_format, ...);
 
@@ -43,10 +50,15 @@ int tensors_find(const TensorList *list, const char *name);
 
 void tensors_free(TensorList *list);
 
-/* Elements of all parameters, gaps and states left out. */
+/* Elements of all parameters, gaps and states left out, all parts counted. */
 size_t tensors_parameters(const TensorList *list);
 
-/* Initial values into a host buffer of list->total elements: a function of seed, tensor name and element index. */
+/* Initial values into a host buffer of list->total elements: a function of seed, tensor name and element index in the
+ * whole. */
 void tensors_init(const TensorList *list, acc_t *host, uint64_t seed);
+
+/* What the list has of a whole model's values: host (list->total) from whole_host (whole->total), gaps zero. whole: the
+ * same tensors, all parts. */
+void tensors_take_part(const TensorList *list, acc_t *host, const TensorList *whole, const acc_t *whole_host);
 
 #endif

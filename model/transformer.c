@@ -14,6 +14,7 @@
 
 #include "../kernels/attention.h"
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 #include "../kernels/convert.h"
 #include "../kernels/cross_entropy.h"
 #include "../kernels/embedding.h"
@@ -201,7 +202,7 @@ static void reserve_around_layers(Transformer *model, Arena *arena) {
     reserve(arena, &model->losses, N, sizeof(acc_t), kind);
     reserve(arena, &model->slice_loss, model->slices, sizeof(acc_t), kind);
     reserve(arena, &model->step_loss, 1, sizeof(acc_t), kind);
-    reserve(arena, &model->load, statistics * LOAD_VALUES, sizeof(acc_t), kind);
+    reserve(arena, &model->load, statistics * LOAD_VALUES * model->context.ranks, sizeof(acc_t), kind);
     reserve(arena, &model->demand, statistics * c->experts, sizeof(int), kind);
 }
 
@@ -227,6 +228,8 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     model->moe_layers = calloc(c->layers * c->chain_steps, sizeof(int));
     model->moes = calloc(c->layers * c->chain_steps, sizeof(MoeLayer *));
     CHECK(model->layers && model->moe_layers && model->moes, "out of memory for %d layers: lower --layers", c->layers);
+    model->tensors.part = comm_rank(GROUP_EXPERTS);
+    model->tensors.expert_parts = comm_ranks(GROUP_EXPERTS);
     transformer_tensors(&model->tensors, c);
     for (int l = 0; l < c->layers; l++) {
         for (int s = 0; s < chain_routers(c, l); s++) {
@@ -236,6 +239,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     model->context = (RouterContext){.T = model->T,
                                      .slices = slices,
                                      .routers = model->moe_count,
+                                     .ranks = comm_ranks(GROUP_WORLD),
                                      .seed = config->train.seed,
                                      .training = use == USE_TRAIN};
     router_context_reserve(&model->context, arena);
@@ -394,11 +398,17 @@ static void norm_block_backward(Transformer *model, const real_t *s, const acc_t
 
 /* ---- the whole model ---- */
 
+/* This rank's part of model->load. */
+static acc_t *load_of_rank(const Transformer *model) {
+    return model->load + (size_t)comm_rank(GROUP_WORLD) * model->slices * model->moe_count * LOAD_VALUES;
+}
+
 static void forward_from(Transformer *model, const int *tokens, int start, int slice, Stream *stream) {
     const ModelConfig *c = model->config;
     profile_stage(model->profile, STAGE_EMBED, stream);
     embedding_forward(model->layers[0].x, tokens, model->embedding.w, model->N, c->dim, stream);
     const real_t *x = model->layers[0].x;
+    acc_t *load = load_of_rank(model);
     int site = slice * model->moe_count;
     model->context.tokens = tokens;
     model->context.start = start;
@@ -408,8 +418,8 @@ static void forward_from(Transformer *model, const int *tokens, int start, int s
         norm_block_forward(model, layer->x, layer->xn, layer->x_rstd, x, layer->attn_norm, stream);
         attention_block_forward(model, layer, start, stream);
         norm_block_forward(model, layer->mid, layer->mn, layer->mid_rstd, layer->x, layer->ffn_norm, stream);
-        chain_forward(&layer->chain, &model->scratch, model->branch, layer->mn, layer->mid,
-                      model->load + site * LOAD_VALUES, model->demand + site * c->experts, model->profile, stream);
+        chain_forward(&layer->chain, &model->scratch, model->branch, layer->mn, layer->mid, load + site * LOAD_VALUES,
+                      model->demand + site * c->experts, model->profile, stream);
         site += chain_routers(c, l);
         x = layer->mid;
         if (!layer->chain.outer) { /* the branch takes the stream's place */
@@ -428,7 +438,8 @@ void transformer_forward(Transformer *model, const int *tokens, int slice, Strea
 void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream) {
     const ModelConfig *c = model->config;
     int C = c->dim, V = c->vocab;
-    double scale = 1.0 / ((double)model->predicted * model->slices);
+    int ranks = model->context.ranks;
+    double scale = 1.0 / ((double)model->predicted * model->slices * ranks);
     profile_stage(model->profile, STAGE_HEAD, stream);
     for (int first = 0; first < model->N; first += model->head_rows) {
         int rows = model->N - first < model->head_rows ? model->N - first : model->head_rows;
@@ -444,7 +455,7 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
     }
     mean_forward(model->slice_loss + slice, model->losses, model->N, model->predicted, stream);
     if (slice == model->slices - 1) {
-        mean_forward(model->step_loss, model->slice_loss, model->slices, model->slices, stream);
+        mean_forward(model->step_loss, model->slice_loss, model->slices, model->slices * ranks, stream);
     }
 }
 
@@ -464,6 +475,23 @@ void transformer_backward(Transformer *model, const int *tokens, int slice, Stre
     }
     profile_stage(model->profile, STAGE_EMBED, stream);
     embedding_backward(model->embedding.grad, model->dx, tokens, model->N, c->dim, c->vocab, stream);
+}
+
+/* Neighbours in the list that the same ranks hold are summed in one go. */
+void transformer_sum_ranks(Transformer *model, Stream *stream) {
+    const TensorList *list = &model->tensors;
+    size_t statistics = (size_t)model->slices * model->moe_count * LOAD_VALUES * sizeof(acc_t);
+    profile_stage(model->profile, STAGE_EXCHANGE, stream);
+    for (int t = 0, next; t < list->count; t = next) {
+        bool spread = list->items[t].parts > 1;
+        for (next = t + 1; next < list->count && (list->items[next].parts > 1) == spread;) {
+            next++;
+        }
+        size_t first = list->items[t].offset, end = next < list->count ? list->items[next].offset : list->total;
+        comm_sum(spread ? GROUP_REPLICAS : GROUP_WORLD, model->grads + first, end - first, stream);
+    }
+    comm_sum(GROUP_WORLD, model->step_loss, 1, stream);
+    comm_gather(GROUP_WORLD, model->load, load_of_rank(model), statistics, stream);
 }
 
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream) {

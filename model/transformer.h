@@ -73,9 +73,9 @@ typedef struct {
     acc_t *logits_acc; /* (B,V) generation only: the logits as the host reads them */
     acc_t *losses;     /* (N) nats */
     acc_t *slice_loss; /* (slices) mean of losses */
-    acc_t *step_loss;  /* mean of slice_loss, after the last slice */
-    acc_t *load;       /* (slices, moe_count, LOAD_VALUES) */
-    int *demand;       /* (slices, moe_count, E) entries that chose each expert */
+    acc_t *step_loss;  /* mean of slice_loss over slices and, after transformer_sum_ranks, ranks */
+    acc_t *load;       /* (ranks, slices, moe_count, LOAD_VALUES); other ranks' after transformer_sum_ranks */
+    int *demand;       /* (slices, moe_count, E) entries of all ranks that chose each expert */
 
     real_t *dx;          /* (N,C) gradient of the residual stream */
     real_t *dn;          /* (N,C) gradient of a normalised input */
@@ -126,12 +126,16 @@ void transformer_forward(Transformer *model, const int *tokens, int slice, Strea
 
 /* targets (N), -1 where nothing is predicted -> model->losses, model->slice_loss[slice], their mean over
  * model->predicted. With gradient, also the gradients of the head and of hidden; each target weighs
- * 1 / (predicted * slices). */
+ * 1 / (predicted * slices * ranks), so that gradients of ranks and slices are added, never averaged. */
 void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream);
 
 /* After transformer_loss with gradient: adds to model->grads; slice 0, where a tensor is grad_overwritten, overwrites
  * what the step before has left. */
 void transformer_backward(Transformer *model, const int *tokens, int slice, Stream *stream);
+
+/* After the step's last backward: gradients, loss and statistics of all ranks together. What several ranks have the
+ * same copy of is summed over them, an expert over those that hold it: it has seen the tokens of its whole group. */
+void transformer_sum_ranks(Transformer *model, Stream *stream);
 
 /* After the optimizer's step, whose state is `adam`: routers that learn without a gradient move what they
  * keep, unless --freeze router holds them. */

@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# Tests of training on several ranks, under mpirun: the same command is the same run on 1, 2 and 4 of them, with experts
+# spread (--ep) or not; a checkpoint of one is a checkpoint of the others; what cannot be spread is refused in one line.
+#
+#     tests/test_ranks.sh [NAME...]           from the repository's root; NAME: only the tests whose names contain it
+#
+# Numbers are compared by ranks_compare.py: losses, norms and statistics of every step, then weights and moments. Runs in
+# float differ in the last bits, because sums over ranks have another order than sums over tokens.
+#
+# Called by run_tests.sh. Read next: cli_checks.sh, model/exchange.h.
+# shellcheck disable=SC2015  # A && B || C is meant so: B ends the same way in both
+# shellcheck source=tests/cli_checks.sh
+. "$(dirname "$0")/cli_checks.sh"
+HERE=$(cd "$(dirname "$0")" && pwd)
+
+if ! command -v mpirun >/dev/null || ! "$TRAIN" --help | grep -q 'started by mpirun'; then
+    echo "skip  training on several ranks: no mpirun, or a build without MPI"
+    echo "1 passed, 0 failed"
+    exit 0
+fi
+
+# Four ranks share what cores there are.
+MPIRUN=(mpirun --oversubscribe --bind-to none --quiet)
+[ "$(id -u)" != 0 ] || MPIRUN+=(--allow-run-as-root)
+
+# on RANKS OPTION...: as run, on so many ranks.
+on() {
+    local ranks=$1
+    shift
+    with_defaults "$@"
+    "${MPIRUN[@]}" -n "$ranks" "$TRAIN" "${arguments[@]}" >out 2>err
+    status=$?
+}
+
+# same RUN OTHER: equal within rounding.
+same() {
+    python3 "$HERE/ranks_compare.py" "$1" "$2" >compared 2>&1 || fail "$1 and $2 differ: $(tail -n 3 compared)"
+}
+
+# All options that a test of several runs shares.
+SHAPE=(--batch 8 --experts 8 --top-k 2 --layers 2 --dim 32 --steps 6 --eval-every 3 --eval-batches 2)
+
+# everywhere OPTION...: the same run on one rank and on others.
+everywhere() {
+    run "${SHAPE[@]}" "$@" --out one
+    succeeds
+    for way in "2 1" "2 2" "4 1" "4 2" "4 4"; do
+        on ${way% *} "${SHAPE[@]}" "$@" --ep ${way#* } --out "ranks_${way/ /_}"
+        succeeds
+        same one "ranks_${way/ /_}"
+    done
+}
+
+test_topk() {
+    everywhere
+}
+
+test_top1_without_renormalising() {
+    everywhere --router top1 --act gelu --tie 1
+}
+
+test_sigmoid_moves_its_bias_by_all_tokens() {
+    everywhere --router sigmoid --shared-experts 1 --aux-coef 0.01
+}
+
+test_soft() {
+    everywhere --router soft --allow-leak
+}
+
+test_chain_of_experts() {
+    everywhere --router coe --chain-steps 2
+}
+
+test_layouts() {
+    everywhere --layout block
+    rm -rf one ranks_*
+    everywhere --layout padded
+}
+
+test_dense() {
+    everywhere --router dense --ep 1 2>/dev/null
+}
+
+test_slices_and_ranks_commute() {
+    run "${SHAPE[@]}" --grad-accum 4 --out slices
+    on 2 "${SHAPE[@]}" --grad-accum 4 --ep 2 --out both
+    succeeds
+    same slices both
+}
+
+test_same_command_same_bits() {
+    for out in first second; do
+        on 4 "${SHAPE[@]}" --ep 2 --out $out
+        succeeds
+    done
+    same_state first second
+}
+
+test_checkpoints_go_from_any_ranks_to_any() {
+    run "${SHAPE[@]}" --out whole
+    on 4 "${SHAPE[@]}" --ep 4 --steps 3 --out four
+    succeeds
+    cp -r four two
+    cp -r four single
+    on 2 --resume two --out two --ep 2 --steps 6
+    succeeds
+    same whole two
+    resume single --steps 6 --ep 1
+    succeeds
+    same whole single
+}
+
+test_samples_and_exports_are_the_same() {
+    run "${SHAPE[@]}" --sample 20 --temperature 0 --export-hf hf_one --out one
+    succeeds
+    cp out out_one
+    on 4 "${SHAPE[@]}" --ep 4 --sample 20 --temperature 0 --export-hf hf_four --out four
+    succeeds
+    check "samples differ" test "$(sed -n '/^--- /,/^trained/p' out | grep -v ^trained)" = \
+        "$(sed -n '/^--- /,/^trained/p' out_one | grep -v ^trained)"
+    python3 "$HERE/ranks_compare.py" --file hf_one/model.safetensors hf_four/model.safetensors >compared 2>&1 ||
+        fail "exports differ: $(tail -n 1 compared)"
+}
+
+test_says_who_has_what() {
+    on 4 "${SHAPE[@]}" --ep 2
+    succeeds
+    check "no line for rank 3" grep -q '^rank 3   sequences 6 to 7 of every 8, experts 4 to 7' out
+    check "no count of what was sent" grep -qE '^sent +[0-9.]+ MiB in [0-9]+ messages' out
+    check "a line came more than once" test "$(grep -c '^model ' out)" = 1
+}
+
+# refused_on RANKS PATTERN OPTION...: one line, all ranks end.
+refused_on() {
+    local ranks=$1 pattern=$2
+    shift 2
+    on "$ranks" "$@" --out refused
+    check "status $status" test "$status" = 1
+    check "not one line '$pattern'" test "$(grep -c "^moelab: .*$pattern" err)" = 1
+    check "more than one line of ours" test "$(grep -c '^moelab: ' err)" = 1
+    check "left a checkpoint" test ! -e refused/checkpoint
+}
+
+test_refusals() {
+    refused_on 4 'experts 6 is not divisible by --ep 4' --ep 4 --experts 6 --batch 4
+    refused_on 4 'ranks.*--ep 3' --ep 3 --experts 6 --batch 4
+    refused_on 2 'batch 3 is not divisible by 2 ranks' --batch 3
+    refused_on 2 'expert-choice looks at all tokens' --router expert-choice --allow-leak
+    refused_on 2 'capacity-factor' --capacity-factor 1.25
+    refuses 'ep 2' --ep 2
+}
+
+test_ranks_with_other_options() {
+    with_defaults "${SHAPE[@]}"
+    "${MPIRUN[@]}" -n 1 "$TRAIN" "${arguments[@]}" : -n 1 "$TRAIN" "${arguments[@]}" --lr 1e-4 >out 2>err
+    status=$?
+    check "status $status" test "$status" = 1
+    check "not one line of it" test "$(grep -c '^moelab: .*options' err)" = 1
+}
+
+test_term_to_one_rank_saves_on_all() {
+    with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0
+    "${MPIRUN[@]}" -n 2 "$TRAIN" "${arguments[@]}" --ep 2 >out 2>err &
+    pid=$!
+    wait_for 'step .*loss' out
+    kill -TERM "$(pgrep -P "$pid" | tail -n 1)"
+    wait "$pid"
+    check "no checkpoint" test -e run/checkpoint/manifest.json
+    check "does not say how to go on" grep -q -- '--resume' out
+}
+
+run_tests "$@"

@@ -86,11 +86,6 @@ static const char *nearest_router(const char *typed) {
     return nearest;
 }
 
-/* Names that parse everywhere but whose feature this program does not have. */
-static void check_available(const TrainConfig *train) {
-    CHECK(train->ep == 1, "--ep %d: this version keeps all experts on one rank; use --ep 1", train->ep);
-}
-
 /* Before head_dim is derived. */
 static void check_heads(const ModelConfig *model) {
     CHECK(model->head_dim || model->dim % model->heads == 0,
@@ -243,7 +238,6 @@ void config_finish(Config *config) {
               "--prompt holds byte %d, but --vocab %d ends before it: change one of them", (unsigned char)*c,
               model->vocab);
     }
-    check_available(train);
     check_objective(config);
     check_router_options(config);
     check_routing(config);

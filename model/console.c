@@ -9,8 +9,13 @@
 #include "../kernels/comm.h"
 #include "cost.h"
 
+/* Not under mpirun, which gives ranks a terminal of its own, wherever that leads. */
+static bool on_terminal(void) {
+    return comm_ranks(GROUP_WORLD) == 1 && isatty(STDOUT_FILENO);
+}
+
 const char *console_line_start(void) {
-    return isatty(STDOUT_FILENO) ? "\r\033[K" : "";
+    return on_terminal() ? "\r\033[K" : "";
 }
 
 /* Memory by category; what is in none of them (code, batches, a copy being saved, gaps) is "other". */
@@ -102,7 +107,7 @@ void console_progress(const Config *config, const Progress *at, const StepFigure
     const TrainConfig *t = &config->train;
     double tokens = (double)t->batch * config->model.seq;
     int left = (int)((t->steps - at->step) * seconds + 0.5);
-    if (isatty(STDOUT_FILENO)) {
+    if (on_terminal()) {
         char bar[25];
         int done = (int)(24 * at->step / t->steps);
         memset(bar, '.', sizeof bar - 1);

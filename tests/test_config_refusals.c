@@ -136,7 +136,6 @@ static void test_contradictions(void **state) {
         {"--out=", "--out is empty"},
         {"--data=", "--data is empty"},
         {"--out a --export-hf a", "name another for the export"},
-        {"--ep 2", "--ep 2"},
         {"--head-dim 3", "odd size 3"},
         {"--upcycle", "name that with --init-from DIR"},
         {"--resume a --init-from b", "drop one of them"},

@@ -30,6 +30,7 @@ on() {
     with_defaults "$@"
     "${MPIRUN[@]}" -n "$ranks" "$TRAIN" "${arguments[@]}" >out 2>err
     status=$?
+    sed -i 's/\r$//' out err # the ends of lines on a terminal, which mpirun makes for rank 0
 }
 
 # same RUN OTHER: equal within rounding.
@@ -38,7 +39,7 @@ same() {
 }
 
 # All options that a test of several runs shares.
-SHAPE=(--batch 8 --experts 8 --top-k 2 --layers 2 --dim 32 --steps 6 --eval-every 3 --eval-batches 2)
+SHAPE=(--batch 8 --experts 8 --top-k 2 --layers 2 --dim 32 --eval-batches 2)
 
 # everywhere OPTION...: the same run on one rank and on others.
 everywhere() {
@@ -78,7 +79,7 @@ test_layouts() {
 }
 
 test_dense() {
-    everywhere --router dense --ep 1 2>/dev/null
+    everywhere --router dense
 }
 
 test_slices_and_ranks_commute() {
@@ -143,7 +144,7 @@ refused_on() {
 
 test_refusals() {
     refused_on 4 'experts 6 is not divisible by --ep 4' --ep 4 --experts 6 --batch 4
-    refused_on 4 'ranks.*--ep 3' --ep 3 --experts 6 --batch 4
+    refused_on 4 '--ep 3 does not divide the 4 ranks' --ep 3 --experts 6 --batch 4
     refused_on 2 'batch 3 is not divisible by 2 ranks' --batch 3
     refused_on 2 'expert-choice looks at all tokens' --router expert-choice --allow-leak
     refused_on 2 'capacity-factor' --capacity-factor 1.25
@@ -162,8 +163,8 @@ test_term_to_one_rank_saves_on_all() {
     with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0
     "${MPIRUN[@]}" -n 2 "$TRAIN" "${arguments[@]}" --ep 2 >out 2>err &
     pid=$!
-    wait_for 'step .*loss' out
-    kill -TERM "$(pgrep -P "$pid" | tail -n 1)"
+    wait_for run/log.jsonl
+    kill -TERM "$(pgrep -P "$pid" -x train | tail -n 1)"
     wait "$pid"
     check "no checkpoint" test -e run/checkpoint/manifest.json
     check "does not say how to go on" grep -q -- '--resume' out

@@ -42,10 +42,18 @@ ifneq ($(OPENMP),0)
 OPENMP_DATE := $(shell printf '$(HASH)include <omp.h>\n_OPENMP\n' | $(CC) -fopenmp -E -P -x c - 2>/dev/null | tail -n 1)
 endif
 
+# mpicc says what MPI's header and library need, Open MPI's by one option, MPICH's by another. No MPI_LIBS: no MPI.
+ifneq ($(MPI),0)
+mpicc_says = $(shell mpicc --showme:$1 2>/dev/null || mpicc -$1_info 2>/dev/null)
+MPI_INCLUDES := $(filter -I% -D%,$(call mpicc_says,compile))
+MPI_HEADER := $(shell printf '$(HASH)include <mpi.h>\n' | $(CC) $(CPPFLAGS) $(MPI_INCLUDES) -M -x c - 2>/dev/null)
+MPI_LIBS := $(if $(MPI_HEADER),$(filter -L% -l% -Wl%,$(call mpicc_says,link)))
+endif
+
 # Not -Ofast or -ffast-math: with those isnan() is always false and a diverged run goes unnoticed.
 FLAGS_common = -std=gnu11 -g -Wall -Wextra -Wno-unused-parameter \
                -fno-math-errno -fno-trapping-math -ffp-contract=fast $(if $(ARCH),-march=$(ARCH)) \
-               $(if $(OPENMP_DATE),-fopenmp,-Wno-unknown-pragmas)
+               $(if $(OPENMP_DATE),-fopenmp,-Wno-unknown-pragmas) $(if $(MPI_LIBS),-DUSE_MPI $(MPI_INCLUDES))
 FLAGS_sanitize = -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
 FLAGS_cpu = $(FLAGS_common) -O3
@@ -62,7 +70,7 @@ FLAGS_nvcc = -O3 -std=c++17 -lineinfo $(CUDA_WARNINGS) $(CUDA_ARCHS)
 FLAGS_nvcc-cuda = $(FLAGS_nvcc) -DREAL_BF16
 FLAGS_nvcc-cuda-fp32 = $(FLAGS_nvcc)
 
-LIBS = -lcjson -lpcre2-8 -lutf8proc -lm
+LIBS = -lcjson -lpcre2-8 -lutf8proc $(MPI_LIBS) -lm
 
 VARIANT := $(or $(if $(filter double,$(PRECISION)),double),$(if $(filter-out fp32,$(PRECISION)),\
              $(error PRECISION=$(PRECISION): choose fp32, double or nothing)),cpu)
@@ -110,7 +118,8 @@ detect:
 found = $(if $(filter 0,$2),off,$(if $1,found $1,not found))
 
 OPENMP_VERSION = $(patsubst 201511,4.5,$(patsubst 201811,5.0,$(patsubst 202011,5.1,$(OPENMP_DATE))))
-MPI_VERSION = $(shell mpirun --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')
+MPIRUN_VERSION = $(shell mpirun --version 2>/dev/null | grep -o -m 1 '[0-9][0-9.]*')
+MPI_VERSION = $(if $(MPI_LIBS),$(or $(MPIRUN_VERSION),without mpirun))
 CUDA_VERSION = $(if $(NVCC),$(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
 CUDA_USE = $(if $(CUDA_SOURCES),train_cuda runs on GPUs,no CUDA kernels in this version)
 NCCL_HEADER = $(firstword $(wildcard $(addsuffix /nccl.h,$(NVCC:bin/nvcc=include) /usr/local/include /usr/include)))
@@ -121,13 +130,15 @@ NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
 
 BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev stb/stb_ds.h:libstb-dev pcre2.h:libpcre2-dev \
               utf8proc.h:libutf8proc-dev
-TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3 curl:curl
+TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3 curl:curl \
+             $(if $(filter 0,$(MPI)),,mpi.h:libopenmpi-dev mpirun:openmpi-bin)
 FUZZ_NEEDS = $(BUILD_NEEDS) clang:clang libfuzzer:libclang-rt-dev
 
 # Packages to install so that the headers in $1 can be included and its programs run; empty when all is there.
 missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $1; do \
     case $$need in \
-    (*.h:*) echo "$(HASH)include <$${need%:*}>" | $(CC) $(CPPFLAGS) -DPCRE2_CODE_UNIT_WIDTH=8 -E -x c - ;; \
+    (*.h:*) echo "$(HASH)include <$${need%:*}>" | \
+        $(CC) $(CPPFLAGS) $(MPI_INCLUDES) -DPCRE2_CODE_UNIT_WIDTH=8 -E -x c - ;; \
     (libfuzzer:*) echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
         clang -fsanitize=fuzzer,address -x c - -o /dev/null ;; \
     (*) command -v $${need%:*} ;; \
@@ -141,8 +152,9 @@ setup setup-tests setup-fuzz:
 	@missing="$(call missing,$(NEEDS))"; \
 	[ -n "$$missing" ] || exit 0; \
 	if ! command -v apt-get >/dev/null; then \
-	    echo "moelab needs gcc, the C library's headers, cJSON, stb, PCRE2, utf8proc and, for make test, cmocka and" \
-	         "Python: install them with your package manager (missing, by Debian's names: $$missing)" >&2; exit 1; \
+	    echo "moelab needs gcc, the C library's headers, cJSON, stb, PCRE2, utf8proc and, for make test, cmocka," \
+	         "Python, curl and Open MPI: install them with your package manager (missing, by Debian's names:" \
+	         "$$missing)" >&2; exit 1; \
 	fi; \
 	install="apt-get install -y --no-install-recommends $$missing"; \
 	if [ "$$(id -u)" = 0 ]; then sudo=env; \
@@ -160,6 +172,9 @@ setup setup-tests setup-fuzz:
 toolchain:
 	@missing="$(call missing,$(BUILD_NEEDS))"; [ -z "$$missing" ] || { \
 	    echo "moelab: run make setup (or: sudo apt-get install $$missing)" >&2; exit 1; }
+	@[ '$(MPI)' != 1 ] || [ '$(MPI_LIBS)' ] || { \
+	    echo "moelab: no MPI is found: sudo apt-get install libopenmpi-dev openmpi-bin, or leave MPI=1 out" >&2; \
+	    exit 1; }
 
 # ---- compiling and linking
 
@@ -241,9 +256,10 @@ endef
 $(foreach variant,cuda cuda-fp32,$(eval $(call CUDA_RULES,$(variant))) \
     $(eval $(call VARIANT_RULES,$(variant),test-$(variant))))
 
-# nvcc links: it knows where its own libraries are.
+# nvcc links: it knows where its own libraries are, but has words of its own for the linker's options.
+COMMA = ,
 LINK_CUDA = $(NVCC) $(CUDA_ARCHS) $(if $(OPENMP_DATE),-Xcompiler -fopenmp) $(filter %.o %.a,$^) $(LDFLAGS) -lcublas \
-            $(LIBS)
+            $(patsubst -Wl$(COMMA)%,-Xlinker %,$(LIBS))
 
 train_cuda: build/$(CUDA_VARIANT)/train.o build/$(CUDA_VARIANT)/libmoelab.a build/train_cuda.variant
 	@echo "LD  $@"

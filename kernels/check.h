@@ -14,7 +14,8 @@ enum {
     EXIT_PREEMPTED = 75, /* a signal ended the run after its state was saved: start again with --resume */
 };
 
-/* Called once where ranks exist: the rank to print, and what ends the other ranks (NULL: nothing to end). */
+/* Called where ranks exist: the rank to print, and what ends the other ranks (NULL: nothing to end). An error on ranks
+ * other than 0 waits a second or more, in which rank 0 ends them if it has the same to say. */
 void check_set_rank(int rank, void (*end_all_ranks)(int exit_code));
 
 #if defined(__GNUC__)

@@ -1,6 +1,6 @@
 /* Ranks: processes that train one model together, and what they say to each other.
  *
- *     mpirun -n 4 ./train --ep 2         four ranks; without mpirun there is one, to whom everything here is the identity
+ *     mpirun -n 4 ./train --ep 2     four ranks; without mpirun there is one, to whom everything here is the identity
  *
  *                 rank    0   1   2   3
  *     experts            (0   1) (2   3)     ep neighbours hold all experts between them, each 1/ep of them
@@ -77,7 +77,7 @@ void comm_check_same(const char *text, const char *what);
  * rank 0 and `from`. With `from` 0 a copy. */
 void comm_to_first(void *to, const void *mine, size_t bytes, int from);
 
-/* What this rank has sent to others so far. */
+/* What this rank has sent to others so far, and the calls in which ranks sent anything to each other. */
 typedef struct {
     int64_t calls, messages, bytes;
 } CommCount;

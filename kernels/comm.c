@@ -47,6 +47,8 @@ enum { TAG_CALLS = 2048 };
 enum { SUM_PART = 1 << 20 }; /* numbers that a rank holds of others while it adds */
 static void *scratch;        /* SUM_PART numbers and one for each rank; host, owned; NULL where there is one rank */
 
+static int local_rank = 0, local_ranks = 1; /* of the ranks on this machine */
+
 static CommCount counted;
 
 /* ---- what the line says about a rank that is waited for */
@@ -204,6 +206,23 @@ static void end_all_ranks(int exit_code) {
     MPI_Abort(MPI_COMM_WORLD, exit_code);
 }
 
+static void leave_others(void) {
+    if (transfers) {
+        MPI_Finalize();
+        free(transfers);
+        transfers = NULL;
+    }
+}
+
+/* Ranks that could share memory are on one machine. */
+static void count_neighbours(void) {
+    MPI_Comm machine;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &local_rank);
+    MPI_Comm_size(machine, &local_ranks);
+    MPI_Comm_free(&machine);
+}
+
 /* started: as many ranks as mpirun or srun says it started, -1 where that is not known. */
 static void join_others(int started) {
     int threads, rank, ranks;
@@ -216,18 +235,12 @@ static void join_others(int started) {
     check_set_rank(rank, end_all_ranks);
     CHECK(threads >= MPI_THREAD_FUNNELED, "this MPI cannot be used with threads: build with OPENMP=0");
     CHECK(ranks == 1 || !device_runs_ahead(), "this program runs on one GPU: start it without mpirun");
+    atexit(leave_others); /* of a program that ends without comm_close, as after --help */
     groups[GROUP_WORLD] = (Members){.rank = rank, .ranks = ranks, .first = 0, .stride = 1};
+    count_neighbours();
     transfers = malloc(2 * (size_t)ranks * sizeof *transfers);
     scratch = malloc((SUM_PART + (size_t)ranks) * sizeof(acc_t));
     CHECK(transfers && scratch, "out of memory for the messages of %d ranks: start fewer", ranks);
-}
-
-static void leave_others(void) {
-    if (transfers) {
-        MPI_Finalize();
-        free(transfers);
-        transfers = NULL;
-    }
 }
 
 #else /* one rank, which has nobody to send to */
@@ -302,6 +315,14 @@ int comm_rank(Group group) {
 
 int comm_ranks(Group group) {
     return groups[group].ranks;
+}
+
+int comm_local_rank(void) {
+    return local_rank;
+}
+
+int comm_local_ranks(void) {
+    return local_ranks;
 }
 
 CommCount comm_count(void) {
@@ -447,6 +468,24 @@ bool comm_any(bool mine) {
     all[comm_rank(GROUP_WORLD)] = mine;
     gather_in_place(GROUP_WORLD, all, 1);
     return memchr(all, true, (size_t)ranks) != NULL;
+}
+
+void comm_sum_host(double *x, size_t count) {
+    int rank = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_WORLD);
+    if (ranks == 1) {
+        return;
+    }
+    double *all = malloc(ranks * count * sizeof(double) + 1);
+    CHECK(all, "out of memory for %zu numbers of %d ranks", count, ranks);
+    memcpy(all + rank * count, x, count * sizeof(double));
+    gather_in_place(GROUP_WORLD, (char *)all, count * sizeof(double));
+    for (size_t i = 0; i < count; i++) {
+        x[i] = 0;
+        for (int r = 0; r < ranks; r++) {
+            x[i] += all[r * count + i];
+        }
+    }
+    free(all);
 }
 
 void comm_barrier(void) {

@@ -300,6 +300,7 @@ ifneq ($(SANITIZE),0)
 TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(DOUBLE_TESTS:%=build/test-asan-double/%)
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
+PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks)
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
@@ -308,7 +309,7 @@ CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
 test: $(if $(filter 1,$(CUDA)),$(filter no_cuda,$(CUDA_PROGRAM)))
 	@$(MAKE) setup-tests
-	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) $(CUDA_TESTS) || build=failed; \
+	@build=; $(MAKE) -k $(PROGRAMS) $(TEST_PROGRAMS) $(PROGRAMS_OF_SCRIPTS) $(CUDA_TESTS) || build=failed; \
 	    BUILD=$$build CC='$(CC)' CLANG_FORMAT='$(CLANG_FORMAT)' \
 	    tests/run_tests.sh tests/check_tree.sh $(PROGRAMS) $(CUDA_TESTS) $(TEST_SCRIPTS) $(TEST_PROGRAMS) \
 	        $(if $(CUDA_TESTS),$(if $(wildcard /dev/nvidia0),tests/cuda.sh))
@@ -329,7 +330,8 @@ bench: build/bench_train
 build/bench_train: build/cpu/experiments/bench_train.o
 build/bench_layer: build/cpu/experiments/bench_layer.o
 build/hf_logits: build/cpu/tests/hf_logits.o
-build/bench_train build/bench_layer build/hf_logits: build/cpu/libmoelab.a
+build/comm_ranks: build/cpu/tests/comm_ranks.o
+build/bench_train build/bench_layer build/hf_logits build/comm_ranks: build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
 build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a

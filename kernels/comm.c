@@ -44,8 +44,9 @@ typedef enum { CALL_GATHER, CALL_SUM, CALL_EXCHANGE, CALL_TO_FIRST } Call;
 /* MPI promises tags up to 32767: 4 kinds of calls times 3 groups times 2048 numbers of calls stay below. */
 enum { TAG_CALLS = 2048 };
 
-enum { SUM_PART = 1 << 20 }; /* numbers that a rank holds of others while it adds */
-static void *scratch;        /* SUM_PART numbers and one for each rank; host, owned; NULL where there is one rank */
+/* Numbers that a rank holds of others while it adds; and up to how many it is quicker to send all to all. */
+enum { SUM_PART = 1 << 20, SUM_FEW = 1 << 16 };
+static void *scratch; /* SUM_PART numbers and one for each rank; host, owned; NULL where there is one rank */
 
 static int local_rank = 0, local_ranks = 1; /* of the ranks on this machine */
 
@@ -375,7 +376,7 @@ static size_t share_first(size_t count, int ranks, int rank) {
     return count * (size_t)rank / (size_t)ranks;
 }
 
-/* Adds one share up: terms (ranks, count) is what each rank brought. */
+/* sum (count) of terms (ranks, count), what each rank brought. */
 static void add_in_order(acc_t *sum, const acc_t *terms, int ranks, size_t count) {
     memcpy(sum, terms, count * sizeof *sum);
     for (int r = 1; r < ranks; r++) {
@@ -384,6 +385,14 @@ static void add_in_order(acc_t *sum, const acc_t *terms, int ranks, size_t count
             sum[i] += term[i];
         }
     }
+}
+
+/* Each rank adds up everything by itself: one round of messages, in which each waits for all others. */
+static void sum_few(Group group, acc_t *x, size_t count) {
+    acc_t *terms = scratch;
+    memcpy(terms + (size_t)comm_rank(group) * count, x, count * sizeof *x);
+    gather_in_place(group, scratch, count * sizeof *x);
+    add_in_order(x, terms, comm_ranks(group), count);
 }
 
 /* Reduce-scatter: each rank receives its share of x from all and adds it up. Then all-gather: it sends the sum to all.
@@ -423,10 +432,16 @@ static void sum_part(Group group, acc_t *x, size_t count) {
 }
 
 void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
-    if (comm_ranks(group) > 1) {
-        for (size_t first = 0; first < count; first += SUM_PART) {
-            sum_part(group, x + first, count - first < SUM_PART ? count - first : SUM_PART);
-        }
+    size_t ranks = (size_t)comm_ranks(group);
+    if (ranks == 1) {
+        return;
+    }
+    if (count * ranks <= SUM_FEW) {
+        sum_few(group, x, count);
+        return;
+    }
+    for (size_t first = 0; first < count; first += SUM_PART) {
+        sum_part(group, x + first, count - first < SUM_PART ? count - first : SUM_PART);
     }
 }
 

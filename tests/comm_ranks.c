@@ -1,0 +1,343 @@
+/* What ranks say to each other, each function of kernels/comm.h against what one process computes by itself, and how
+ * ranks end when something goes wrong. test_comm.sh starts it, with and without mpirun, and looks at what comes out.
+ *
+ *     mpirun -n 4 build/comm_ranks results       each rank ends with the line "rank 2 of 4: all as expected"
+ *     mpirun -n 4 build/comm_ranks asleep 3      see `failures` for all of these
+ *     mpirun -n 2 build/comm_ranks huge          a message above 2^31 bytes; 5 GiB of memory
+ *
+ * Every byte that is sent is a function of who sent it, to whom, and its place, so the receiver can tell what it should
+ * have got. All arrays end with bytes that nothing may change.
+ */
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "../kernels/check.h"
+#include "../kernels/comm.h"
+#include "../kernels/random.h"
+
+enum { MAX_RANKS = 16, GUARD = 64, GUARD_BYTE = 0xa5 };
+
+static int ep; /* of the groups as they are formed now */
+
+/* Of the group's rank r, the number in the world. */
+static int member(Group group, int r) {
+    int me = comm_rank(GROUP_WORLD);
+    int of[GROUP_COUNT] = {r, me / ep * ep + r, me % ep + r * ep};
+    return of[group];
+}
+
+static unsigned char *guarded(size_t bytes) {
+    unsigned char *array = malloc(bytes + GUARD);
+    CHECK(array, "out of memory");
+    memset(array, GUARD_BYTE, bytes + GUARD);
+    return array;
+}
+
+/* Frees the array, whose end must be as it was. */
+static void release(unsigned char *array, size_t bytes, const char *what) {
+    for (int i = 0; i < GUARD; i++) {
+        CHECK(array[bytes + i] == GUARD_BYTE, "%s: byte %d behind the end was overwritten", what, i);
+    }
+    free(array);
+}
+
+/* ---- groups */
+
+static void form(int experts) {
+    ep = experts;
+    comm_form_groups(ep);
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_WORLD);
+    CHECK(comm_ranks(GROUP_EXPERTS) == ep && comm_ranks(GROUP_REPLICAS) == ranks / ep, "sizes of groups, ep %d", ep);
+    for (Group group = 0; group < GROUP_COUNT; group++) {
+        CHECK(member(group, comm_rank(group)) == me, "this rank is %d of group %d", comm_rank(group), group);
+    }
+}
+
+/* ---- gather */
+
+static unsigned char byte_of(int from, int to, size_t i) {
+    return (unsigned char)random_bits(random_key(1, RANDOM_TEST, (uint64_t)(from * MAX_RANKS + to)), i);
+}
+
+static void check_bytes(const unsigned char *got, int from, int to, size_t bytes, const char *what) {
+    for (size_t i = 0; i < bytes; i++) {
+        CHECK(got[i] == byte_of(from, to, i), "%s: byte %zu of %zu from rank %d is wrong", what, i, bytes, from);
+    }
+}
+
+static void fill_bytes(unsigned char *bytes, int from, int to, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        bytes[i] = byte_of(from, to, i);
+    }
+}
+
+static void check_gather(Group group, size_t bytes, bool in_place) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(group);
+    size_t total = (size_t)ranks * bytes;
+    unsigned char *all = guarded(total), *mine = guarded(bytes);
+    unsigned char *from = in_place ? all + (size_t)comm_rank(group) * bytes : mine;
+    fill_bytes(from, me, 0, bytes);
+    comm_gather(group, all, from, bytes, NULL);
+    for (int r = 0; r < ranks; r++) {
+        check_bytes(all + (size_t)r * bytes, member(group, r), 0, bytes, "gather");
+    }
+    release(all, total, "gather");
+    release(mine, bytes, "gather");
+}
+
+/* ---- sum */
+
+/* Of both signs and of sizes between 2^-20 and 2^20, so that another order gives other bits. */
+static acc_t term(int rank, size_t i) {
+    uint64_t key = random_key(2, RANDOM_TEST, (uint64_t)rank);
+    return (acc_t)ldexp(random_uniform(key, 2 * i) - 0.5, (int)random_below(key, 2 * i + 1, 41) - 20);
+}
+
+static acc_t serial_sum(Group group, size_t i, bool backward) {
+    int ranks = comm_ranks(group);
+    acc_t sum = term(member(group, backward ? ranks - 1 : 0), i);
+    for (int r = 1; r < ranks; r++) {
+        sum += term(member(group, backward ? ranks - 1 - r : r), i);
+    }
+    return sum;
+}
+
+static void check_sum(Group group, size_t count) {
+    size_t bytes = count * sizeof(acc_t), turned = 0;
+    acc_t *x = (acc_t *)guarded(bytes);
+    for (size_t i = 0; i < count; i++) {
+        x[i] = term(comm_rank(GROUP_WORLD), i);
+    }
+    comm_sum(group, x, count, NULL);
+    for (size_t i = 0; i < count; i++) {
+        acc_t expected = serial_sum(group, i, false), backward = serial_sum(group, i, true);
+        CHECK(memcmp(&x[i], &expected, sizeof expected) == 0, "sum %zu of %zu in group %d is %a, expected %a", i, count,
+              group, (double)x[i], (double)expected);
+        turned += memcmp(&x[i], &backward, sizeof backward) != 0;
+    }
+    CHECK(count < 100 || comm_ranks(group) < 3 || turned > 0, "these terms do not show the order of a sum");
+    release((unsigned char *)x, bytes, "sum");
+}
+
+/* ---- exchange */
+
+typedef enum { ROWS_NONE, ROWS_TO_LAST, ROWS_UNEVEN, ROWS_ONE, ROWS_KINDS } Rows;
+
+/* How many rows one rank of the group has for another. */
+static int rows_between(Rows rows, int from, int to, int ranks) {
+    int of[ROWS_KINDS] = {0, to == ranks - 1 ? 5 + from : 0, (3 * from + 5 * to) % 4, 1};
+    return of[rows];
+}
+
+static void check_exchange(Group group, Rows rows, size_t row_bytes) {
+    int me = comm_rank(group), ranks = comm_ranks(group), from_first[MAX_RANKS + 1] = {0},
+        to_first[MAX_RANKS + 1] = {0};
+    CommCount expected = comm_count();
+    for (int r = 0; r < ranks; r++) {
+        int out = rows_between(rows, me, r, ranks);
+        from_first[r + 1] = from_first[r] + out;
+        to_first[r + 1] = to_first[r] + rows_between(rows, r, me, ranks);
+        expected.messages += r != me && out > 0;
+        expected.bytes += r != me ? out * (int64_t)row_bytes : 0;
+    }
+    expected.calls += ranks > 1;
+    size_t out = (size_t)from_first[ranks] * row_bytes, in = (size_t)to_first[ranks] * row_bytes;
+    unsigned char *from = guarded(out), *to = guarded(in);
+    for (int r = 0; r < ranks; r++) {
+        size_t bytes = (size_t)(from_first[r + 1] - from_first[r]) * row_bytes;
+        fill_bytes(from + (size_t)from_first[r] * row_bytes, member(group, me), member(group, r), bytes);
+    }
+    comm_exchange(group, to, to_first, from, from_first, row_bytes, NULL);
+    for (int r = 0; r < ranks; r++) {
+        size_t bytes = (size_t)(to_first[r + 1] - to_first[r]) * row_bytes;
+        check_bytes(to + (size_t)to_first[r] * row_bytes, member(group, r), member(group, me), bytes, "exchange");
+    }
+    CommCount counted = comm_count();
+    CHECK(memcmp(&counted, &expected, sizeof counted) == 0,
+          "counted %lld messages of %lld bytes in all, expected %lld of %lld", (long long)counted.messages,
+          (long long)counted.bytes, (long long)expected.messages, (long long)expected.bytes);
+    release(from, out, "exchange");
+    release(to, in, "exchange");
+}
+
+/* ---- on the host */
+
+static void check_any(void) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_WORLD);
+    CHECK(!comm_any(false), "nobody said so");
+    for (int r = 0; r < ranks; r++) {
+        CHECK(comm_any(me == r), "rank %d said so", r);
+        CHECK(comm_any(me != r) == (ranks > 1), "all but rank %d said so", r);
+    }
+}
+
+static void check_to_first(size_t bytes) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_WORLD);
+    unsigned char *mine = guarded(bytes), *to = guarded(bytes);
+    fill_bytes(mine, me, 1, bytes);
+    for (int r = 0; r < ranks; r++) {
+        if (me == 0) {
+            comm_to_first(to, mine, bytes, r);
+            check_bytes(to, r, 1, bytes, "to the first");
+        } else if (me == r) {
+            comm_to_first(NULL, mine, bytes, r);
+        }
+    }
+    release(mine, bytes, "to the first");
+    release(to, bytes, "to the first");
+}
+
+/* ---- everything that goes well */
+
+static void check_group(Group group) {
+    static const size_t sizes[] = {0, 1, 7, 1000, 100003};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        check_gather(group, sizes[i], false);
+        check_gather(group, sizes[i], true);
+        check_sum(group, sizes[i]);
+    }
+    static const size_t row_sizes[] = {1, 6, 513, 20000};
+    for (size_t i = 0; i < sizeof row_sizes / sizeof *row_sizes; i++) {
+        for (Rows rows = 0; rows < ROWS_KINDS; rows++) {
+            check_exchange(group, rows, row_sizes[i]);
+        }
+    }
+}
+
+static void results(int unused) {
+    int ranks = comm_ranks(GROUP_WORLD);
+    CHECK(comm_ranks(GROUP_EXPERTS) == 1 && comm_ranks(GROUP_REPLICAS) == 1, "groups before they are formed");
+    for (int experts = 1; experts <= ranks; experts++) {
+        if (ranks % experts == 0) {
+            form(experts);
+            for (Group group = 0; group < GROUP_COUNT; group++) {
+                check_group(group);
+            }
+        }
+    }
+    check_sum(GROUP_WORLD, ((size_t)1 << 20) + 7); /* more than is summed at once */
+    check_any();
+    comm_barrier();
+    comm_check_same("--lr 1", "configuration");
+    check_to_first(0);
+    check_to_first(100003);
+    printf("rank %d of %d: all as expected\n", comm_rank(GROUP_WORLD), ranks);
+}
+
+/* More calls than tags have numbers for. */
+static void many(int calls) {
+    for (int i = 0; i < calls; i++) {
+        CHECK(comm_any(i % 3 == comm_rank(GROUP_WORLD)) == (i % 3 < comm_ranks(GROUP_WORLD)), "call %d", i);
+    }
+}
+
+/* Rows of 1 MiB from rank 0 to rank 1, 2^31 bytes and one row more. */
+static void huge(int unused) {
+    const size_t row_bytes = 1 << 20;
+    const int rows = 2049, me = comm_rank(GROUP_WORLD);
+    int none[] = {0, 0, 0}, to_other[] = {0, 0, rows}, from_other[] = {0, rows, rows};
+    size_t bytes = (size_t)rows * row_bytes;
+    unsigned char *array = guarded(bytes);
+    if (me == 0) {
+        fill_bytes(array, 0, 1, bytes);
+        comm_exchange(GROUP_WORLD, NULL, none, array, to_other, row_bytes, NULL);
+    } else {
+        comm_exchange(GROUP_WORLD, array, from_other, NULL, none, row_bytes, NULL);
+        check_bytes(array, 0, 1, bytes, "huge");
+    }
+    release(array, bytes, "huge");
+}
+
+/* ---- everything that does not */
+
+static void asleep(int sleeper) {
+    static acc_t x[100000];
+    comm_set_patience(2);
+    comm_at(12, 2, "dispatch");
+    if (comm_rank(GROUP_WORLD) == sleeper) {
+        sleep(60);
+    }
+    comm_sum(GROUP_WORLD, x, sizeof x / sizeof *x, NULL);
+}
+
+/* Rank 1 sends `sent` rows of 8 bytes to rank 0, which expects 2. */
+static void two_expected(int sent) {
+    char from[64] = {0}, to[64] = {0};
+    int ranks = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_WORLD);
+    int from_first[MAX_RANKS + 1] = {0}, to_first[MAX_RANKS + 1] = {0};
+    for (int r = 0; r < ranks; r++) {
+        from_first[r + 1] = from_first[r] + (me == 1 && r == 0 ? sent : 0);
+        to_first[r + 1] = to_first[r] + (me == 0 && r == 1 ? 2 : 0);
+    }
+    comm_at(7, -1, "combine");
+    comm_exchange(GROUP_WORLD, to, to_first, from, from_first, 8, NULL);
+    comm_barrier();
+}
+
+/* Rank 1 sends rows of one byte, as the barrier that follows does, to rank 0, which expects none. */
+static void none_expected(int sent) {
+    char from[64] = {0}, to[64] = {0};
+    int none[MAX_RANKS + 1] = {0}, all_to_0[MAX_RANKS + 1];
+    for (int r = 0; r <= MAX_RANKS; r++) {
+        all_to_0[r] = r > 0 ? sent : 0;
+    }
+    comm_exchange(GROUP_WORLD, to, none, from, comm_rank(GROUP_WORLD) == 1 ? all_to_0 : none, 1, NULL);
+    comm_barrier();
+}
+
+static void differ(int other) {
+    comm_check_same(comm_rank(GROUP_WORLD) == other ? "--lr 2" : "--lr 1", "configuration");
+}
+
+static void uneven_groups(int experts) {
+    comm_form_groups(experts);
+}
+
+static void all_wrong(int unused) {
+    CHECK(false, "--top-k 9 is wrong everywhere");
+}
+
+static void one_wrong(int rank) {
+    CHECK(comm_rank(GROUP_WORLD) != rank, "wrong on rank %d alone", rank);
+    comm_barrier();
+}
+
+static void killed(int rank) {
+    if (comm_rank(GROUP_WORLD) == rank) {
+        raise(SIGKILL);
+    }
+    comm_barrier();
+}
+
+static const struct {
+    const char *name;
+    void (*run)(int argument);
+} modes[] = {
+    {"results", results},
+    {"many", many},
+    {"huge", huge},
+    {"asleep", asleep},
+    {"two_expected", two_expected},
+    {"none_expected", none_expected},
+    {"differ", differ},
+    {"all_wrong", all_wrong},
+    {"one_wrong", one_wrong},
+    {"killed", killed},
+    {"uneven_groups", uneven_groups},
+};
+
+int main(int argc, char **argv) {
+    comm_open();
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        if (argc > 1 && strcmp(argv[1], modes[i].name) == 0) {
+            modes[i].run(argc > 2 ? atoi(argv[2]) : 0);
+            comm_close();
+            return EXIT_OK;
+        }
+    }
+    die(__FILE__, __LINE__, "no such test: see the end of tests/comm_ranks.c");
+}

@@ -263,8 +263,8 @@ static void open_run(Run *run, int argc, char **argv) {
 
 /* ---- one step ---- */
 
-/* Reads this rank's share of slice `slice` of a step to place `place` on the device: sequences in the order of the ranks,
- * so that a slice is the same tokens however many ranks there are. */
+/* Reads this rank's share of slice `slice` of a step to place `place` on the device: sequences in the order of the
+ * ranks, so that a slice is the same tokens however many ranks there are. */
 static void read_batch(Run *run, Split split, int64_t step, int slice, int place) {
     BatchBuffers *b = &run->batch;
     bool evaluation = split == SPLIT_VAL;

@@ -17,9 +17,9 @@
 
 #include "types.h"
 
-/* Chooses the index-th device of this machine, before anything else is asked of it, for one of `sharers` processes here:
- * each has a device of its own, or on the CPU its share of the cores (unless OMP_NUM_THREADS says how many). Ends the
- * program with one line when there is none that the program can use. */
+/* Chooses the index-th device of this machine, before anything else is asked of it, for one of `sharers` processes on
+ * it: each has a device of its own, or on the CPU its share of the cores (unless OMP_NUM_THREADS says how many). Ends
+ * the program with one line when there is none that the program can use. */
 void device_open(int index, int sharers);
 
 typedef enum {

@@ -41,8 +41,9 @@ Evaluation evaluation_start(const Transformer *model, int domains, Choices *choi
 void evaluation_add(Evaluation *evaluation, const Transformer *model, const int *targets, const unsigned char *domain,
                     const double *floor, const int *bytes, Stream *stream);
 
-/* Collective. From sums to means, once everything is added on all ranks. Bits per byte, comparable between tokenizers: the losses of all targets
- * that stand for text over the bytes they stand for; where those are unknown, the mean loss over bytes_per_token. */
+/* Collective. From sums to means, once everything is added on all ranks. Bits per byte, comparable between tokenizers:
+ * the losses of all targets that stand for text over the bytes they stand for; where those are unknown, the mean loss
+ * over bytes_per_token. */
 void evaluation_finish(Evaluation *evaluation, double bytes_per_token);
 void evaluation_free(Evaluation *evaluation);
 

@@ -1,5 +1,4 @@
-/* See exchange.h. Called by moe.c. Who talks to whom is kernels/comm.h's, moving rows within a rank kernels/regroup.h's.
- */
+/* See exchange.h. Called by moe.c. Messages are kernels/comm.h's, moving rows within a rank is kernels/regroup.h's. */
 #include "exchange.h"
 
 #include <stdlib.h>

@@ -131,7 +131,8 @@ const Option option_table[] = {
     {"training", "upcycle", true, TYPE_SWITCH, TRAIN(upcycle), "0", 0, 1, "",
      "with --init-from a dense model: every expert starts as a copy of its MLP"},
 
-    {"parallel", "ep", false, TYPE_INT, TRAIN(ep), "1", 1, 4096, "N", "ranks that hold the experts between them, started by mpirun; ranks beyond are data parallel"},
+    {"parallel", "ep", false, TYPE_INT, TRAIN(ep), "1", 1, 4096, "N",
+     "ranks, started by mpirun, that hold the experts between them; more than these are data parallel"},
 
     {"output", "out", false, TYPE_TEXT, TRAIN(out), "runs/default", 0, TEXT, "DIR",
      "the run's directory: config.json, log.jsonl, checkpoint/, report.html"},

@@ -1,5 +1,5 @@
-/* The whole model on the host of the first rank, where ranks hold the experts between them: what checkpoints and exports
- * are written from, so that they do not depend on how many ranks there were. With one rank it is a copy.
+/* The whole model on the host of the first rank, where ranks hold the experts between them: what checkpoints and
+ * exports are written from, so that they do not depend on how many ranks there were. With one rank it is a copy.
  */
 #ifndef MODEL_WHOLE_H
 #define MODEL_WHOLE_H

@@ -4,8 +4,8 @@
 #
 #     tests/test_ranks.sh [NAME...]           from the repository's root; NAME: only the tests whose names contain it
 #
-# Numbers are compared by ranks_compare.py: losses, norms and statistics of every step, then weights and moments. Runs in
-# float differ in the last bits, because sums over ranks have another order than sums over tokens.
+# Numbers are compared by ranks_compare.py: losses, norms and statistics of every step, then weights and moments. Runs
+# in float differ in the last bits, because sums over ranks have another order than sums over tokens.
 #
 # Called by run_tests.sh. Read next: cli_checks.sh, model/exchange.h.
 # shellcheck disable=SC2015  # A && B || C is meant so: B ends the same way in both

@@ -278,13 +278,14 @@ static void two_expected(int sent) {
     comm_barrier();
 }
 
+/* Rank 1 sends rows of one byte, as the barrier that follows does, to rank 0, which expects none. */
 static void none_expected(int sent) {
     char from[64] = {0}, to[64] = {0};
     int none[MAX_RANKS + 1] = {0}, all_to_0[MAX_RANKS + 1];
     for (int r = 0; r <= MAX_RANKS; r++) {
         all_to_0[r] = r > 0 ? sent : 0;
     }
-    comm_exchange(GROUP_WORLD, to, none, from, comm_rank(GROUP_WORLD) == 1 ? all_to_0 : none, 8, NULL);
+    comm_exchange(GROUP_WORLD, to, none, from, comm_rank(GROUP_WORLD) == 1 ? all_to_0 : none, 1, NULL);
     comm_barrier();
 }
 

@@ -107,8 +107,8 @@ test_other_count_of_rows() {
     one_line 'rank 0 expected 16 bytes of rank 1 at step 7, combine, but 24 bytes came'
     ranks 2 two_expected 0
     one_line 'rank 0 expected 16 bytes of rank 1 at step 7, combine, but 1 bytes of another call came'
-    ranks 2 none_expected 3
-    one_line 'rank 0 expected 1 bytes of rank 1 at step 0, the start, but 24 bytes of another call came'
+    ranks 2 none_expected 1
+    one_line 'rank 0 expected 1 bytes of rank 1 at step 0, the start, but 1 bytes of another call came'
 }
 
 test_other_text() {

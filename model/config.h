@@ -19,6 +19,7 @@ typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
 typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
 typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
 typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER } Freeze;
+typedef enum { EXCHANGE_FLAT, EXCHANGE_BUCKETED, EXCHANGE_DEDUP, EXCHANGE_PADDED } ExchangeWay;
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORMS, RECOMPUTE_EXPERTS } Recompute;
 
 enum {
@@ -72,6 +73,8 @@ typedef struct {
     int upcycle;
     /* parallel */
     int ep;
+    int exchange;      /* ExchangeWay */
+    int exchange_rows; /* of a padded message; 0: as many as there can be */
     /* output */
     char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT], export_gguf[CONFIG_TEXT];
     int sample; /* tokens to sample at the end, per prompt; 0: none */

@@ -1,80 +1,117 @@
 /* Expert parallelism: rows travel to the rank that holds their expert, and back.
  *
- * Of the E experts each rank of a group holds E/ranks neighbours, of every layer. Its plan (kernels/plan.h) speaks of
- * all E, for the tokens of this rank alone. Rows lie sorted by expert, so what goes to one rank is a run:
+ * Of the E experts of a layer each rank of a group holds E/ranks neighbours. 2 ranks, 4 experts, one row per choice:
  *
- *     2 ranks, 4 experts           rank 0                       rank 1
- *     rows in plan order           e0 e0 e1 | e2 e3 e3          e0 e1 | e2 e2 e3
- *                                  (stay)   | (to rank 1)       (to 0)| (stay)
- *     arrived, by source           e0 e0 e1 | e0 e1             e2 e3 e3 | e2 e2 e3
- *     grouped by expert            e0 e0 e0 | e1 e1             e2 e2 e2 | e3 e3 e3
+ *     rank 0: tokens a b c                           rank 1: tokens d e
+ *       a -> e0 e2   b -> e1 e3   c -> e0 e3           d -> e0 e2   e -> e1 e2
  *
- * Within an expert rows are in the order of the ranks, which is that of the tokens in the whole batch: the experts see
- * what they would see on one rank. The way back is the same in reverse, and brings every row to its place in the plan.
+ *     out   sorted by rank                           out
+ *       a0 b1 c0 | a2 b3 c3                            d0 e1 | d2 e2
+ *         stay      to rank 1                          to rank 0  stay
+ *     ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ exchange ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+ *     in    as they arrive: by source                in
+ *       a0 b1 c0 | d0 e1                               a2 b3 c3 | d2 e2
+ *     experts read them sorted by expert
+ *       e0: a c d   e1: b e                            e2: a d e   e3: b c
  *
- * Metadata travels once per layer and forward: how many rows each rank has for each expert (exchange_plan). The way
- * back and the backward need none. By linearity the backward of the way there is the way back, and the other way round;
- * the gate's gradient needs a row's weight at its expert and returns one number per row.
+ * Each side has a plan of its own, `out` and `in` (kernels/relay.h): on both the rows are moved by the same dispatch and
+ * combine as on one rank. Within an expert rows keep the order of the ranks, which is that of the tokens in the whole
+ * batch, so the experts see what they would see on one rank.
  *
- * A group of one rank moves and copies nothing: rows, offsets and weights are the plan's own.
+ * Ways to do it (--exchange):
+ *     flat       a row per choice, in order of arrival; the experts' product finds its rows by index where it can
+ *     bucketed   the same, and the receiver writes them out expert by expert first
+ *     dedup      a row per token and rank; the receiver hands it to its experts, adds up what they make of it, weighted,
+ *                and returns one row
+ *     padded     as flat, in messages of a fixed size: nobody has to wait for the counts. What does not fit is dropped
+ *                and counted (--exchange-rows)
+ *
+ * What is said about the rows travels once, in the forward (relay.h); the way back and the backward need nothing. By
+ * linearity the backward of the way there is the way back, and the other way round; the gate's gradient comes back as
+ * one number per choice.
+ *
+ * A group of one rank moves and copies nothing: `in` is the router's plan.
  */
 #ifndef MODEL_EXCHANGE_H
 #define MODEL_EXCHANGE_H
 
-#include "../kernels/plan.h"
 #include "../kernels/device.h"
+#include "../kernels/plan.h"
+#include "../kernels/relay.h"
 #include "config.h"
 
-/* What one layer's rows do; saved by the forward for its backward. */
+/* One layer's; saved by the forward for its backward. */
 typedef struct {
-    int ranks, E, experts; /* of the group; of the model; of this rank */
-    int *told;             /* (world, 2, E) device: each rank's demand and rows for each expert */
-    int *host_told;        /* the same on the host, owned; NULL with one rank */
-    int *send, *receive;   /* (ranks+1) host, owned: first row for, and from, each rank of the group */
-    int *demand;           /* (E) device: entries of all ranks that chose each expert */
-    int *offset;           /* (experts+1) device: rows of this rank's experts, grouped */
-    acc_t *row_weight;     /* (rows) of these rows */
+    int way;             /* ExchangeWay */
+    int ranks, E, C;     /* ranks of the group */
+    int experts;         /* of this rank */
+    int width;           /* notes with each row (relay.h) */
+    int layer;           /* .. */
+    const int64_t *step; /* .. for the line that a rank says which waits in vain */
+    Plan *plan;          /* what is exchanged: the router's plan, or */
+    Plan slots;          /* .. that of a soft plan's rows */
+    Plan out, in;
+    int *told;           /* (world, E + ranks) device: each rank's demand, and rows for each rank */
+    int *host_told;      /* the same on the host, owned */
+    int *send, *receive; /* (ranks+1) host, owned: first row for, and from, each rank of the group */
+    const int *demand;   /* (E) device: entries of all ranks that chose each expert */
+    int *demand_of_all;  /* .. where there are several */
+    real_t *kept;        /* (in rows, C) the tokens' rows as they arrived, for the backward; NULL with one rank */
 } Exchange;
 
 /* Buffers that all layers take turns in; NULL with one rank. */
 typedef struct {
-    int C;
-    real_t *home;          /* (rows of a plan, C) in plan order: what leaves, later what comes back */
-    real_t *arrived;       /* (rows, C) by source */
-    acc_t *home_weight;    /* (rows of a plan) */
-    acc_t *arrived_weight; /* (rows) */
+    real_t *home, *arrived;                /* (out rows, C), (in rows, C) */
+    RelayNote *home_note, *arrived_note;   /* (out rows, width), (in rows, width) */
+    acc_t *home_dweight, *arrived_dweight; /* likewise */
 } ExchangeScratch;
+
+/* What the layers need of those. */
+typedef struct {
+    size_t out_rows, in_rows, out_notes, in_notes;
+    bool copies; /* whether some way writes out the experts' rows, on every device */
+} ExchangeSize;
 
 /* Refuses what cannot be spread over these ranks: one line for each. After comm_form_groups. */
 void exchange_check(const Config *config);
 
-/* The most rows that this rank's experts can get where every rank's plan has plan_rows. */
-size_t exchange_rows(size_t plan_rows);
-
-/* Reserves for a layer's exchange: rows from exchange_rows. */
-void exchange_reserve(Exchange *exchange, const Plan *plan, size_t rows, Arena *arena);
+/* Reserves for a layer, whose plan has its sizes, at most plan_rows rows; step must outlive it. Returns how many rows this rank's experts can
+ * get at most. */
+int exchange_reserve(Exchange *exchange, Plan *plan, int plan_rows, const Config *config, int layer,
+                     const int64_t *step, ExchangeSize *size, Arena *arena);
 void exchange_free(Exchange *exchange);
-void exchange_reserve_scratch(ExchangeScratch *scratch, size_t plan_rows, size_t rows, int C, Arena *arena);
+void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C, Arena *arena);
 
-/* After plan_build: all ranks tell each other their counts; sets demand, offset, and what goes where. The one place
- * where the host waits. */
-void exchange_plan(Exchange *exchange, Plan *plan, Stream *stream);
-
-/* Whether rows leave this rank: then they must be written out, in plan order, where exchange_outbox says. */
+/* Whether rows leave this rank. */
 bool exchange_travels(const Exchange *exchange);
-real_t *exchange_outbox(ExchangeScratch *scratch, real_t *otherwise);
 
-/* Rows (plan order, C) to their experts: returns where these find them, in `to` (rows, C) unless they stay. */
-RowSource exchange_there(const Exchange *exchange, ExchangeScratch *scratch, real_t *to, RowSource rows,
-                         Stream *stream);
+/* After plan_build of the layer's plan: all ranks tell each other their counts; fills demand, out and in. But for
+ * `padded` the host waits for the counts here, and nowhere else. */
+void exchange_plan(Exchange *exchange, ExchangeScratch *scratch, Profile *profile, Stream *stream);
 
-/* The experts' rows (rows, C) home: returns them in plan order, in scratch unless they have stayed. */
-real_t *exchange_back(const Exchange *exchange, ExchangeScratch *scratch, real_t *rows, Stream *stream);
+/* The plan of the rows that this rank's experts work on: their offsets and weights. */
+const Plan *exchange_experts(const Exchange *exchange);
 
-/* The same for one number per row: the plan's row weights to the experts, their gradients (rows) home. */
-const acc_t *exchange_weights_there(const Exchange *exchange, ExchangeScratch *scratch, const Plan *plan,
-                                    Stream *stream);
-const acc_t *exchange_weights_back(const Exchange *exchange, ExchangeScratch *scratch, const acc_t *weights,
-                                   Stream *stream);
+/* The plan that says what was dropped on the way, for plan_measure. */
+const Plan *exchange_measured(const Exchange *exchange);
+
+/* Tokens (N,C) to their experts' rows, wherever those are: returns where the experts find them, in `to` (rows, C) if
+ * they are written out. keep: for exchange_dispatch_again, which does without the wire. */
+RowSource exchange_dispatch(const Exchange *exchange, ExchangeScratch *scratch, real_t *to, const real_t *tokens,
+                            bool keep, Profile *profile, Stream *stream);
+RowSource exchange_dispatch_again(const Exchange *exchange, real_t *to, const real_t *tokens, Profile *profile,
+                                  Stream *stream);
+
+/* y (N,C) = the weighted sum of what the experts made, rows (rows, C), of each token. */
+void exchange_combine(const Exchange *exchange, ExchangeScratch *scratch, real_t *y, const real_t *rows,
+                      Profile *profile, Stream *stream);
+
+/* dx (N,C) = the sum of drows (rows, C) of each token; added to dx when accumulate is 1. */
+void exchange_dispatch_backward(const Exchange *exchange, ExchangeScratch *scratch, real_t *dx, const real_t *drows,
+                                int accumulate, Profile *profile, Stream *stream);
+
+/* dweight (N,K) from drow_weight (rows). */
+void exchange_weight_backward(const Exchange *exchange, ExchangeScratch *scratch, acc_t *dweight,
+                              const acc_t *drow_weight, Profile *profile, Stream *stream);
 
 #endif

@@ -12,7 +12,6 @@
 #include <string.h>
 
 #include "../kernels/check.h"
-#include "../kernels/comm.h"
 #include "../kernels/dispatch.h"
 #include "../kernels/permute.h"
 #include "../kernels/soft_mix.h"
@@ -116,51 +115,55 @@ void moe_set_dropless(MoeLayer *moe, bool dropless) {
     plan->rows = dropless ? plan_rows(plan->N, plan->E, plan->K, 0, LAYOUT_COMPACT) : moe->asked.rows;
 }
 
+/* What a routed layer has beside its experts: plan, router, exchange. Returns the most rows its experts get. */
+static int reserve_routing(MoeLayer *moe, const Config *config, int layer, const RouterContext *context, int site,
+                           ScratchSize *size, Arena *arena) {
+    const ModelConfig *c = &config->model;
+    double share = 1.0 / ((double)context->routers * context->slices * context->ranks);
+    moe->asked = moe->plan = plan_of(moe->router, c, moe->N, context->T);
+    moe_set_dropless(moe, true); /* evaluation takes every entry */
+    int plan_rows = moe->plan.rows > moe->asked.rows ? moe->plan.rows : moe->asked.rows;
+    moe_set_dropless(moe, false);
+    moe->pass = (RouterPass){.N = moe->N,
+                             .C = c->dim,
+                             .E = c->experts,
+                             .K = c->top_k,
+                             .renorm = c->renorm,
+                             .site = site,
+                             .config = config,
+                             .context = context,
+                             .aux_scale = config->train.aux_coef * share,
+                             .z_scale = config->train.z_coef * share};
+    size_t entries = (size_t)moe->N * moe->plan.K, row_bytes = c->dim * sizeof(real_t);
+    bool soft = moe->plan.slots > 0;
+    reserve_plan(&moe->plan, plan_rows, arena);
+    reserve_pass(&moe->pass, soft ? entries : (size_t)moe->N * c->experts, arena);
+    if (moe->router->reserve) {
+        moe->router->reserve(&moe->pass, arena);
+    }
+    if (soft) {
+        arena_reserve(arena, (void **)&moe->out_rows, plan_rows * row_bytes, MEMORY_ACTIVATIONS);
+    }
+    const int64_t *step = &context->host_step->number;
+    int rows = exchange_reserve(&moe->exchange, &moe->plan, plan_rows, config, layer, step, &size->exchange, arena);
+    grow(&size->rows, rows);
+    grow(&size->slot_rows, soft && exchange_travels(&moe->exchange) ? plan_rows : 0);
+    grow(&size->entries, entries);
+    size->soft |= soft;
+    return rows;
+}
+
 void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const RouterContext *context, int site,
                  ScratchSize *size, Arena *arena) {
     const ModelConfig *c = &config->model;
     moe->N = N;
     moe->C = c->dim;
-    moe->layer = layer;
     moe->router = moe_is_routed(c, layer) ? router_find(c->router) : NULL;
     if (!moe->router) {
         moe->experts = expert_shape(c, 1, config_dense_width(c), N);
     } else {
-        moe->asked = moe->plan = plan_of(moe->router, c, N, context->T);
-        moe_set_dropless(moe, true); /* evaluation takes every entry */
-        int most_rows = moe->plan.rows > moe->asked.rows ? moe->plan.rows : moe->asked.rows;
-        moe_set_dropless(moe, false);
-        double share = 1.0 / ((double)context->routers * context->slices * context->ranks);
-        size_t rows = exchange_rows(most_rows);
-        moe->pass = (RouterPass){.N = N,
-                                 .C = c->dim,
-                                 .E = c->experts,
-                                 .K = c->top_k,
-                                 .renorm = c->renorm,
-                                 .site = site,
-                                 .config = config,
-                                 .context = context,
-                                 .aux_scale = config->train.aux_coef * share,
-                                 .z_scale = config->train.z_coef * share};
-        exchange_reserve(&moe->exchange, &moe->plan, rows, arena);
-        moe->experts = expert_shape(c, moe->exchange.experts, c->expert_dim, (int)rows);
-        size_t entries = (size_t)N * moe->plan.K;
-        reserve_plan(&moe->plan, most_rows, arena);
-        reserve_pass(&moe->pass, moe->plan.slots > 0 ? entries : (size_t)N * c->experts, arena);
-        if (moe->router->reserve) {
-            moe->router->reserve(&moe->pass, arena);
-        }
-        size_t row_bytes = c->dim * sizeof(real_t);
-        if (moe->plan.slots > 0) {
-            arena_reserve(arena, (void **)&moe->out_rows, rows * row_bytes, MEMORY_ACTIVATIONS);
-        }
-        if (exchange_travels(&moe->exchange)) {
-            arena_reserve(arena, (void **)&moe->in_rows, rows * row_bytes, MEMORY_ACTIVATIONS);
-        }
-        grow(&size->rows, rows);
-        grow(&size->plan_rows, most_rows);
-        grow(&size->entries, entries);
-        size->soft |= moe->plan.slots > 0;
+        int most = reserve_routing(moe, config, layer, context, site, size, arena);
+        moe->experts = expert_shape(c, moe->exchange.experts, c->expert_dim, most);
     }
     size_t rows = moe->experts.rows, width = experts_a_width(moe->experts);
     bool keep = config->train.recompute != RECOMPUTE_EXPERTS;
@@ -192,8 +195,12 @@ void moe_free(MoeLayer *moe) {
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena) {
     size_t row_bytes = size.rows * config->dim * sizeof(real_t);
-    bool copies = dispatch_copies() || size.soft || size.plan_rows < size.rows;
-    exchange_reserve_scratch(&scratch->exchange, size.plan_rows, size.rows, config->dim, arena);
+    bool copies = dispatch_copies() || size.soft || size.exchange.copies;
+    exchange_reserve_scratch(&scratch->exchange, size.exchange, config->dim, arena);
+    if (size.slot_rows > 0) {
+        arena_reserve(arena, (void **)&scratch->slot_rows, size.slot_rows * config->dim * sizeof(real_t),
+                      MEMORY_ACTIVATIONS);
+    }
     if (copies) {
         arena_reserve(arena, (void **)&scratch->in_rows, row_bytes, MEMORY_ACTIVATIONS);
     }
@@ -252,12 +259,6 @@ void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char
 
 /* ---- the layer ---- */
 
-/* What follows moves rows between ranks; part: for the line that a rank says which waits in vain. */
-static void begin_exchange(const MoeLayer *moe, const char *part, Profile *profile, Stream *stream) {
-    profile_stage(profile, STAGE_EXCHANGE, stream);
-    comm_at(moe->pass.context->host_step->number, moe->layer, part);
-}
-
 /* The router's losses and the statistics of what it did. */
 static void measure(MoeLayer *moe, acc_t *load, int *demand, Stream *stream) {
     RouterPass *pass = &moe->pass;
@@ -268,34 +269,13 @@ static void measure(MoeLayer *moe, acc_t *load, int *demand, Stream *stream) {
         moe->router->balance(pass, plan, stream);
     }
     probs_measure(load, pass->mean_prob, pass->probs, plan->N, plan->E, pass->K, stream);
-    plan_measure(load, plan, stream);
+    plan_measure(load, exchange_measured(&moe->exchange), stream);
     device_copy(demand, pass->demand, plan->E * sizeof(int), stream);
 }
 
 /* Rows that lie in x as they are. */
 static RowSource rows_of(const real_t *x) {
     return (RowSource){x, NULL, 0};
-}
-
-/* Rows of x (N,C) in the order of the plan: written out, to `to`, unless the experts fetch them by index. */
-static RowSource dispatch(const MoeLayer *moe, MoeScratch *scratch, real_t *to, const real_t *x, Stream *stream) {
-    const Plan *plan = &moe->plan;
-    to = exchange_outbox(&scratch->exchange, to);
-    if (plan->slots > 0) {
-        soft_dispatch_forward(to, x, plan, moe->C, stream);
-    } else if (exchange_travels(&moe->exchange)) {
-        dispatch_copy(to, x, plan, moe->C, stream);
-    } else {
-        return dispatch_forward(to, x, plan, moe->C, stream);
-    }
-    return rows_of(to);
-}
-
-/* Keeps rows that were made elsewhere. */
-static void keep(real_t *kept, const real_t *rows, size_t count, Stream *stream) {
-    if (kept != rows) {
-        device_copy(kept, rows, count * sizeof(real_t), stream);
-    }
 }
 
 /* Where a forward puts its pre-activations: where they are kept, or where all layers put theirs. */
@@ -313,6 +293,38 @@ static const real_t *a_again(const real_t *kept, MoeScratch *scratch, RowSource 
     return kept;
 }
 
+/* y from x by way of a sparse plan. */
+static void sparse_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, Profile *profile,
+                           Stream *stream) {
+    const Exchange *exchange = &moe->exchange;
+    RowSource rows = exchange_dispatch(exchange, &scratch->exchange, scratch->in_rows, x, true, profile, stream);
+    profile_stage(profile, STAGE_EXPERTS, stream);
+    experts_forward(scratch->out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2,
+                    exchange_experts(exchange)->offset, moe->experts, 0, stream);
+    exchange_combine(exchange, &scratch->exchange, y, scratch->out_rows, profile, stream);
+}
+
+/* Where a soft plan's rows stand: where experts have theirs, unless experts are on other ranks. */
+static real_t *slots_in(const MoeScratch *scratch, real_t *rows_of_experts) {
+    return scratch->slot_rows ? scratch->slot_rows : rows_of_experts;
+}
+
+/* The same by way of a soft plan: its slots are what the exchange takes for tokens. */
+static void soft_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, Profile *profile,
+                         Stream *stream) {
+    const Exchange *exchange = &moe->exchange;
+    real_t *slots = slots_in(scratch, scratch->in_rows);
+    real_t *made = exchange_travels(exchange) ? scratch->out_rows : moe->out_rows;
+    profile_stage(profile, STAGE_DISPATCH, stream);
+    soft_dispatch_forward(slots, x, &moe->plan, moe->C, stream);
+    RowSource rows = exchange_dispatch(exchange, &scratch->exchange, scratch->in_rows, slots, true, profile, stream);
+    profile_stage(profile, STAGE_EXPERTS, stream);
+    experts_forward(made, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, exchange_experts(exchange)->offset,
+                    moe->experts, 0, stream);
+    exchange_combine(exchange, &scratch->exchange, moe->out_rows, made, profile, stream);
+    soft_combine_forward(y, moe->out_rows, &moe->plan, moe->C, 0, stream);
+}
+
 void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, acc_t *load, int *demand,
                  Profile *profile, Stream *stream) {
     if (!moe->router) {
@@ -322,10 +334,6 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
         return;
     }
     Plan *plan = &moe->plan;
-    const Exchange *exchange = &moe->exchange;
-    bool soft = plan->slots > 0;
-    real_t *in_rows = moe->in_rows ? moe->in_rows : scratch->in_rows;
-    real_t *out_rows = soft ? moe->out_rows : scratch->out_rows;
     moe->pass.x = x;
     moe->pass.load = load;
     moe->pass.mean_prob = scratch->mean_prob;
@@ -333,25 +341,13 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     moe->router->forward(&moe->pass, plan, stream);
     profile_stage(profile, STAGE_PERMUTE, stream);
     plan_build(plan, stream);
-    begin_exchange(moe, "counts", profile, stream);
-    exchange_plan(&moe->exchange, plan, stream);
+    exchange_plan(&moe->exchange, &scratch->exchange, profile, stream);
     profile_stage(profile, STAGE_PERMUTE, stream);
     measure(moe, load, demand, stream);
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    RowSource rows = dispatch(moe, scratch, in_rows, x, stream);
-    begin_exchange(moe, "dispatch", profile, stream);
-    rows = exchange_there(exchange, &scratch->exchange, in_rows, rows, stream);
-    profile_stage(profile, STAGE_EXPERTS, stream);
-    experts_forward(out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, exchange->offset, moe->experts,
-                    0, stream);
-    begin_exchange(moe, "combine", profile, stream);
-    real_t *home = exchange_back(exchange, &scratch->exchange, out_rows, stream);
-    profile_stage(profile, STAGE_COMBINE, stream);
-    if (soft) {
-        keep(moe->out_rows, home, (size_t)plan->rows * moe->C, stream);
-        soft_combine_forward(y, home, plan, moe->C, 0, stream);
+    if (plan->slots > 0) {
+        soft_forward(moe, scratch, y, x, profile, stream);
     } else {
-        combine_forward(y, home, plan, moe->C, 0, stream);
+        sparse_forward(moe, scratch, y, x, profile, stream);
     }
     if (moe->shared.H > 0) {
         profile_stage(profile, STAGE_EXPERTS, stream);
@@ -360,14 +356,16 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     }
 }
 
-/* The experts' input again, where it was not kept: cheaper than keeping it for every layer. */
-static RowSource dispatch_again(const MoeLayer *moe, MoeScratch *scratch, const real_t *x, Profile *profile,
-                                Stream *stream) {
-    if (moe->in_rows) {
-        return rows_of(moe->in_rows);
-    }
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    return dispatch(moe, scratch, scratch->in_rows, x, stream);
+/* The gradients inside the experts: scratch->din_rows, drow_weight where there are weights, dw1 and dw2. rows: what
+ * they read. */
+static void inside_backward(MoeLayer *moe, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
+                            const acc_t *row_weight, int add_dw, Profile *profile, Stream *stream) {
+    const int *offset = exchange_experts(&moe->exchange)->offset;
+    profile_stage(profile, STAGE_EXPERTS, stream);
+    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, offset, moe->experts, stream);
+    experts_backward(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, moe->dw1, moe->dw2, scratch->h,
+                     scratch->da, dy_rows, rows, a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0, add_dw,
+                     stream);
 }
 
 /* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
@@ -375,44 +373,31 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
                           Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
     const Exchange *exchange = &moe->exchange;
+    real_t *dmade = slots_in(scratch, scratch->dy_rows), *dslots = slots_in(scratch, scratch->din_rows);
     profile_stage(profile, STAGE_COMBINE, stream);
-    real_t *outbox = exchange_outbox(&scratch->exchange, scratch->dy_rows);
-    soft_combine_backward(outbox, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
-    begin_exchange(moe, "combine backward", profile, stream);
-    RowSource dy_rows = exchange_there(exchange, &scratch->exchange, scratch->dy_rows, rows_of(outbox), stream);
-    RowSource rows = dispatch_again(moe, scratch, x, profile, stream);
-    profile_stage(profile, STAGE_EXPERTS, stream);
-    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, exchange->offset, moe->experts, stream);
-    experts_backward(scratch->din_rows, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows, rows, a, NULL,
-                     moe->w1, moe->w2, exchange->offset, moe->experts, 0, add_dw, stream);
-    begin_exchange(moe, "dispatch backward", profile, stream);
-    const real_t *home = exchange_back(exchange, &scratch->exchange, scratch->din_rows, stream);
+    soft_combine_backward(dmade, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
+    RowSource dy_rows =
+        exchange_dispatch(exchange, &scratch->exchange, scratch->dy_rows, dmade, false, profile, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
-    soft_dispatch_backward(dx, scratch->dmix, home, x, plan, moe->C, moe->shared.H > 0, stream);
+    real_t *slots = slots_in(scratch, scratch->in_rows);
+    soft_dispatch_forward(slots, x, plan, moe->C, stream); /* again: cheaper than keeping it for every layer */
+    RowSource rows = exchange_dispatch_again(exchange, scratch->in_rows, slots, profile, stream);
+    inside_backward(moe, scratch, dy_rows, rows, NULL, add_dw, profile, stream);
+    exchange_dispatch_backward(exchange, &scratch->exchange, dslots, scratch->din_rows, 0, profile, stream);
+    soft_dispatch_backward(dx, scratch->dmix, dslots, x, plan, moe->C, moe->shared.H > 0, stream);
 }
 
 /* The same by way of a sparse plan. */
 static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x,
                             int add_dw, Profile *profile, Stream *stream) {
-    const Plan *plan = &moe->plan;
     const Exchange *exchange = &moe->exchange;
-    profile_stage(profile, STAGE_COMBINE, stream);
-    RowSource dy_rows = dispatch(moe, scratch, scratch->dy_rows, dy, stream); /* the backward of combine */
-    begin_exchange(moe, "combine backward", profile, stream);
-    dy_rows = exchange_there(exchange, &scratch->exchange, scratch->dy_rows, dy_rows, stream);
-    const acc_t *weights = exchange_weights_there(exchange, &scratch->exchange, plan, stream);
-    RowSource rows = dispatch_again(moe, scratch, x, profile, stream);
-    profile_stage(profile, STAGE_EXPERTS, stream);
-    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, exchange->offset, moe->experts, stream);
-    experts_backward(scratch->din_rows, scratch->drow_weight, moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows,
-                     rows, a, weights, moe->w1, moe->w2, exchange->offset, moe->experts, 0, add_dw, stream);
-    begin_exchange(moe, "dispatch backward", profile, stream);
-    const real_t *home = exchange_back(exchange, &scratch->exchange, scratch->din_rows, stream);
-    const acc_t *dweights = exchange_weights_back(exchange, &scratch->exchange, scratch->drow_weight, stream);
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    dispatch_backward(dx, home, plan, moe->C, moe->shared.H > 0, stream);
-    profile_stage(profile, STAGE_ROUTE, stream);
-    plan_weight_backward(scratch->dweight, dweights, plan, stream);
+    ExchangeScratch *wire = &scratch->exchange;
+    /* The backward of combine is a dispatch of dy; the experts' input again is cheaper than kept for every layer. */
+    RowSource dy_rows = exchange_dispatch(exchange, wire, scratch->dy_rows, dy, false, profile, stream);
+    RowSource rows = exchange_dispatch_again(exchange, scratch->in_rows, x, profile, stream);
+    inside_backward(moe, scratch, dy_rows, rows, exchange_experts(exchange)->row_weight, add_dw, profile, stream);
+    exchange_dispatch_backward(exchange, wire, dx, scratch->din_rows, moe->shared.H > 0, profile, stream);
+    exchange_weight_backward(exchange, wire, scratch->dweight, scratch->drow_weight, profile, stream);
 }
 
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,

@@ -18,7 +18,7 @@
 #include "router.h"
 
 typedef struct {
-    int N, C, layer;
+    int N, C;
     const Router *router; /* NULL: a dense layer, no plan, no pass */
     RouterPass pass;
     Plan plan;
@@ -32,11 +32,11 @@ typedef struct {
     real_t *a;        /* (rows, 2H or H) of the experts before the activation; NULL: made again in scratch->a */
     real_t *shared_a; /* (N, ..) of the shared ones; likewise */
     real_t *out_rows; /* (rows,C) what the experts made; kept with a soft plan alone */
-    real_t *in_rows;  /* (rows,C) what the experts read; kept where it came from other ranks, else NULL */
 } MoeLayer;
 
 /* Buffers that all layers take turns in. */
 typedef struct {
+    real_t *slot_rows;  /* (rows of the plan, C) a soft plan's where the experts are on other ranks; else NULL */
     real_t *in_rows;    /* (rows,C) what the experts read; NULL where they fetch it by index (dispatch.h) */
     real_t *out_rows;   /* (rows,C) forward: what the experts made of it */
     real_t *din_rows;   /* (rows,C) backward: the gradient of in_rows; the same memory as out_rows */
@@ -51,9 +51,10 @@ typedef struct {
     ExchangeScratch exchange;
 } MoeScratch;
 
-/* What the layers need of those: rows of experts, rows of a plan, elements of h, elements of da, entries of a plan. */
+/* What the layers need of those: rows of experts, of soft plans that travel, elements of h, of da, entries of a plan. */
 typedef struct {
-    size_t rows, plan_rows, h, a, entries;
+    size_t rows, slot_rows, h, a, entries;
+    ExchangeSize exchange;
     bool soft, a_again;
 } ScratchSize;
 

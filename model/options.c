@@ -134,6 +134,12 @@ const Option option_table[] = {
     {"parallel", "ep", false, TYPE_INT, TRAIN(ep), "1", 1, 4096, "N",
      "ranks, started by mpirun, that hold the experts between them; more than these are data parallel"},
 
+    {"parallel", "exchange", false, TYPE_CHOICE, TRAIN(exchange), "flat", EXCHANGE_FLAT, 0,
+     "flat|bucketed|dedup|padded",
+     "how rows travel: one per choice, sorted on arrival; one per token and rank; fixed sizes"},
+    {"parallel", "exchange-rows", false, TYPE_INT, TRAIN(exchange_rows), "0", 0, 1 << 30, "N",
+     "rows of a padded message; what does not fit is dropped and counted; 0: all fit"},
+
     {"output", "out", false, TYPE_TEXT, TRAIN(out), "runs/default", 0, TEXT, "DIR",
      "the run's directory: config.json, log.jsonl, checkpoint/, report.html"},
     {"output", "sample", false, TYPE_INT, TRAIN(sample), "0", 0, 1048576, "N",

@@ -87,6 +87,28 @@ test_layouts() {
     everywhere --layout padded
 }
 
+test_every_way_of_exchange() {
+    for way in bucketed dedup padded; do
+        everywhere --exchange $way
+        rm -rf one ranks_*
+    done
+}
+
+test_dedup_with_soft_and_chain() {
+    everywhere --exchange dedup --router soft --allow-leak
+    rm -rf one ranks_*
+    everywhere --exchange dedup --router coe --chain-steps 2
+}
+
+# Messages that are too small: what does not fit is counted, and the run goes on.
+test_small_messages_overflow() {
+    on 2 "${SHAPE[@]}" --ep 2 --exchange padded --exchange-rows 40
+    succeeds
+    check "nothing was dropped" grep -qE '"drop":0\.[0-9]*[1-9]' run/log.jsonl
+    on 2 "${SHAPE[@]}" --ep 2 --exchange padded --out enough
+    check "something was dropped" lacks '"drop":0\.[0-9]*[1-9]' enough/log.jsonl
+}
+
 test_dense() {
     everywhere --router dense
 }

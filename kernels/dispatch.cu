@@ -170,6 +170,9 @@ static void gather_rows(real_t *y, const real_t *rows, const float *weight, cons
 
 static void gather_sum(real_t *y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
                        cudaStream_t stream) {
+    if (plan->N == 0) {
+        return;
+    }
     if (!packs_fit(y, C) || !packs_fit(rows, C)) {
         gather_rows<false, 4>(y, rows, weight, plan, C, accumulate, stream);
     } else if (plan->K == 1) {

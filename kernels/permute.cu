@@ -398,7 +398,7 @@ void plan_build(Plan *plan, Stream *stream) {
                  plan->offset,
                  NULL};
     sort.tile_expert = plan->layout == LAYOUT_BLOCK ? plan->tile_expert : NULL;
-    bool limited = plan->capacity > 0 && plan->capacity < N; /* an expert is chosen by N tokens at most */
+    bool limited = plan->capacity > 0 && plan->capacity < N * K;
     if (limited && plan->drop == DROP_TOKEN) {
         sort.capacity = plan->capacity;
     } else if (limited) {
@@ -419,6 +419,9 @@ __global__ static void weight_backward_kernel(float *dweight, const float *drow_
 
 void plan_weight_backward(acc_t *dweight, const acc_t *drow_weight, const Plan *plan, Stream *stream) {
     int entries = plan->N * plan->K;
+    if (entries == 0) {
+        return;
+    }
     weight_backward_kernel<<<ceil_div(entries, 256), 256, 0, cuda_stream(stream)>>>(dweight, drow_weight, plan->row,
                                                                                     entries);
     CUDA_LAUNCHED();

@@ -9,7 +9,8 @@
  *     token n --expert[n*K+j]--> expert e:   row[n*K+j] = r,   entry[r] = n*K+j,
  *                                            offset[e] <= r < offset[e] + count[e]
  *
- * Where tokens choose, each has K entries. Where experts choose (expert choice, thresholds), a token has none to E:
+ * Where tokens choose, each has K entries, all with different experts (a plan of relay.h, whose experts are ranks, may
+ * name one several times). Where experts choose (expert choice, thresholds), a token has none to E:
  * then K = E, and an entry that is not there has the expert -1, the weight 0 and the row -1.
  *
  * Invariants:  sum_e demand[e] = entries that are there;  count[e] <= demand[e] (equal without a capacity);
@@ -52,7 +53,7 @@ typedef struct {
     Layout layout;
     DropPolicy drop;
     /* written by the router */
-    int *expert;   /* (N,K) chosen experts, best first, all different within a token; -1: no entry */
+    int *expert;   /* (N,K) chosen experts, best first; -1: no entry */
     acc_t *weight; /* (N,K) combine weights, not negative */
     /* written by plan_build */
     int *row;          /* (N,K) row of the entry, -1 where there is none or it was dropped */

@@ -1,14 +1,15 @@
 /* What leaves a rank, and what is said of it on the way.
  *
- * Experts are spread over R ranks, E/R neighbours on each. A row on its way between ranks belongs to two plans (plan.h):
+ * Experts are spread over R ranks, E/R neighbours on each. A row on its way between ranks belongs to two plans
+ * (plan.h):
  *
  *     out    the sender's: tokens of this rank to ranks. Its "experts" are the R ranks, its rows are sorted by rank
  *     in     the receiver's: rows that arrived to this rank's E/R experts. Its "tokens" are those rows
  *
  *     token --out--> row in rank order ~~~ wire ~~~> row in order of arrival --in--> row of an expert
  *
- * So dispatch, combine and their backwards are the same kernels twice, once on each side of the wire. With each row goes
- * a list of `width` notes: which of the receiver's experts it is for, and with which weight. Two ways to fill it:
+ * So dispatch, combine and their backwards are the same kernels twice, once on each side of the wire. With each row
+ * goes a list of `width` notes: which of the receiver's experts it is for, and with which weight. Two ways to fill it:
  *
  *     a row for each (token, expert)   width 1      a token with two experts on one rank travels twice
  *     a row for each (token, rank)     width K      .. travels once, and is handed out there

@@ -63,12 +63,13 @@ static int fixed_rows(const Config *config, const Plan *plan) {
 static void size_plans(Exchange *x, const Config *config) {
     const Plan *plan = x->plan;
     bool fixed = x->way == EXCHANGE_PADDED, once = x->way == EXCHANGE_DEDUP;
-    int per_rank = fixed ? fixed_rows(config, plan) : once ? plan->N : plan->N * plan->K;
+    int entries = plan->N * plan->K, once_rows = plan->N * (plan->K < x->ranks ? plan->K : x->ranks);
+    int per_rank = fixed ? fixed_rows(config, plan) : once ? plan->N : entries;
     x->width = once ? plan->K : 1;
     x->out = (Plan){.N = plan->N, .E = x->ranks, .K = plan->K};
     x->out.layout = fixed ? LAYOUT_PADDED : LAYOUT_COMPACT;
     x->out.capacity = fixed ? per_rank : 0;
-    x->out.rows = plan_rows(plan->N, x->ranks, plan->K, x->out.capacity, x->out.layout);
+    x->out.rows = fixed ? x->ranks * per_rank : once ? once_rows : entries;
     x->in = (Plan){.N = x->ranks * per_rank, .E = x->experts, .K = x->width};
     x->in.layout = config->model.layout == LAYOUT_BLOCK ? LAYOUT_BLOCK : LAYOUT_COMPACT;
     x->in.rows = plan_rows(x->in.N, x->experts, x->width, 0, x->in.layout);

@@ -14,15 +14,15 @@
  *     experts read them sorted by expert
  *       e0: a c d   e1: b e                            e2: a d e   e3: b c
  *
- * Each side has a plan of its own, `out` and `in` (kernels/relay.h): on both the rows are moved by the same dispatch and
- * combine as on one rank. Within an expert rows keep the order of the ranks, which is that of the tokens in the whole
- * batch, so the experts see what they would see on one rank.
+ * Each side has a plan of its own, `out` and `in` (kernels/relay.h): on both the rows are moved by the same dispatch
+ * and combine as on one rank. Within an expert rows keep the order of the ranks, which is that of the tokens in the
+ * whole batch, so the experts see what they would see on one rank.
  *
  * Ways to do it (--exchange):
  *     flat       a row per choice, in order of arrival; the experts' product finds its rows by index where it can
  *     bucketed   the same, and the receiver writes them out expert by expert first
- *     dedup      a row per token and rank; the receiver hands it to its experts, adds up what they make of it, weighted,
- *                and returns one row
+ *     dedup      a row per token and rank; the receiver hands it to its experts, adds up what they make of it,
+ *                weighted, and returns one row
  *     padded     as flat, in messages of a fixed size: nobody has to wait for the counts. What does not fit is dropped
  *                and counted (--exchange-rows)
  *
@@ -75,8 +75,8 @@ typedef struct {
 /* Refuses what cannot be spread over these ranks: one line for each. After comm_form_groups. */
 void exchange_check(const Config *config);
 
-/* Reserves for a layer, whose plan has its sizes, at most plan_rows rows; step must outlive it. Returns how many rows this rank's experts can
- * get at most. */
+/* Reserves for a layer, whose plan has its sizes, at most plan_rows rows; step must outlive it. Returns how many rows
+ * this rank's experts can get at most. */
 int exchange_reserve(Exchange *exchange, Plan *plan, int plan_rows, const Config *config, int layer,
                      const int64_t *step, ExchangeSize *size, Arena *arena);
 void exchange_free(Exchange *exchange);

@@ -51,7 +51,7 @@ typedef struct {
     ExchangeScratch exchange;
 } MoeScratch;
 
-/* What the layers need of those: rows of experts, of soft plans that travel, elements of h, of da, entries of a plan. */
+/* What the layers need of those: rows of experts, of soft plans that travel, elements of h and da, entries of plans. */
 typedef struct {
     size_t rows, slot_rows, h, a, entries;
     ExchangeSize exchange;

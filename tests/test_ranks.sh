@@ -94,6 +94,14 @@ test_every_way_of_exchange() {
     done
 }
 
+# More choices than ranks: several of a token's experts are on one rank.
+test_many_choices() {
+    for way in flat dedup padded; do
+        everywhere --exchange $way --top-k 5
+        rm -rf one ranks_*
+    done
+}
+
 test_dedup_with_soft_and_chain() {
     everywhere --exchange dedup --router soft --allow-leak
     rm -rf one ranks_*

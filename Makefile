@@ -13,7 +13,7 @@
 # Variables you may set on the command line, e.g. `make CC=clang OPENMP=0`:
 #     CC, ARCH (native), PRECISION (double: ./train in double; fp32: train_cuda in float, not bf16), CUDA_ARCHS,
 #     OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
-#     DEMO_OPTIONS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
+#     DEMO_OPTIONS, RANKS (of the demo, under mpirun), TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
 #     V (1: print commands)
 
 DEMO_DIR = runs/demo
@@ -130,8 +130,8 @@ NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
 
 BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev stb/stb_ds.h:libstb-dev pcre2.h:libpcre2-dev \
               utf8proc.h:libutf8proc-dev
-TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3 curl:curl \
-             $(if $(filter 0,$(MPI)),,mpi.h:libopenmpi-dev mpirun:openmpi-bin)
+MPI_NEEDS = $(if $(filter 0,$(MPI)),,mpi.h:libopenmpi-dev mpirun:openmpi-bin)
+TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3 curl:curl $(MPI_NEEDS)
 FUZZ_NEEDS = $(BUILD_NEEDS) clang:clang libfuzzer:libclang-rt-dev
 
 # Packages to install so that the headers in $1 can be included and its programs run; empty when all is there.
@@ -145,7 +145,7 @@ missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $
     esac >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
 
 .PHONY: setup setup-tests setup-fuzz toolchain
-setup: NEEDS = $(BUILD_NEEDS)
+setup: NEEDS = $(BUILD_NEEDS) $(if $(RANKS),$(MPI_NEEDS))
 setup-tests: NEEDS = $(TEST_NEEDS)
 setup-fuzz: NEEDS = $(FUZZ_NEEDS)
 setup setup-tests setup-fuzz:
@@ -276,13 +276,18 @@ endif
 
 # ---- demo, tests, benchmark
 
+# With RANKS=4 the demo runs on four ranks, which hold the experts between them and share what cores there are.
+MPIRUN = $(if $(RANKS),mpirun -n $(RANKS) --oversubscribe --bind-to none --quiet $(if $(filter 0,$(shell id -u)),\
+         --allow-run-as-root) )
+DEMO_OPTIONS += $(if $(RANKS),--ep $(RANKS))
+
 # Each step is a make of its own: after setup has installed a compiler, the next make finds it.
 .PHONY: demo test check fuzz bench format clean
 DEMO_PROGRAM = $(if $(filter-out 0,$(CUDA)),$(CUDA_PROGRAM),train)
 demo: $(filter no_cuda,$(DEMO_PROGRAM))
 	@$(MAKE) setup
 	@$(MAKE) $(DEMO_PROGRAM)
-	./$(DEMO_PROGRAM) $(DEMO_OPTIONS)
+	$(MPIRUN)./$(DEMO_PROGRAM) $(DEMO_OPTIONS)
 	@echo "report: $(DEMO_DIR)/report.html (open it in a browser)"
 
 # A test with a line "// build: double" is for the double build alone, one with "// build: both" is built twice.

@@ -64,7 +64,8 @@ static void print_ranks(const Config *config, const Transformer *model) {
     enum { SHOWN = 16 };
     int ranks = comm_ranks(GROUP_WORLD), ep = comm_ranks(GROUP_EXPERTS);
     int experts = config->model.experts / ep, B = model->B;
-    printf("ranks    %d; %d hold the experts between them (--ep %d), %d times over\n", ranks, ep, ep, ranks / ep);
+    printf("ranks    %d: %d %s of %d that hold%s the experts between them (--ep %d)\n", ranks, ranks / ep,
+           ranks > ep ? "groups" : "group", ep, ranks > ep ? "" : "s", ep);
     for (int r = 0; r < ranks && r < SHOWN; r++) {
         printf("rank %-3d sequences %d to %d of every %d", r, r * B, (r + 1) * B - 1, ranks * B);
         if (model->moe_count > 0) {

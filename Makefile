@@ -13,8 +13,8 @@
 # Variables you may set on the command line, e.g. `make CC=clang OPENMP=0`:
 #     CC, ARCH (native), PRECISION (double: ./train in double; fp32: train_cuda in float, not bf16), CUDA_ARCHS,
 #     OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
-#     DEMO_OPTIONS, RANKS (of the demo, under mpirun), TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
-#     V (1: print commands)
+#     DEMO_OPTIONS, RANKS (of the demo, under mpirun), TESTS (names of tests to run), SANITIZE (0: leave the sanitized
+#     tests out), FUZZ_SECONDS (each), V (1: print commands)
 
 DEMO_DIR = runs/demo
 DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-batches 16 --sample 160

@@ -235,6 +235,7 @@ static void open_log(Run *run) {
 static void join_ranks(Run *run) {
     const Config *c = &run->config;
     char *options = config_to_json(c);
+    comm_set_patience(c->train.patience);
     comm_check_same(options, "options");
     free(options);
     comm_form_groups(c->train.ep);

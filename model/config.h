@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "../kernels/plan.h"
+#include "../kernels/wire.h"
 
 typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
 typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
@@ -73,8 +74,10 @@ typedef struct {
     int upcycle;
     /* parallel */
     int ep;
-    int exchange;      /* ExchangeWay */
-    int exchange_rows; /* of a padded message; 0: as many as there can be */
+    int exchange;        /* ExchangeWay */
+    double patience;     /* seconds that a rank waits for another */
+    int wire, wire_back; /* WireType of the forward's rows, of the backward's */
+    int exchange_rows;   /* of a padded message; 0: as many as there can be */
     /* output */
     char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT], export_gguf[CONFIG_TEXT];
     int sample; /* tokens to sample at the end, per prompt; 0: none */

@@ -10,6 +10,8 @@
 #include "../kernels/permute.h"
 #include "router.h"
 
+enum { FORWARD, BACKWARD }; /* legs of the wire */
+
 /* ---- options ---- */
 
 void exchange_check(const Config *config) {
@@ -85,6 +87,8 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     *x = (Exchange){.way = config->train.exchange, .ranks = ranks, .E = E, .C = config->model.dim, .layer = layer};
     x->experts = E / ranks;
     x->step = step;
+    x->wire[FORWARD] = config->train.wire;
+    x->wire[BACKWARD] = config->train.wire_back;
     x->plan = plan;
     if (world > 1) {
         size_t told = (size_t)world * (E + ranks);
@@ -109,6 +113,9 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     reserve_plan(&x->in, arena);
     arena_reserve(arena, (void **)&x->kept, (size_t)x->in.N * x->C * sizeof(real_t), MEMORY_ACTIVATIONS);
     size->copies |= x->way == EXCHANGE_BUCKETED;
+    for (int leg = 0; leg < 2; leg++) {
+        grow(&size->row_bytes, x->wire[leg] == WIRE_SAME ? 0 : wire_row_bytes(x->wire[leg], x->C));
+    }
     grow(&size->out_rows, x->out.rows);
     grow(&size->in_rows, x->in.N);
     grow(&size->out_notes, (size_t)x->out.rows * x->width);
@@ -127,6 +134,10 @@ void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C
         size_t row = C * sizeof(real_t);
         arena_reserve(arena, (void **)&scratch->home, size.out_rows * row, MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->arrived, size.in_rows * row, MEMORY_ACTIVATIONS);
+        if (size.row_bytes > 0) {
+            arena_reserve(arena, &scratch->home_wire, size.out_rows * size.row_bytes, MEMORY_ACTIVATIONS);
+            arena_reserve(arena, &scratch->arrived_wire, size.in_rows * size.row_bytes, MEMORY_ACTIVATIONS);
+        }
         arena_reserve(arena, (void **)&scratch->home_note, size.out_notes * sizeof(RelayNote), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->arrived_note, size.in_notes * sizeof(RelayNote), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->home_dweight, size.out_notes * sizeof(acc_t), MEMORY_ACTIVATIONS);
@@ -154,6 +165,31 @@ static void there(const Exchange *x, void *arrived, const void *home, size_t row
 /* What was made of them, back. */
 static void back(const Exchange *x, void *home, const void *arrived, size_t row_bytes, Stream *stream) {
     comm_exchange(GROUP_EXPERTS, home, x->send, arrived, x->receive, row_bytes, stream);
+}
+
+/* Rows there, or back, in the type of that leg. */
+static void rows_there(const Exchange *x, ExchangeScratch *s, real_t *arrived, int leg, Stream *stream) {
+    WireType type = x->wire[leg];
+    size_t bytes = wire_row_bytes(type, x->C);
+    if (type == WIRE_SAME) {
+        there(x, arrived, s->home, bytes, stream);
+        return;
+    }
+    wire_pack(s->home_wire, s->home, type, x->send[x->ranks], x->C, stream);
+    there(x, s->arrived_wire, s->home_wire, bytes, stream);
+    wire_unpack(arrived, s->arrived_wire, type, x->receive[x->ranks], x->C, stream);
+}
+
+static void rows_back(const Exchange *x, ExchangeScratch *s, int leg, Stream *stream) {
+    WireType type = x->wire[leg];
+    size_t bytes = wire_row_bytes(type, x->C);
+    if (type == WIRE_SAME) {
+        back(x, s->home, s->arrived, bytes, stream);
+        return;
+    }
+    wire_pack(s->arrived_wire, s->arrived, type, x->receive[x->ranks], x->C, stream);
+    back(x, s->home_wire, s->arrived_wire, bytes, stream);
+    wire_unpack(s->home, s->home_wire, type, x->send[x->ranks], x->C, stream);
 }
 
 /* ---- the plans ---- */
@@ -242,7 +278,7 @@ RowSource exchange_dispatch(const Exchange *x, ExchangeScratch *scratch, real_t 
     if (exchange_travels(x)) {
         dispatch_copy(scratch->home, tokens, &x->out, x->C, stream);
         begin(x, keep ? "dispatch" : "combine backward", profile, stream);
-        there(x, arrived, scratch->home, x->C * sizeof(real_t), stream);
+        rows_there(x, scratch, arrived, keep ? FORWARD : BACKWARD, stream);
         profile_stage(profile, STAGE_DISPATCH, stream);
         tokens = arrived;
     }
@@ -272,7 +308,7 @@ void exchange_combine(const Exchange *x, ExchangeScratch *scratch, real_t *y, co
         dispatch_backward(scratch->arrived, rows, &x->in, x->C, 0, stream);
     }
     begin(x, "combine", profile, stream);
-    back(x, scratch->home, scratch->arrived, x->C * sizeof(real_t), stream);
+    rows_back(x, scratch, FORWARD, stream);
     profile_stage(profile, STAGE_COMBINE, stream);
     if (weighted_there) {
         dispatch_backward(y, scratch->home, &x->out, x->C, 0, stream);
@@ -292,7 +328,7 @@ void exchange_dispatch_backward(const Exchange *x, ExchangeScratch *scratch, rea
     }
     dispatch_backward(scratch->arrived, drows, &x->in, x->C, 0, stream);
     begin(x, "dispatch backward", profile, stream);
-    back(x, scratch->home, scratch->arrived, x->C * sizeof(real_t), stream);
+    rows_back(x, scratch, BACKWARD, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
     dispatch_backward(dx, scratch->home, &x->out, x->C, accumulate, stream);
 }

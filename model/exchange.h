@@ -30,6 +30,8 @@
  * linearity the backward of the way there is the way back, and the other way round; the gate's gradient comes back as
  * one number per choice.
  *
+ * On the wire rows may have fewer bits than where they are computed with (--wire, --wire-back; kernels/wire.h).
+ *
  * A group of one rank moves and copies nothing: `in` is the router's plan.
  */
 #ifndef MODEL_EXCHANGE_H
@@ -38,6 +40,7 @@
 #include "../kernels/device.h"
 #include "../kernels/plan.h"
 #include "../kernels/relay.h"
+#include "../kernels/wire.h"
 #include "config.h"
 
 /* One layer's; saved by the forward for its backward. */
@@ -46,6 +49,7 @@ typedef struct {
     int ranks, E, C;     /* ranks of the group */
     int experts;         /* of this rank */
     int width;           /* notes with each row (relay.h) */
+    WireType wire[2];    /* of rows in the forward, and in the backward */
     int layer;           /* .. */
     const int64_t *step; /* .. for the line that a rank says which waits in vain */
     Plan *plan;          /* what is exchanged: the router's plan, or */
@@ -62,6 +66,7 @@ typedef struct {
 /* Buffers that all layers take turns in; NULL with one rank. */
 typedef struct {
     real_t *home, *arrived;                /* (out rows, C), (in rows, C) */
+    void *home_wire, *arrived_wire;        /* the same, packed; NULL where rows travel as they are */
     RelayNote *home_note, *arrived_note;   /* (out rows, width), (in rows, width) */
     acc_t *home_dweight, *arrived_dweight; /* likewise */
 } ExchangeScratch;
@@ -69,7 +74,8 @@ typedef struct {
 /* What the layers need of those. */
 typedef struct {
     size_t out_rows, in_rows, out_notes, in_notes;
-    bool copies; /* whether some way writes out the experts' rows, on every device */
+    size_t row_bytes; /* on the wire, the most; 0: as they are */
+    bool copies;      /* whether some way writes out the experts' rows, on every device */
 } ExchangeSize;
 
 /* Refuses what cannot be spread over these ranks: one line for each. After comm_form_groups. */

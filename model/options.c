@@ -137,6 +137,12 @@ const Option option_table[] = {
     {"parallel", "exchange", false, TYPE_CHOICE, TRAIN(exchange), "flat", EXCHANGE_FLAT, 0,
      "flat|bucketed|dedup|padded",
      "how rows travel: one per choice, sorted on arrival; one per token and rank; fixed sizes"},
+    {"parallel", "wire", false, TYPE_CHOICE, TRAIN(wire), "same", WIRE_SAME, 0, "same|fp32|bf16|fp16|fp8",
+     "rows on their way in the forward: as they are stored, or rounded; fp8 with a scale for each row"},
+    {"parallel", "wire-back", false, TYPE_CHOICE, TRAIN(wire_back), "same", WIRE_SAME, 0, "same|fp32|bf16|fp16|fp8",
+     "the same for the backward"},
+    {"parallel", "patience", false, TYPE_REAL, TRAIN(patience), "600", 0.1, 1e6, "SECONDS",
+     "how long a rank waits for another before all of them end"},
     {"parallel", "exchange-rows", false, TYPE_INT, TRAIN(exchange_rows), "0", 0, 1 << 30, "N",
      "rows of a padded message; what does not fit is dropped and counted; 0: all fit"},
 

@@ -2,6 +2,7 @@
 """Whether two runs are the same but for rounding: every step's figures, then weights and moments of the checkpoint.
 
     ranks_compare.py RUN OTHER                 the figures within 1e-5 of each other, relative; tensors by relative L2
+    ranks_compare.py --losses TOLERANCE RUN OTHER      the losses alone
     ranks_compare.py --file A B                two safetensors files alone
 
 Prints the worst of each and exits with 1 where one is too far apart. Standard library only. Used by test_ranks.sh.
@@ -54,16 +55,16 @@ def compare_files(a, b):
     return {name: relative_l2(a[name], b[name]) for name in a}
 
 
-def compare_steps(run, other):
+def compare_steps(run, other, keys=KEYS):
     a, b = steps(run), steps(other)
     if not a or len(a) != len(b) or any(x["step"] != y["step"] for x, y in zip(a, b)):
         return {"steps": math.inf}
     worst = {}
     for x, y in zip(a, b):
-        for key in KEYS:
+        for key in keys:
             if key in x or key in y:
                 worst[key] = max(worst.get(key, 0), distance(x.get(key), y.get(key)))
-        if x.get("counts") != y.get("counts"):
+        if keys is KEYS and x.get("counts") != y.get("counts"):
             worst["counts"] = math.inf
     return worst
 
@@ -77,6 +78,8 @@ def verdict(worst, tolerance):
 def main(arguments):
     if arguments[0] == "--file":
         return verdict(compare_files(*arguments[1:]), TENSORS)
+    if arguments[0] == "--losses":
+        return verdict(compare_steps(*arguments[2:], keys=["loss", "val_loss"]), float(arguments[1]))
     good = verdict(compare_steps(*arguments), FIGURES)
     for name in "model", "optimizer":
         paths = [f"{run}/checkpoint/{name}.safetensors" for run in arguments]

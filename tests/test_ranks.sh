@@ -108,6 +108,24 @@ test_dedup_with_soft_and_chain() {
     everywhere --exchange dedup --router coe --chain-steps 2
 }
 
+# Rounded on the way: close, and the closer the more bits there are; fp32 is what the CPU computes with.
+test_wire() {
+    run "${SHAPE[@]}" --out one
+    on 4 "${SHAPE[@]}" --ep 4 --wire fp32 --wire-back fp32 --out fp32
+    succeeds
+    same one fp32
+    for type in bf16 fp16 fp8; do
+        on 4 "${SHAPE[@]}" --ep 4 --wire $type --wire-back $type --exchange dedup --out $type
+        succeeds
+        is_sound $type
+        python3 "$HERE/ranks_compare.py" one $type >compared
+        check "$type rounds nothing" grep -q FAIL compared
+    done
+    check "fp8 is not close" python3 "$HERE/ranks_compare.py" --losses 2e-3 one fp8
+    check "bf16 is not close" python3 "$HERE/ranks_compare.py" --losses 3e-4 one bf16
+    check "fp16 is not close" python3 "$HERE/ranks_compare.py" --losses 1e-4 one fp16
+}
+
 # Messages that are too small: what does not fit is counted, and the run goes on.
 test_small_messages_overflow() {
     on 2 "${SHAPE[@]}" --ep 2 --exchange padded --exchange-rows 40
@@ -212,12 +230,48 @@ test_ranks_with_other_options() {
     check "not one line of it" test "$(grep -c '^moelab: .*options' err)" = 1
 }
 
+# ranks_running: the process of each rank that runs below mpirun, $pid.
+ranks_running() {
+    pgrep -P "$pid" -x "$(basename "$TRAIN")"
+}
+
+# A rank that is stopped: the others say for whom they waited, where, and end; the checkpoint before is whole.
+test_stopped_rank() {
+    with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0 --save-every 20
+    "${MPIRUN[@]}" -n 4 "$TRAIN" "${arguments[@]}" --ep 4 --patience 1 >out 2>err &
+    pid=$!
+    wait_for run/checkpoint/manifest.json
+    stopped=$(ranks_running | sed -n 3p)
+    kill -STOP "$stopped"
+    (sleep 15 && kill -KILL "$stopped" 2>/dev/null) &
+    wait "$pid"
+    kill -KILL "$stopped" 2>/dev/null
+    check "nobody says for whom it waited" grep -qE '^moelab: rank [013] waited .* for rank 2 at step [0-9]+, ' err
+    run "${SHAPE[@]}" --init-from run --out after --steps 1
+    succeeds
+}
+
+# A rank that is killed: mpirun ends the others, and the checkpoint before is whole.
+test_killed_rank() {
+    with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0 --save-every 20
+    "${MPIRUN[@]}" -n 4 "$TRAIN" "${arguments[@]}" --ep 2 >out 2>err &
+    pid=$!
+    wait_for run/checkpoint/manifest.json
+    begin=$SECONDS
+    kill -KILL "$(ranks_running | tail -n 1)"
+    wait "$pid"
+    check "status $?" test $? != 0
+    check "took $((SECONDS - begin)) s to end" test $((SECONDS - begin)) -lt 20
+    run "${SHAPE[@]}" --init-from run --out after --steps 1
+    succeeds
+}
+
 test_term_to_one_rank_saves_on_all() {
     with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0
     "${MPIRUN[@]}" -n 2 "$TRAIN" "${arguments[@]}" --ep 2 >out 2>err &
     pid=$!
     wait_for run/log.jsonl
-    kill -TERM "$(pgrep -P "$pid" -x train | tail -n 1)"
+    kill -TERM "$(ranks_running | tail -n 1)"
     wait "$pid"
     check "no checkpoint" test -e run/checkpoint/manifest.json
     check "does not say how to go on" grep -q -- '--resume' out

@@ -295,7 +295,7 @@ static void queue_step(Run *run) {
 static void train_step(Run *run) {
     const TrainConfig *t = &run->config.train;
     Transformer *model = &run->model;
-    bool record = t->graph && !t->profile && !t->dump_routing[0];
+    bool record = t->graph && !t->profile && !t->dump_routing[0] && exchange_recordable(&run->config);
     int64_t waits = device_waits();
     model->profile = t->profile ? &run->profile : NULL;
     profile_start(model->profile, NULL);

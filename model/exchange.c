@@ -35,6 +35,10 @@ void exchange_check(const Config *config) {
     CHECK(!t->dump_routing[0], "--dump-routing writes the tokens of one rank, and %d were started", ranks);
 }
 
+bool exchange_recordable(const Config *config) {
+    return config->train.ep == 1 || config->train.exchange == EXCHANGE_PADDED;
+}
+
 /* ---- memory ---- */
 
 /* A sparse plan's arrays, by its sizes. */

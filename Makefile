@@ -279,7 +279,6 @@ endif
 # With RANKS=4 the demo runs on four ranks, which hold the experts between them and share what cores there are.
 MPIRUN = $(if $(RANKS),mpirun -n $(RANKS) --oversubscribe --bind-to none --quiet $(if $(filter 0,$(shell id -u)),\
          --allow-run-as-root) )
-DEMO_OPTIONS += $(if $(RANKS),--ep $(RANKS))
 
 # Each step is a make of its own: after setup has installed a compiler, the next make finds it.
 .PHONY: demo test check fuzz bench format clean
@@ -287,7 +286,7 @@ DEMO_PROGRAM = $(if $(filter-out 0,$(CUDA)),$(CUDA_PROGRAM),train)
 demo: $(filter no_cuda,$(DEMO_PROGRAM))
 	@$(MAKE) setup
 	@$(MAKE) $(DEMO_PROGRAM)
-	$(MPIRUN)./$(DEMO_PROGRAM) $(DEMO_OPTIONS)
+	$(MPIRUN)./$(DEMO_PROGRAM) $(if $(RANKS),--ep $(RANKS) )$(DEMO_OPTIONS)
 	@echo "report: $(DEMO_DIR)/report.html (open it in a browser)"
 
 # A test with a line "// build: double" is for the double build alone, one with "// build: both" is built twice.

@@ -140,7 +140,7 @@ test_foreign_mpirun() {
 
 test_built_without_mpi() {
     needs_mpi || return
-    local kernels=("$SOURCE"/kernels/{comm,check,checksum,arena,device}.c)
+    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device}.c)
     check "does not compile" "$CC" -std=gnu11 "$SOURCE/tests/comm_ranks.c" "${kernels[@]}" -lm -o comm_ranks
     PROGRAM=$PWD/comm_ranks
     ranks 2 results

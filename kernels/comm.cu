@@ -264,21 +264,20 @@ static void sum_few(Group group, acc_t *x, size_t count, cudaStream_t stream) {
     add_in_order(group, x, terms, count, count, stream);
 }
 
-/* Each rank adds up its share and sends it to all. x (ranks, share). */
+/* Each rank adds up its share and sends it to all. x (ranks, share), shares of whole packs. */
 static void sum_part(Group group, acc_t *x, size_t share, cudaStream_t stream) {
     int rank = comm_rank(group), ranks = comm_ranks(group);
     acc_t *mine = x + rank * share;
-    const size_t stride = (share + WIDTH - 1) / WIDTH * WIDTH;
-    acc_t *terms = (acc_t *)cuda_workspace((ranks * stride + WIDTH) * sizeof *x) + past_pack(mine);
+    acc_t *terms = (acc_t *)cuda_workspace((ranks * share + WIDTH) * sizeof *x) + past_pack(mine);
     open_messages();
     for (int r = 0; r < ranks; r++) {
         if (r != rank) {
-            receive_from(group, r, terms + r * stride, share * sizeof *x, stream);
+            receive_from(group, r, terms + r * share, share * sizeof *x, stream);
             send_to(group, r, x + r * share, share * sizeof *x, stream);
         }
     }
     close_messages();
-    add_in_order(group, mine, terms, stride, share, stream);
+    add_in_order(group, mine, terms, share, share, stream);
     gather(group, x, mine, share * sizeof *x, stream);
 }
 

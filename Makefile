@@ -308,7 +308,9 @@ ifneq ($(SANITIZE),0)
 TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(DOUBLE_TESTS:%=build/test-asan-double/%)
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
-PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks)
+PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
+                      $(if $(filter test_exchange.sh,$(TESTS)),build/exchange_ranks build/exchange_ranks_double \
+                      $(if $(filter 0,$(SANITIZE)),,build/exchange_ranks_asan))
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
@@ -340,8 +342,12 @@ build/bench_train: build/cpu/experiments/bench_train.o
 build/bench_layer: build/cpu/experiments/bench_layer.o
 build/hf_logits: build/cpu/tests/hf_logits.o
 build/comm_ranks: build/cpu/tests/comm_ranks.o
-build/bench_train build/bench_layer build/hf_logits build/comm_ranks: build/cpu/libmoelab.a
+build/exchange_ranks: build/cpu/tests/exchange_ranks.o
+build/bench_train build/bench_layer build/hf_logits build/comm_ranks build/exchange_ranks: build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
+
+build/exchange_ranks_%: build/%/tests/exchange_ranks.o build/%/libmoelab.a
+	$(Q)$(CC) $(FLAGS_$*) $^ $(LDFLAGS) $(LIBS) -o $@
 
 build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@

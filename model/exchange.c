@@ -65,17 +65,23 @@ static int fixed_rows(const Config *config, const Plan *plan) {
     return asked > 0 && asked < most ? asked : most;
 }
 
+/* Rows that leave a rank at most. Choices of one token may be for the same rank, so it is not plan_rows of the ranks.
+ */
+static int rows_out(const Exchange *x, const Plan *plan, int per_rank) {
+    int per_token = x->way == EXCHANGE_DEDUP && x->ranks < plan->K ? x->ranks : plan->K;
+    return x->way == EXCHANGE_PADDED ? x->ranks * per_rank : plan->N * per_token;
+}
+
 /* The sizes of the plans on both sides of the wire. */
 static void size_plans(Exchange *x, const Config *config) {
     const Plan *plan = x->plan;
     bool fixed = x->way == EXCHANGE_PADDED, once = x->way == EXCHANGE_DEDUP;
-    int entries = plan->N * plan->K, once_rows = plan->N * (plan->K < x->ranks ? plan->K : x->ranks);
-    int per_rank = fixed ? fixed_rows(config, plan) : once ? plan->N : entries;
+    int per_rank = fixed ? fixed_rows(config, plan) : once ? plan->N : plan->N * plan->K;
     x->width = once ? plan->K : 1;
     x->out = (Plan){.N = plan->N, .E = x->ranks, .K = plan->K};
     x->out.layout = fixed ? LAYOUT_PADDED : LAYOUT_COMPACT;
     x->out.capacity = fixed ? per_rank : 0;
-    x->out.rows = fixed ? x->ranks * per_rank : once ? once_rows : entries;
+    x->out.rows = rows_out(x, plan, per_rank);
     x->in = (Plan){.N = x->ranks * per_rank, .E = x->experts, .K = x->width};
     x->in.layout = config->model.layout == LAYOUT_BLOCK ? LAYOUT_BLOCK : LAYOUT_COMPACT;
     x->in.rows = plan_rows(x->in.N, x->experts, x->width, 0, x->in.layout);

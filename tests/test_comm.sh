@@ -7,8 +7,7 @@
 #     RANKS="1 2 4"                    how many ranks; the last is the most, and with GPUs there must be so many
 #     HUGE=1                           also a message of more than 2^31 bytes: 10 GiB of memory must be free
 #
-# Where there is no mpirun, or the build is without MPI, the tests that need it are skipped. More ranks than cores are
-# fine. Called by run_tests.sh and cuda.sh. Read next: cli_checks.sh, comm_ranks.c.
+# Called by run_tests.sh and cuda.sh. Read next: rank_checks.sh, comm_ranks.c.
 # shellcheck disable=SC2015  # in A && B || C, B ends alike
 PROGRAM=${PROGRAM:-build/comm_ranks}
 case $PROGRAM in
@@ -16,33 +15,14 @@ case $PROGRAM in
 *) variant=cpu soon=15 ;;
 esac
 TRAIN=$PROGRAM # the program that cli_checks.sh looks for
-# shellcheck source=tests/cli_checks.sh
-. "$(dirname "$0")/cli_checks.sh"
-
 SOURCE=$PWD
-PROGRAM=$TRAIN
 RANKS=${RANKS:-1 2 4}
 MOST=${RANKS##* }
 LAST=$((MOST - 1))
 CC=${CC:-gcc}
-# Of Open MPI: ranks may share cores and may be root's. Messages between processes are copied through shared memory,
-# because containers often forbid a process to read another's.
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_mpi_yield_when_idle=1
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
-
-grep -q -e -DUSE_MPI "build/$variant/flags" 2>/dev/null && command -v mpirun >/dev/null || NO_MPI=1
-
-# ranks COUNT MODE [ARGUMENT]: output is in the files `out` and `err`, the exit status in $status, seconds in $seconds.
-ranks() {
-    local begin=$SECONDS
-    timeout 120 mpirun -n "$1" "$PROGRAM" "${@:2}" </dev/null >out 2>err
-    status=$?
-    seconds=$((SECONDS - begin))
-}
-
-needs_mpi() {
-    [ -z "${NO_MPI:-}" ] || { skip "no mpirun, or built without MPI"; return 1; }
-}
+# shellcheck source=tests/rank_checks.sh
+. "$(dirname "$0")/rank_checks.sh"
+PROGRAM=$TRAIN
 
 needs_several() {
     needs_mpi && { [ "$MOST" -gt 1 ] || { skip "one rank"; return 1; }; }
@@ -50,14 +30,6 @@ needs_several() {
 
 has_gpus() {
     [ $variant = cuda ]
-}
-
-# all_ranks_expect COUNT: each rank found everything as expected.
-all_ranks_expect() {
-    succeeds
-    for ((r = 0; r < $1; r++)); do
-        check "rank $r of $1 did not get through" grep -q "^rank $r of $1: all as expected\$" out
-    done
 }
 
 # one_line PATTERN: all ranks ended soon, with one line of moelab's that matches; mpirun adds lines of its own.

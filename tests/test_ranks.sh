@@ -73,6 +73,14 @@ test_switch() {
     everywhere --router top1 --act gelu --tie 1
 }
 
+# Several of a token's experts are on one rank.
+test_more_choices_than_ranks() {
+    run "${SHAPE[@]}" --top-k 5 --out one
+    on 2 "${SHAPE[@]}" --top-k 5 --ep 2 --out two
+    succeeds
+    same one two
+}
+
 test_sigmoid_moves_its_bias_by_all_tokens() {
     everywhere --router sigmoid --shared-experts 1 --aux-coef 0.01
 }

@@ -333,18 +333,21 @@ bench: build/bench_train
 # Programs of the tests and experiments that are built on demand: build/NAME, and build/NAME_cuda for a GPU.
 build/bench_train: build/cpu/experiments/bench_train.o
 build/bench_layer: build/cpu/experiments/bench_layer.o
+build/bench_alltoall: build/cpu/experiments/bench_alltoall.o build/cpu/experiments/scale_rows.o
 build/hf_logits: build/cpu/tests/hf_logits.o
 build/comm_ranks: build/cpu/tests/comm_ranks.o
-build/bench_train build/bench_layer build/hf_logits build/comm_ranks: build/cpu/libmoelab.a
+build/bench_train build/bench_layer build/bench_alltoall build/hf_logits build/comm_ranks: build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
 build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
-$(foreach name,tests/parity experiments/bench_train experiments/bench_layer tests/hf_logits,\
-    $(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
+$(foreach name,tests/parity experiments/bench_train experiments/bench_layer experiments/bench_alltoall \
+    tests/hf_logits,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
+build/bench_alltoall_cuda: build/cuda/experiments/scale_rows.o
 build/parity_cuda_fp32: build/cuda-fp32/tests/parity.o build/cuda-fp32/libmoelab.a
-$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda hf_logits_cuda):
+$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_alltoall_cuda \
+    hf_logits_cuda):
 	$(Q)$(LINK_CUDA) -o $@
 
 # The rungs of experiments/ladder, each one file: build/ladder/LADDER_level_N_NAME. experiments/ladder/run.sh runs them.

@@ -5,41 +5,13 @@
 #
 #     HUGE=1    also a message of more than 2^31 bytes, for which 5 GiB of memory must be free
 #
-# Where there is no mpirun, or the build is without MPI, the tests that need it are skipped. More ranks than cores are
-# fine. Called by run_tests.sh. Read next: cli_checks.sh, comm_ranks.c.
+# Called by run_tests.sh. Read next: rank_checks.sh, comm_ranks.c.
 # shellcheck disable=SC2015  # in A && B || C, B ends alike
-# shellcheck source=tests/cli_checks.sh
-. "$(dirname "$0")/cli_checks.sh"
-
 SOURCE=$PWD
 PROGRAM=$SOURCE/build/comm_ranks
 CC=${CC:-gcc}
-# Of Open MPI: ranks may share cores and may be root's. Messages between processes are copied through shared memory,
-# because containers often forbid a process to read another's.
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_mpi_yield_when_idle=1
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
-
-grep -q -e -DUSE_MPI build/cpu/flags 2>/dev/null && command -v mpirun >/dev/null || NO_MPI=1
-
-# ranks COUNT MODE [ARGUMENT]: output is in the files `out` and `err`, the exit status in $status, seconds in $seconds.
-ranks() {
-    local begin=$SECONDS
-    timeout 60 mpirun -n "$1" "$PROGRAM" "${@:2}" </dev/null >out 2>err
-    status=$?
-    seconds=$((SECONDS - begin))
-}
-
-needs_mpi() {
-    [ -z "${NO_MPI:-}" ] || { skip "no mpirun, or built without MPI"; return 1; }
-}
-
-# all_ranks_expect COUNT: each rank found everything as expected.
-all_ranks_expect() {
-    succeeds
-    for ((r = 0; r < $1; r++)); do
-        check "rank $r of $1 did not get through" grep -q "^rank $r of $1: all as expected\$" out
-    done
-}
+# shellcheck source=tests/rank_checks.sh
+. "$(dirname "$0")/rank_checks.sh"
 
 # one_line PATTERN: all ranks ended soon, with one line of moelab's that matches; mpirun adds lines of its own.
 one_line() {
@@ -52,8 +24,7 @@ one_line() {
 # ---- what goes well
 
 test_alone() {
-    "$PROGRAM" results >out 2>err
-    status=$?
+    alone results
     all_ranks_expect 1
 }
 

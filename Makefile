@@ -304,11 +304,13 @@ ifneq ($(SANITIZE),0)
 TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(DOUBLE_TESTS:%=build/test-asan-double/%)
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
-PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks)
+PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
+                      $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall)
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
-             build/parity_cpu build/parity_cuda build/parity_cuda_fp32 build/bench_layer_cuda build/bench_train_cuda))
+             build/parity_cpu build/parity_cuda build/parity_cuda_fp32 build/bench_layer_cuda build/bench_train_cuda \
+             build/bench_alltoall_cuda))
 
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
 test: $(if $(filter 1,$(CUDA)),$(filter no_cuda,$(CUDA_PROGRAM)))

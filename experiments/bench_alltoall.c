@@ -727,6 +727,8 @@ static void check_options(const Options *o) {
         known |= strcmp(o->way, WAYS[i].name) == 0;
     }
     CHECK(known, "--exchange %s: choose all, flat, bucketed, dedup, padded or padded+graph", o->way);
+    CHECK(strcmp(o->way, "padded+graph") != 0 || device_runs_ahead(),
+          "--exchange padded+graph needs a GPU: take padded");
     CHECK(o->repeats >= 1, "--repeats %d: give at least 1", o->repeats);
     CHECK(o->room >= 0, "--room %d: give at least 1 row, or 0 for the least that is enough", o->room);
 }

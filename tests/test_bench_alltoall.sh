@@ -110,7 +110,7 @@ test_check_notices() {
 
 test_refusals() {
     local wrong=('b9' '--exchange fastest' '--skew zipf:' '--sweep heads' '--shape 4,5,8,2' '--repeats 0' '--wire'
-                 '--skew empty' '--room -1' '--wire fp9')
+                 '--skew empty' '--exchange padded+graph' '--room -1' '--wire fp9')
     for arguments in "${wrong[@]}"; do
         # shellcheck disable=SC2086  # words
         alone $arguments

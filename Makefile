@@ -50,6 +50,11 @@ MPI_HEADER := $(shell printf '$(HASH)include <mpi.h>\n' | $(CC) $(CPPFLAGS) $(MP
 MPI_LIBS := $(if $(MPI_HEADER),$(filter -L% -l% -Wl%,$(call mpicc_says,link)))
 endif
 
+# With several GPUs ranks talk through NCCL. No NCCL_HEADER: no NCCL.
+ifneq ($(NCCL),0)
+NCCL_HEADER := $(firstword $(wildcard $(addsuffix /nccl.h,$(NVCC:bin/nvcc=include) /usr/local/include /usr/include)))
+endif
+
 # Not -Ofast or -ffast-math: with those isnan() is always false and a diverged run goes unnoticed.
 FLAGS_common = -std=gnu11 -g -Wall -Wextra -Wno-unused-parameter \
                -fno-math-errno -fno-trapping-math -ffp-contract=fast $(if $(ARCH),-march=$(ARCH)) \
@@ -66,7 +71,7 @@ FLAGS_cuda-fp32 = $(FLAGS_cpu)
 # when code uses wgmma.
 CUDA_ARCHS = "-gencode=arch=compute_80,code=[sm_80,compute_80]" -gencode=arch=compute_90a,code=sm_90a
 CUDA_WARNINGS = -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Wno-missing-field-initializers -Werror all-warnings
-FLAGS_nvcc = -O3 -std=c++17 -lineinfo $(CUDA_WARNINGS) $(CUDA_ARCHS)
+FLAGS_nvcc = -O3 -std=c++17 -lineinfo $(CUDA_WARNINGS) $(CUDA_ARCHS) $(if $(NCCL_HEADER),-DUSE_NCCL)
 FLAGS_nvcc-cuda = $(FLAGS_nvcc) -DREAL_BF16
 FLAGS_nvcc-cuda-fp32 = $(FLAGS_nvcc)
 
@@ -112,7 +117,7 @@ detect:
 	@echo "OpenMP  $(call found,$(OPENMP_VERSION),$(OPENMP)); one process uses all cores (OPENMP=0: one core)"
 	@echo "MPI     $(call found,$(MPI_VERSION),$(MPI)); ./train runs on several ranks (MPI=0: do without)"
 	@echo "CUDA    $(call found,$(CUDA_VERSION),$(CUDA)); $(CUDA_USE) (CUDA=0: do without)"
-	@echo "NCCL    $(call found,$(NCCL_VERSION),$(NCCL)); no program of this version uses it (NCCL=0: do without)"
+	@echo "NCCL    $(call found,$(NCCL_VERSION),$(NCCL)); train_cuda runs on several GPUs (NCCL=0: on one)"
 
 # $1 version, $2 override
 found = $(if $(filter 0,$2),off,$(if $1,found $1,not found))
@@ -122,7 +127,6 @@ MPIRUN_VERSION = $(shell mpirun --version 2>/dev/null | grep -o -m 1 '[0-9][0-9.
 MPI_VERSION = $(if $(MPI_LIBS),$(or $(MPIRUN_VERSION),without mpirun))
 CUDA_VERSION = $(if $(NVCC),$(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
 CUDA_USE = $(if $(CUDA_SOURCES),train_cuda runs on GPUs,no CUDA kernels in this version)
-NCCL_HEADER = $(firstword $(wildcard $(addsuffix /nccl.h,$(NVCC:bin/nvcc=include) /usr/local/include /usr/include)))
 NCCL_NUMBER = sed -n 's/.define NCCL_\(MAJOR\|MINOR\|PATCH\) //p' $(NCCL_HEADER) | paste -sd.
 NCCL_VERSION = $(if $(NCCL_HEADER),$(shell $(NCCL_NUMBER)))
 
@@ -259,7 +263,7 @@ $(foreach variant,cuda cuda-fp32,$(eval $(call CUDA_RULES,$(variant))) \
 # nvcc links: it knows where its own libraries are, but has words of its own for the linker's options.
 COMMA = ,
 LINK_CUDA = $(NVCC) $(CUDA_ARCHS) $(if $(OPENMP_DATE),-Xcompiler -fopenmp) $(filter %.o %.a,$^) $(LDFLAGS) -lcublas \
-            $(patsubst -Wl$(COMMA)%,-Xlinker %,$(LIBS))
+            $(if $(NCCL_HEADER),-lnccl) $(patsubst -Wl$(COMMA)%,-Xlinker %,$(LIBS))
 
 train_cuda: build/$(CUDA_VARIANT)/train.o build/$(CUDA_VARIANT)/libmoelab.a build/train_cuda.variant
 	@echo "LD  $@"
@@ -309,8 +313,8 @@ PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
-             build/parity_cpu build/parity_cuda build/parity_cuda_fp32 build/bench_layer_cuda build/bench_train_cuda \
-             build/bench_alltoall_cuda))
+             build/parity_cpu build/parity_cuda build/parity_cuda_fp32 build/comm_ranks_cuda build/bench_layer_cuda \
+             build/bench_train_cuda build/bench_alltoall_cuda))
 
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
 test: $(if $(filter 1,$(CUDA)),$(filter no_cuda,$(CUDA_PROGRAM)))
@@ -344,12 +348,12 @@ build/bench_train build/bench_layer build/bench_alltoall build/hf_logits build/c
 build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
-$(foreach name,tests/parity experiments/bench_train experiments/bench_layer experiments/bench_alltoall \
-    tests/hf_logits,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
+$(foreach name,tests/parity tests/hf_logits tests/comm_ranks experiments/bench_train experiments/bench_layer \
+    experiments/bench_alltoall,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
 build/bench_alltoall_cuda: build/cuda/experiments/scale_rows.o
 build/parity_cuda_fp32: build/cuda-fp32/tests/parity.o build/cuda-fp32/libmoelab.a
-$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_alltoall_cuda \
-    hf_logits_cuda):
+$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_alltoall_cuda hf_logits_cuda \
+    comm_ranks_cuda):
 	$(Q)$(LINK_CUDA) -o $@
 
 # The rungs of experiments/ladder, each one file: build/ladder/LADDER_level_N_NAME. experiments/ladder/run.sh runs them.

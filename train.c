@@ -40,7 +40,6 @@
 #include "model/transformer.h"
 #include "model/vocabulary.h"
 #include "model/watch.h"
-#include "model/whole.h"
 
 typedef struct {
     Config config;
@@ -160,23 +159,6 @@ static double *count_tokens(Run *run) {
     return frequency;
 }
 
-/* The weights of --init-from, this rank's part of them, over the initial ones in host. */
-static void import_part(Run *run, acc_t *host) {
-    const Config *c = &run->config;
-    const TensorList *list = &run->model.tensors;
-    TensorList whole = whole_tensors(&c->model);
-    acc_t *all = calloc(whole.total, sizeof(acc_t));
-    CHECK(all, "out of memory for %zu weights of --init-from", whole.total);
-    for (int t = 0; t < list->count; t++) { /* what is not in --init-from stays as it is */
-        const Tensor *part = &list->items[t];
-        memcpy(all + whole.items[t].offset + part->first, host + part->offset, part->count * sizeof(acc_t));
-    }
-    import_weights(all, &whole, &c->model, c->train.init_from, c->train.upcycle);
-    tensors_take_part(list, host, &whole, all);
-    tensors_free(&whole);
-    free(all);
-}
-
 static void open_model(Run *run) {
     const Config *c = &run->config;
     int slices = c->train.grad_accum, batch = c->train.batch / slices / comm_ranks(GROUP_WORLD);
@@ -196,7 +178,7 @@ static void open_model(Run *run) {
     double *frequency = count_tokens(run);
     transformer_init(&run->model, host, c->train.seed, frequency);
     if (c->train.init_from[0]) {
-        import_part(run, host);
+        import_part(host, &run->model.tensors, c);
     }
     transformer_load(&run->model, host);
     free(frequency);

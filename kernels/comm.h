@@ -1,6 +1,7 @@
 /* Ranks: processes that train one model together, and what they say to each other.
  *
- *     mpirun -n 4 ./train --ep 2     four ranks; without mpirun there is one, to whom everything here is the identity
+ *     mpirun -n 4 ./train --ep 2          four ranks; without mpirun there is one, to whom all of this is the identity
+ *     mpirun -n 4 ./train_cuda --ep 2     four ranks with a GPU each
  *
  *                 rank    0   1   2   3
  *     experts            (0   1) (2   3)     ep neighbours hold all experts between them, each 1/ep of them
@@ -13,7 +14,8 @@
  * repeats them. Arrays are on the device, unless a name says host.
  *
  * A rank that waits longer than comm_set_patience for others ends all of them with one line: for whom it waited and,
- * from comm_at, in which step, layer and part.
+ * from comm_at, in which step, layer and part. A rank with a GPU queues these calls as it queues kernels, and notices
+ * when it waits for its device.
  *
  *     comm_open();  comm_form_groups(ep);  ..  comm_close();
  */
@@ -77,7 +79,8 @@ void comm_check_same(const char *text, const char *what);
  * rank 0 and `from`. With `from` 0 a copy. */
 void comm_to_first(void *to, const void *mine, size_t bytes, int from);
 
-/* What this rank has sent to others so far, and the calls in which ranks sent anything to each other. */
+/* What this rank has sent to others so far, and the calls in which ranks sent anything to each other. Of recorded work
+ * (device.h) only the recording counts. */
 typedef struct {
     int64_t calls, messages, bytes;
 } CommCount;

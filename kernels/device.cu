@@ -2,7 +2,8 @@
  * only where it reads results (counted by device_waits).
  *
  * device_from_host does not wait either: data is copied into a ring of page-locked buffers, whose parts are used again
- * when the copies from them are long done.
+ * when the copies from them are long done. host_from_device goes through a buffer of that kind as well, for a copy to
+ * other memory waits in CUDA, and every wait here must see a rank that is gone (wait_for).
  *
  * The static variables are the device's own state, of which a process has one. Called by everything; read next:
  * arena.c, cuda.cuh.
@@ -11,6 +12,10 @@
 
 #include <nvtx3/nvToolsExt.h>
 #include <unistd.h>
+
+extern "C" {
+#include "comm_parts.h"
+}
 
 enum { RING_PARTS = 4, LAPS = 4096 };
 
@@ -28,6 +33,9 @@ static struct {
     size_t used; /* bytes of the current part */
 } ring;
 
+static char *landing;      /* one part more: where data arrives on the host */
+static cudaEvent_t queued; /* the last piece of work when the host began to wait */
+
 void device_open(int index, int sharers) {
     if (the_stream) {
         return;
@@ -39,13 +47,17 @@ void device_open(int index, int sharers) {
           CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     CHECK(error == cudaSuccess && count > 0, "no GPU was found (%s): use ./train on the CPU",
           cudaGetErrorString(error));
-    CHECK(index < count, "GPU %d was asked for, and there are %d: start fewer processes on this machine", index, count);
+    CHECK(sharers <= count,
+          "%d ranks were started on this machine, and they see %d GPU%s: start no more ranks on it than it has GPUs",
+          sharers, count, count == 1 ? "" : "s");
     CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
     CHECK(properties.major >= 8, "%s has compute capability %d.%d, and this program needs 8.0 (Ampere) or later",
           properties.name, properties.major, properties.minor);
     CUDA_CHECK(cudaSetDevice(index));
     CUDA_CHECK(cudaStreamCreateWithFlags(&the_stream, cudaStreamNonBlocking));
-    CUDA_CHECK(cudaHostAlloc((void **)&ring.memory, RING_PARTS * ring_part_bytes, cudaHostAllocDefault));
+    CUDA_CHECK(cudaHostAlloc((void **)&ring.memory, (RING_PARTS + 1) * ring_part_bytes, cudaHostAllocDefault));
+    landing = ring.memory + RING_PARTS * ring_part_bytes;
+    CUDA_CHECK(cudaEventCreateWithFlags(&queued, cudaEventDisableTiming));
     for (int i = 0; i < RING_PARTS; i++) {
         CUDA_CHECK(cudaEventCreateWithFlags(&ring.copied[i], cudaEventDisableTiming));
     }
@@ -140,9 +152,26 @@ KernelPath cuda_fastest_path(void) {
     return fastest_path;
 }
 
+/* Where there are several ranks the event may never come, so the host asks until it loses patience. */
+static void wait_for(cudaEvent_t event) {
+    if (comm_ranks(GROUP_WORLD) > 1) {
+        double begin = seconds_now();
+        while (cudaEventQuery(event) == cudaErrorNotReady) {
+            comm_check_waiting(begin);
+        }
+        cudaGetLastError(); /* not being ready is no error */
+    }
+    CUDA_CHECK(cudaEventSynchronize(event));
+}
+
+static void wait_for_queued(cudaStream_t stream) {
+    CUDA_CHECK(cudaEventRecord(queued, stream));
+    wait_for(queued);
+}
+
 void device_wait(Stream *stream) {
     waits++;
-    CUDA_CHECK(cudaStreamSynchronize(cuda_stream(stream)));
+    wait_for_queued(cuda_stream(stream));
 }
 
 int64_t device_waits(void) {
@@ -156,7 +185,7 @@ static char *ring_room(size_t bytes, cudaStream_t stream) {
         ring.part = (ring.part + 1) % RING_PARTS;
         ring.used = 0;
         if (cudaEventQuery(ring.copied[ring.part]) == cudaErrorNotReady) {
-            CUDA_CHECK(cudaEventSynchronize(ring.copied[ring.part])); /* the host is far ahead: no lost time */
+            wait_for(ring.copied[ring.part]); /* the host is far ahead: no lost time */
         }
         cudaGetLastError();
     }
@@ -176,8 +205,14 @@ void device_from_host(void *device, const void *host, size_t bytes, Stream *stre
 }
 
 void host_from_device(void *host, const void *device, size_t bytes, Stream *stream) {
-    CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda_stream(stream)));
-    device_wait(stream);
+    cudaStream_t s = cuda_stream(stream);
+    waits++;
+    for (size_t first = 0; first < bytes; first += ring_part_bytes) {
+        size_t count = bytes - first < ring_part_bytes ? bytes - first : ring_part_bytes;
+        CUDA_CHECK(cudaMemcpyAsync(landing, (const char *)device + first, count, cudaMemcpyDeviceToHost, s));
+        wait_for_queued(s);
+        memcpy((char *)host + first, landing, count);
+    }
 }
 
 void device_copy(void *out, const void *in, size_t bytes, Stream *stream) {
@@ -220,7 +255,7 @@ void readback_queued(Readback *readback, Stream *stream) {
 
 void readback_wait(Readback *readback) {
     waits++;
-    CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)readback->event));
+    wait_for((cudaEvent_t)readback->event);
     readback->bytes = 0;
 }
 
@@ -362,7 +397,7 @@ void profile_finish(Profile *profile) {
         return;
     }
     waits++;
-    CUDA_CHECK(cudaEventSynchronize(laps->event[laps->count - 1]));
+    wait_for(laps->event[laps->count - 1]);
     for (int i = 0; i + 1 < laps->count; i++) {
         float ms = 0;
         CUDA_CHECK(cudaEventElapsedTime(&ms, laps->event[i], laps->event[i + 1]));

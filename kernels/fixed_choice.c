@@ -32,51 +32,52 @@ void position_choice(int *expert, int start, int N, int T, int E, int K, Stream 
     }
 }
 
-void balanced_choice(int *expert, int N, int E, int K, Stream *stream) {
+void balanced_choice(int *expert, int start, int N, int E, int K, Stream *stream) {
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         for (int j = 0; j < K; j++) {
-            expert[(size_t)n * K + j] = (int)(((int64_t)n * K + j) % E);
+            expert[(size_t)n * K + j] = (int)((((int64_t)start + n) * K + j) % E);
         }
     }
 }
 
 /* -s ln(e+1) + Gumbel noise, the noise -ln(-ln u) with u in (0, 1]: never NaN, and +infinity at u = 1. */
-static double zipf_score(double s, uint64_t key, int n, int E, int e) {
+static double zipf_score(double s, uint64_t key, int64_t n, int E, int e) {
     double u = 1 - random_uniform(key, (uint64_t)n * (uint64_t)E + (uint64_t)e);
     return -s * log(e + 1.0) - log(-log(u));
 }
 
 /* Keeps the best so far in order and inserts. The scores of the few that a newcomer is compared with are computed
  * again, which is cheaper than memory for them. */
-void zipf_choice(int *expert, double s, const uint64_t *key, int N, int E, int K, Stream *stream) {
+void zipf_choice(int *expert, double s, const uint64_t *key, int start, int N, int E, int K, Stream *stream) {
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
+        int64_t token = (int64_t)start + n;
         int *best = expert + (size_t)n * K;
         double worst = -INFINITY; /* score of best[K-1] */
         for (int e = 0; e < E; e++) {
-            double score = zipf_score(s, *key, n, E, e);
+            double score = zipf_score(s, *key, token, E, e);
             if (e >= K && !(score > worst)) {
                 continue;
             }
             int j = e < K ? e : K - 1;
-            while (j > 0 && score > zipf_score(s, *key, n, E, best[j - 1])) {
+            while (j > 0 && score > zipf_score(s, *key, token, E, best[j - 1])) {
                 best[j] = best[j - 1];
                 j--;
             }
             best[j] = e;
-            worst = zipf_score(s, *key, n, E, best[e < K ? e : K - 1]);
+            worst = zipf_score(s, *key, token, E, best[e < K ? e : K - 1]);
         }
     }
 }
 
-void one_choice(int *expert, int N, int E, int K, Stream *stream) {
+void one_choice(int *expert, int start, int N, int E, int K, Stream *stream) {
 #pragma omp parallel for schedule(static) if (N > 1)
     for (int n = 0; n < N; n++) {
         int *chosen = expert + (size_t)n * K;
         chosen[0] = 0;
         for (int j = 1; j < K; j++) {
-            chosen[j] = 1 + (int)(((int64_t)n * (K - 1) + j - 1) % (E - 1));
+            chosen[j] = 1 + (int)((((int64_t)start + n) * (K - 1) + j - 1) % (E - 1));
         }
     }
 }

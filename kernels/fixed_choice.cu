@@ -52,8 +52,8 @@ void position_choice(int *expert, int start, int N, int T, int E, int K, Stream 
     CUDA_LAUNCHED();
 }
 
-void balanced_choice(int *expert, int N, int E, int K, Stream *stream) {
-    position_choice(expert, 0, N, N, E, K, stream);
+void balanced_choice(int *expert, int start, int N, int E, int K, Stream *stream) {
+    position_choice(expert, start, N, N, E, K, stream);
 }
 
 /* -s ln(e+1) + Gumbel noise, the noise -ln(-ln u) with u in (0, 1]: never NaN, and +infinity at u = 1. */
@@ -65,7 +65,7 @@ __device__ static double zipf_score(double s, uint64_t key, size_t n, int E, int
 /* Grid and warps replace the loop over tokens, lanes that over experts, whose scores wait in shared memory; taken ones
  * are NaN, which is above nothing. */
 __global__ static void __launch_bounds__(THREADS)
-    zipf_kernel(int *expert, double s, const uint64_t *key, int N, int E, int K) {
+    zipf_kernel(int *expert, double s, const uint64_t *key, int start, int N, int E, int K) {
     extern __shared__ double shared[]; /* (warps of the block, E) */
     const int lane = threadIdx.x % 32;
     const size_t n = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
@@ -74,7 +74,7 @@ __global__ static void __launch_bounds__(THREADS)
     }
     double *score = shared + (size_t)(threadIdx.x / 32) * E;
     for (int e = lane; e < E; e += 32) {
-        score[e] = zipf_score(s, *key, n, E, e);
+        score[e] = zipf_score(s, *key, start + n, E, e);
     }
     for (int j = 0; j < K; j++) {
         double best = -INFINITY;
@@ -100,25 +100,26 @@ __global__ static void __launch_bounds__(THREADS)
     }
 }
 
-void zipf_choice(int *expert, double s, const uint64_t *key, int N, int E, int K, Stream *stream) {
+void zipf_choice(int *expert, double s, const uint64_t *key, int start, int N, int E, int K, Stream *stream) {
     const int token_bytes = E * (int)sizeof(double), warps = min((int)WARPS, MOST_SHARED / token_bytes);
     assert(warps > 0);
-    zipf_kernel<<<ceil_div(N, warps), warps * 32, warps * token_bytes, cuda_stream(stream)>>>(expert, s, key, N, E, K);
+    zipf_kernel<<<ceil_div(N, warps), warps * 32, warps * token_bytes, cuda_stream(stream)>>>(expert, s, key, start, N,
+                                                                                              E, K);
     CUDA_LAUNCHED();
 }
 
 /* Grid and threads replace both loops, a thread for each entry (n, j). */
-__global__ static void __launch_bounds__(THREADS) one_kernel(int *expert, int N, int E, int K) {
+__global__ static void __launch_bounds__(THREADS) one_kernel(int *expert, int start, int N, int E, int K) {
     const size_t i = entry_index();
     if (i < (size_t)N * K) {
-        const int64_t n = i / K;
+        const int64_t n = start + (int64_t)(i / K);
         const int j = (int)(i % K);
         expert[i] = j == 0 ? 0 : 1 + (int)((n * (K - 1) + j - 1) % (E - 1));
     }
 }
 
-void one_choice(int *expert, int N, int E, int K, Stream *stream) {
-    one_kernel<<<entry_blocks((size_t)N * K), THREADS, 0, cuda_stream(stream)>>>(expert, N, E, K);
+void one_choice(int *expert, int start, int N, int E, int K, Stream *stream) {
+    one_kernel<<<entry_blocks((size_t)N * K), THREADS, 0, cuda_stream(stream)>>>(expert, start, N, E, K);
     CUDA_LAUNCHED();
 }
 

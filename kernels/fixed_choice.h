@@ -1,7 +1,7 @@
 /* Choices that nothing learned: controls and benchmarks. All are (N,K), K <= E, different within a token.
  *
  *     table      expert[n,j] = table[token_n, j]                                 (hash layers, arXiv 2106.04426)
- *     balanced   entry i of all N*K goes to expert i mod E                       equal loads; also "by position"
+ *     balanced   entry i of all goes to expert i mod E                           equal loads; also "by position"
  *     zipf       K distinct experts, drawn in turn with probability ~ (e+1)^-s of those left
  *                = the K largest of -s ln(e+1) + Gumbel noise
  *     one        expert 0 takes every token, the others share what is left of K  all-to-one
@@ -25,15 +25,17 @@ void balanced_table(acc_t *table, const double *frequency, uint64_t key, int V, 
 /* expert[n,j] = (position_n * K + j) mod E, position_n = start + n % T */
 void position_choice(int *expert, int start, int N, int T, int E, int K, Stream *stream);
 
-/* expert[n,j] = (n*K + j) mod E */
-void balanced_choice(int *expert, int N, int E, int K, Stream *stream);
+/* Of the next three the tokens are start .. start+N-1 of a batch, which several ranks may share: n' = start + n. */
 
-/* Best (largest noisy score) first; numbers from *key at index n*E + e. The key lies on the device, here and in
+/* expert[n,j] = (n'*K + j) mod E */
+void balanced_choice(int *expert, int start, int N, int E, int K, Stream *stream);
+
+/* Best (largest noisy score) first; numbers from *key at index n'*E + e. The key lies on the device, here and in
  * random_weights: a recorded step can be repeated with another. */
-void zipf_choice(int *expert, double s, const uint64_t *key, int N, int E, int K, Stream *stream);
+void zipf_choice(int *expert, double s, const uint64_t *key, int start, int N, int E, int K, Stream *stream);
 
-/* expert[n,0] = 0, expert[n,j] = 1 + (n*(K-1) + j-1) mod (E-1) */
-void one_choice(int *expert, int N, int E, int K, Stream *stream);
+/* expert[n,0] = 0, expert[n,j] = 1 + (n'*(K-1) + j-1) mod (E-1) */
+void one_choice(int *expert, int start, int N, int E, int K, Stream *stream);
 
 /* weight (N,K) = 1/K */
 void equal_weight(acc_t *weight, int N, int K, Stream *stream);

@@ -23,6 +23,7 @@
 #include "moe.h"
 #include "transformer.h"
 #include "vocabulary.h"
+#include "whole.h"
 
 enum { PATH_SIZE = CONFIG_TEXT + 64, LONGEST_CONFIG = 1 << 20 };
 
@@ -225,4 +226,18 @@ void import_weights(acc_t *host, const TensorList *tensors, const ModelConfig *m
               directory, extra->name, shape_text(text, extra->shape, extra->ndim));
     }
     close_source(&source);
+}
+
+void import_part(acc_t *host, const TensorList *tensors, const Config *config) {
+    TensorList whole = whole_tensors(&config->model);
+    acc_t *all = calloc(whole.total, sizeof(acc_t));
+    CHECK(all, "out of memory for %zu weights of --init-from", whole.total);
+    for (int t = 0; t < tensors->count; t++) { /* what is not in --init-from stays as it is */
+        const Tensor *part = &tensors->items[t];
+        memcpy(all + whole.items[t].offset + part->first, host + part->offset, part->count * sizeof(acc_t));
+    }
+    import_weights(all, &whole, &config->model, config->train.init_from, config->train.upcycle);
+    tensors_take_part(tensors, host, &whole, all);
+    tensors_free(&whole);
+    free(all);
 }

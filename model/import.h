@@ -26,4 +26,7 @@ void import_tokenizer(char tokenizer[CONFIG_TEXT], const Config *source, const c
 void import_weights(acc_t *host, const TensorList *tensors, const ModelConfig *model, const char *directory,
                     bool upcycle);
 
+/* The same for a rank that has a part of the tensors: what it has of the weights of --init-from. */
+void import_part(acc_t *host, const TensorList *tensors, const Config *config);
+
 #endif

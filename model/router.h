@@ -52,7 +52,7 @@ typedef struct {
     int T, start;
     int slice, slices; /* which of the step's forwards this is */
     int routers;       /* of the whole model */
-    int ranks;         /* which share the tokens of a batch equally: N here of ranks * N */
+    int rank, ranks;   /* which share the tokens of a batch equally: the rank-th N of ranks * N */
     uint64_t seed;
     bool training;         /* evaluation and generation draw no noise and leave running values alone */
     RouterStep *step;      /* on the device */

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 #include "../kernels/fixed_choice.h"
 #include "../kernels/topk.h"
 #include "softmax_gate.h"
@@ -56,6 +57,9 @@ static void check(const Config *config) {
     CHECK(force_of(model->force, &zipf) != FORCE_TRACE || strcmp(model->force, config->train.dump_routing) != 0,
           "--dump-routing %s would write over the trace that --force replays: name another file",
           config->train.dump_routing);
+    CHECK(force_of(model->force, &zipf) != FORCE_TRACE || comm_ranks(GROUP_WORLD) == 1,
+          "--force %s is the trace of one rank, and %d were started: start one, or take balanced, zipf:S or one",
+          model->force, comm_ranks(GROUP_WORLD));
     CHECK(force_of(model->force, &zipf) != FORCE_TRACE || access(model->force, R_OK) == 0,
           "--force %s: there is no such file to read (%s): it is balanced, zipf:S, one, or what --dump-routing wrote",
           model->force, strerror(errno));
@@ -106,17 +110,18 @@ static void replay(const RouterPass *p, int *expert, Stream *stream) {
 
 static void forward(RouterPass *p, Plan *plan, Stream *stream) {
     Own *own = p->own;
+    int start = p->context->rank * p->N;
     softmax_gate_scores(p, stream);
     if (own->force == FORCE_TRACE && !p->context->training) {
         topk_forward(p->probs, p->lse, plan->expert, plan->weight, p->logits, p->N, p->E, p->K, p->renorm, stream);
         return;
     }
     if (own->force == FORCE_BALANCED) {
-        balanced_choice(plan->expert, p->N, p->E, p->K, stream);
+        balanced_choice(plan->expert, start, p->N, p->E, p->K, stream);
     } else if (own->force == FORCE_ZIPF) {
-        zipf_choice(plan->expert, own->zipf, router_key(p), p->N, p->E, p->K, stream);
+        zipf_choice(plan->expert, own->zipf, router_key(p), start, p->N, p->E, p->K, stream);
     } else if (own->force == FORCE_ONE) {
-        one_choice(plan->expert, p->N, p->E, p->K, stream);
+        one_choice(plan->expert, start, p->N, p->E, p->K, stream);
     } else {
         replay(p, plan->expert, stream);
     }
@@ -134,7 +139,6 @@ const Router router_forced = {
     .summary = "where `--force` says (balanced, zipf:S, one, a recorded trace), weights learned: for benchmarks",
     .paper = "",
     .plan = PLAN_TOKENS_CHOOSE,
-    .one_rank = true,
     .learned = true,
     .renorm_default = 1,
     .aux_default = 0.01,

@@ -239,6 +239,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     model->context = (RouterContext){.T = model->T,
                                      .slices = slices,
                                      .routers = model->moe_count,
+                                     .rank = comm_rank(GROUP_WORLD),
                                      .ranks = comm_ranks(GROUP_WORLD),
                                      .seed = config->train.seed,
                                      .training = use == USE_TRAIN};

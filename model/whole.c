@@ -1,4 +1,4 @@
-/* See whole.h. Called by resume.c and export.c. */
+/* See whole.h. Called by resume.c, export.c and import.c. */
 #include "whole.h"
 
 #include <stdlib.h>

@@ -271,7 +271,7 @@ shard() {
 # is the script's.
 run_tests() {
     if [ ! -x "$TRAIN" ]; then
-        echo "there is no ./train here: run make first"
+        echo "there is no $TRAIN: run make first"
         echo "0 passed, 1 failed"
         exit 1
     fi

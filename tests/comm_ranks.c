@@ -3,10 +3,12 @@
  *
  *     mpirun -n 4 build/comm_ranks results       each rank ends with the line "rank 2 of 4: all as expected"
  *     mpirun -n 4 build/comm_ranks asleep 3      see `failures` for all of these
- *     mpirun -n 2 build/comm_ranks huge          a message above 2^31 bytes; 5 GiB of memory
+ *     mpirun -n 2 build/comm_ranks huge          a message above 2^31 bytes; 10 GiB of memory
+ *     mpirun -n 2 build/comm_ranks_cuda results  the same on two GPUs
  *
  * Every byte that is sent is a function of who sent it, to whom, and its place, so the receiver can tell what it should
- * have got. All arrays end with bytes that nothing may change.
+ * have got. All arrays end with bytes that nothing may change. They are filled and looked at on the host and travel
+ * between copies on the device.
  */
 #include <math.h>
 #include <signal.h>
@@ -17,6 +19,7 @@
 
 #include "../kernels/check.h"
 #include "../kernels/comm.h"
+#include "../kernels/device.h"
 #include "../kernels/random.h"
 
 enum { MAX_RANKS = 16, GUARD = 64, GUARD_BYTE = 0xa5 };
@@ -43,6 +46,20 @@ static void release(unsigned char *array, size_t bytes, const char *what) {
         CHECK(array[bytes + i] == GUARD_BYTE, "%s: byte %d behind the end was overwritten", what, i);
     }
     free(array);
+}
+
+/* A copy on the device of an array with its guard. */
+static void *to_device(const unsigned char *array, size_t bytes) {
+    void *device = device_allocate(bytes + GUARD);
+    CHECK(device, "out of memory on the device");
+    device_from_host(device, array, bytes + GUARD, NULL);
+    return device;
+}
+
+/* And back; the copy is gone. */
+static void from_device(unsigned char *array, size_t bytes, void *device) {
+    host_from_device(array, device, bytes + GUARD, NULL);
+    device_release(device, bytes + GUARD);
 }
 
 /* ---- groups */
@@ -81,7 +98,10 @@ static void check_gather(Group group, size_t bytes, bool in_place) {
     unsigned char *all = guarded(total), *mine = guarded(bytes);
     unsigned char *from = in_place ? all + (size_t)comm_rank(group) * bytes : mine;
     fill_bytes(from, me, 0, bytes);
-    comm_gather(group, all, from, bytes, NULL);
+    char *device_all = to_device(all, total), *device_mine = to_device(mine, bytes);
+    comm_gather(group, device_all, in_place ? device_all + (size_t)comm_rank(group) * bytes : device_mine, bytes, NULL);
+    from_device(all, total, device_all);
+    from_device(mine, bytes, device_mine);
     for (int r = 0; r < ranks; r++) {
         check_bytes(all + (size_t)r * bytes, member(group, r), 0, bytes, "gather");
     }
@@ -106,21 +126,39 @@ static acc_t serial_sum(Group group, size_t i, bool backward) {
     return sum;
 }
 
-static void check_sum(Group group, size_t count) {
-    size_t bytes = count * sizeof(acc_t), turned = 0;
-    acc_t *x = (acc_t *)guarded(bytes);
-    for (size_t i = 0; i < count; i++) {
-        x[i] = term(comm_rank(GROUP_WORLD), i);
-    }
-    comm_sum(group, x, count, NULL);
-    for (size_t i = 0; i < count; i++) {
-        acc_t expected = serial_sum(group, i, false), backward = serial_sum(group, i, true);
-        CHECK(memcmp(&x[i], &expected, sizeof expected) == 0, "sum %zu of %zu in group %d is %a, expected %a", i, count,
-              group, (double)x[i], (double)expected);
-        turned += memcmp(&x[i], &backward, sizeof backward) != 0;
+/* Terms that each rank keeps at another distance from a multiple of 16 bytes. From the second run on the call is
+ * recorded, where the device can record (device.h). */
+static void check_sum(Group group, size_t count, int runs) {
+    size_t skip = (size_t)comm_rank(GROUP_WORLD) % 4, bytes = (skip + count) * sizeof(acc_t), turned = 0;
+    unsigned char *array = guarded(bytes);
+    acc_t *x = (acc_t *)array + skip, *device_array = to_device(array, bytes);
+    Recording recording = {0};
+    for (int run = 0; run < runs; run++) {
+        for (size_t i = 0; i < count; i++) {
+            x[i] = term(comm_rank(GROUP_WORLD), i);
+        }
+        device_from_host(device_array, array, bytes, NULL);
+        if (!recording_replay(&recording, NULL)) {
+            recording_begin(&recording, NULL);
+            comm_sum(group, device_array + skip, count, NULL);
+            recording_end(&recording, NULL);
+        }
+        host_from_device(array, device_array, bytes + GUARD, NULL);
+        for (size_t i = 0; i < count; i++) {
+            acc_t expected = serial_sum(group, i, false), backward = serial_sum(group, i, true);
+            CHECK(memcmp(&x[i], &expected, sizeof expected) == 0,
+                  "run %d: sum %zu of %zu in group %d is %a, expected %a", run, i, count, group, (double)x[i],
+                  (double)expected);
+            turned += memcmp(&x[i], &backward, sizeof backward) != 0;
+        }
     }
     CHECK(count < 100 || comm_ranks(group) < 3 || turned > 0, "these terms do not show the order of a sum");
-    release((unsigned char *)x, bytes, "sum");
+    for (size_t i = 0; i < skip * sizeof(acc_t); i++) {
+        CHECK(array[i] == GUARD_BYTE, "sum: byte %zu before the first term was overwritten", i);
+    }
+    recording_free(&recording);
+    device_release(device_array, bytes + GUARD);
+    release(array, bytes, "sum");
 }
 
 /* ---- exchange */
@@ -151,7 +189,10 @@ static void check_exchange(Group group, Rows rows, size_t row_bytes) {
         size_t bytes = (size_t)(from_first[r + 1] - from_first[r]) * row_bytes;
         fill_bytes(from + (size_t)from_first[r] * row_bytes, member(group, me), member(group, r), bytes);
     }
-    comm_exchange(group, to, to_first, from, from_first, row_bytes, NULL);
+    void *device_from = to_device(from, out), *device_to = to_device(to, in);
+    comm_exchange(group, device_to, to_first, device_from, from_first, row_bytes, NULL);
+    from_device(from, out, device_from);
+    from_device(to, in, device_to);
     for (int r = 0; r < ranks; r++) {
         size_t bytes = (size_t)(to_first[r + 1] - to_first[r]) * row_bytes;
         check_bytes(to + (size_t)to_first[r] * row_bytes, member(group, r), member(group, me), bytes, "exchange");
@@ -198,7 +239,7 @@ static void check_group(Group group) {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         check_gather(group, sizes[i], false);
         check_gather(group, sizes[i], true);
-        check_sum(group, sizes[i]);
+        check_sum(group, sizes[i], 3);
     }
     static const size_t row_sizes[] = {1, 6, 513, 20000};
     for (size_t i = 0; i < sizeof row_sizes / sizeof *row_sizes; i++) {
@@ -219,7 +260,7 @@ static void results(int unused) {
             }
         }
     }
-    check_sum(GROUP_WORLD, ((size_t)1 << 20) + 7); /* more than is summed at once */
+    check_sum(GROUP_WORLD, ((size_t)1 << (device_runs_ahead() ? 24 : 20)) + 1003, 1); /* more than is summed at once */
     check_any();
     comm_barrier();
     comm_check_same("--lr 1", "configuration");
@@ -244,35 +285,46 @@ static void huge(int unused) {
     unsigned char *array = guarded(bytes);
     if (me == 0) {
         fill_bytes(array, 0, 1, bytes);
-        comm_exchange(GROUP_WORLD, NULL, none, array, to_other, row_bytes, NULL);
-    } else {
-        comm_exchange(GROUP_WORLD, array, from_other, NULL, none, row_bytes, NULL);
-        check_bytes(array, 0, 1, bytes, "huge");
     }
+    void *device = to_device(array, bytes);
+    if (me == 0) {
+        comm_exchange(GROUP_WORLD, NULL, none, device, to_other, row_bytes, NULL);
+    } else {
+        comm_exchange(GROUP_WORLD, device, from_other, NULL, none, row_bytes, NULL);
+    }
+    from_device(array, bytes, device);
+    check_bytes(array, 0, 1, bytes, "huge");
     release(array, bytes, "huge");
 }
 
 /* ---- everything that does not */
 
+/* In the second sum, for GPUs are connected in the first. */
 static void asleep(int sleeper) {
-    static acc_t x[100000];
+    const size_t count = 100000;
+    acc_t *x = device_allocate(count * sizeof *x);
+    CHECK(x, "out of memory on the device");
+    comm_sum(GROUP_WORLD, x, count, NULL);
     comm_set_patience(2);
     comm_at(12, 2, "dispatch");
     if (comm_rank(GROUP_WORLD) == sleeper) {
         sleep(60);
     }
-    comm_sum(GROUP_WORLD, x, sizeof x / sizeof *x, NULL);
+    comm_sum(GROUP_WORLD, x, count, NULL);
+    device_wait(NULL);
 }
 
 /* Rank 1 sends `sent` rows of 8 bytes to rank 0, which expects 2. */
 static void two_expected(int sent) {
-    char from[64] = {0}, to[64] = {0};
+    char *from = device_allocate(64), *to = device_allocate(64);
     int ranks = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_WORLD);
     int from_first[MAX_RANKS + 1] = {0}, to_first[MAX_RANKS + 1] = {0};
     for (int r = 0; r < ranks; r++) {
         from_first[r + 1] = from_first[r] + (me == 1 && r == 0 ? sent : 0);
         to_first[r + 1] = to_first[r] + (me == 0 && r == 1 ? 2 : 0);
     }
+    comm_barrier();
+    comm_set_patience(2);
     comm_at(7, -1, "combine");
     comm_exchange(GROUP_WORLD, to, to_first, from, from_first, 8, NULL);
     comm_barrier();
@@ -280,7 +332,7 @@ static void two_expected(int sent) {
 
 /* Rank 1 sends rows of one byte, as the barrier that follows does, to rank 0, which expects none. */
 static void none_expected(int sent) {
-    char from[64] = {0}, to[64] = {0};
+    char *from = device_allocate(64), *to = device_allocate(64);
     int none[MAX_RANKS + 1] = {0}, all_to_0[MAX_RANKS + 1];
     for (int r = 0; r <= MAX_RANKS; r++) {
         all_to_0[r] = r > 0 ? sent : 0;
@@ -332,6 +384,7 @@ static const struct {
 
 int main(int argc, char **argv) {
     comm_open();
+    device_open(comm_local_rank(), comm_local_ranks());
     for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
         if (argc > 1 && strcmp(argv[1], modes[i].name) == 0) {
             modes[i].run(argc > 2 ? atoi(argv[2]) : 0);

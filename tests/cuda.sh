@@ -1,7 +1,7 @@
 #!/bin/sh
 # The kernels of a GPU against the CPU's, on a machine with a GPU. Last line: "N passed, N failed".
 #
-#     tests/cuda.sh [FOLDER]      FOLDER (build) holds parity_cpu, parity_cuda and parity_cuda_fp32
+#     tests/cuda.sh [FOLDER]      FOLDER (build) holds parity_cpu, parity_cuda, parity_cuda_fp32 and comm_ranks_cuda
 #
 #   parity      every operation, in float and in bf16, against the CPU's results on the same inputs
 #   bits        ten runs and recorded runs with the same bits; rows in other company
@@ -15,7 +15,9 @@
 #   ...check_wide   three of them over all shapes of the operations that multiply on the matrix units, which most of the
 #               small shapes do not fit
 #
-# All of them at once; their logs stay in FOLDER/cuda_logs.
+#   ranks       on a machine with several GPUs, what ranks say to each other (test_comm.sh)
+#
+# All of them at once, but for the ranks, which time each other; their logs stay in FOLDER/cuda_logs.
 folder=$(cd "${1:-build}" && pwd) || exit 1
 logs=$folder/cuda_logs
 mkdir -p "$logs" || exit 1
@@ -102,6 +104,12 @@ else
     echo "compute-sanitizer is not installed: left out"
 fi
 wait
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+if [ "$gpus" -gt 1 ]; then
+    start ranks env PROGRAM="$folder/comm_ranks_cuda" RANKS="1 2$([ "$gpus" -lt 4 ] || echo ' 4')" \
+        "$(dirname "$0")/test_comm.sh"
+    wait
+fi
 for name in $names; do
     echo "$name: $(tail -n 1 "$logs/$name.log")"
     count "$logs/$name.log" "$(cat "$logs/$name.status")"

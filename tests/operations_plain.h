@@ -84,9 +84,9 @@ static inline void fixed_choice_case_forward(Case *c) {
     const uint64_t *keys = c->structs[0].device;
     switch (c->n[4]) {
         case CHOICE_POSITION: position_choice(expert, 3, N, c->n[3], E, K, NULL); break;
-        case CHOICE_BALANCED: balanced_choice(expert, N, E, K, NULL); break;
-        case CHOICE_ZIPF: zipf_choice(expert, 1.1, &keys[0], N, E, K, NULL); break;
-        case CHOICE_ONE: one_choice(expert, N, E, K, NULL); break;
+        case CHOICE_BALANCED: balanced_choice(expert, 0, N, E, K, NULL); break;
+        case CHOICE_ZIPF: zipf_choice(expert, 1.1, &keys[0], 0, N, E, K, NULL); break;
+        case CHOICE_ONE: one_choice(expert, 0, N, E, K, NULL); break;
         default: table_choice(expert, c->index, val(c, "table"), N, K, NULL); break;
     }
     equal_weight(c->plan.weight, N, K, NULL);

@@ -3,20 +3,67 @@
 #
 #     tests/test_comm.sh [NAME...]           from the repository's root; NAME: only the tests whose names contain it
 #
-#     HUGE=1    also a message of more than 2^31 bytes, for which 5 GiB of memory must be free
+#     PROGRAM=build/comm_ranks_cuda    the ranks of GPUs instead
+#     RANKS="1 2 4"                    how many ranks; the last is the most, and with GPUs there must be so many
+#     HUGE=1                           also a message of more than 2^31 bytes: 10 GiB of memory must be free
 #
-# Called by run_tests.sh. Read next: rank_checks.sh, comm_ranks.c.
+# Where there is no mpirun, or the build is without MPI, the tests that need it are skipped. More ranks than cores are
+# fine. Called by run_tests.sh and cuda.sh. Read next: cli_checks.sh, comm_ranks.c.
 # shellcheck disable=SC2015  # in A && B || C, B ends alike
+PROGRAM=${PROGRAM:-build/comm_ranks}
+case $PROGRAM in
+*_cuda) variant=cuda soon=45 ;; # to open GPUs and to connect them takes its time
+*) variant=cpu soon=15 ;;
+esac
+TRAIN=$PROGRAM # the program that cli_checks.sh looks for
+# shellcheck source=tests/cli_checks.sh
+. "$(dirname "$0")/cli_checks.sh"
+
 SOURCE=$PWD
-PROGRAM=$SOURCE/build/comm_ranks
+PROGRAM=$TRAIN
+RANKS=${RANKS:-1 2 4}
+MOST=${RANKS##* }
+LAST=$((MOST - 1))
 CC=${CC:-gcc}
-# shellcheck source=tests/rank_checks.sh
-. "$(dirname "$0")/rank_checks.sh"
+# Of Open MPI: ranks may share cores and may be root's. Messages between processes are copied through shared memory,
+# because containers often forbid a process to read another's.
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_mpi_yield_when_idle=1
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
+
+grep -q -e -DUSE_MPI "build/$variant/flags" 2>/dev/null && command -v mpirun >/dev/null || NO_MPI=1
+
+# ranks COUNT MODE [ARGUMENT]: output is in the files `out` and `err`, the exit status in $status, seconds in $seconds.
+ranks() {
+    local begin=$SECONDS
+    timeout 120 mpirun -n "$1" "$PROGRAM" "${@:2}" </dev/null >out 2>err
+    status=$?
+    seconds=$((SECONDS - begin))
+}
+
+needs_mpi() {
+    [ -z "${NO_MPI:-}" ] || { skip "no mpirun, or built without MPI"; return 1; }
+}
+
+needs_several() {
+    needs_mpi && { [ "$MOST" -gt 1 ] || { skip "one rank"; return 1; }; }
+}
+
+has_gpus() {
+    [ $variant = cuda ]
+}
+
+# all_ranks_expect COUNT: each rank found everything as expected.
+all_ranks_expect() {
+    succeeds
+    for ((r = 0; r < $1; r++)); do
+        check "rank $r of $1 did not get through" grep -q "^rank $r of $1: all as expected\$" out
+    done
+}
 
 # one_line PATTERN: all ranks ended soon, with one line of moelab's that matches; mpirun adds lines of its own.
 one_line() {
     [ "$status" != 0 ] && [ "$status" != 124 ] || fail "exit status $status"
-    check "ended after $seconds s" test "$seconds" -le 15
+    check "ended after $seconds s" test "$seconds" -le $soon
     check "not one line of moelab's: $(grep '^moelab' err)" test "$(grep -c '^moelab: ' err)" = 1
     check "no line says '$1': $(grep '^moelab' err)" grep -qE -- "^moelab: $1" err
 }
@@ -24,26 +71,27 @@ one_line() {
 # ---- what goes well
 
 test_alone() {
-    alone results
+    "$PROGRAM" results >out 2>err
+    status=$?
     all_ranks_expect 1
 }
 
 test_results() {
     needs_mpi || return
-    for count in 1 2 4; do
-        ranks $count results
-        all_ranks_expect $count
+    for count in $RANKS; do
+        ranks "$count" results
+        all_ranks_expect "$count"
     done
 }
 
 test_many_calls() {
-    needs_mpi || return
+    needs_several || return
     ranks 2 many 5000
     succeeds
 }
 
 test_huge_message() {
-    needs_mpi || return
+    needs_several || return
     if [ "${HUGE:-0}" != 1 ]; then
         skip "a message above 2^31 bytes: HUGE=1 sends one"
         return
@@ -55,26 +103,33 @@ test_huge_message() {
 # ---- who is waited for
 
 test_patience() {
-    needs_mpi || return
-    local where='at step 12, layer 2, dispatch: is it stopped or gone\? The last checkpoint is whole'
-    ranks 4 asleep 3
-    one_line "rank 0 waited 2 s for rank 3 $where"
-    ranks 4 asleep 0
-    one_line "rank 1 waited 2 s for rank 0 $where"
+    needs_several || return
+    local where='at step 12, layer 2, dispatch: is (it|one) stopped or gone\? The last checkpoint is whole'
+    local last="rank $LAST" first="rank 0"
+    ! has_gpus || last="the other ranks" first=$last # a GPU does not know for whom it waits
+    ranks "$MOST" asleep $LAST
+    one_line "rank 0 waited 2 s for $last $where"
+    ranks "$MOST" asleep 0
+    one_line "rank 1 waited 2 s for $first $where"
 }
 
 test_killed_rank() {
-    needs_mpi || return
-    ranks 4 killed 1
+    needs_several || return
+    ranks "$MOST" killed 1
     [ "$status" != 0 ] && [ "$status" != 124 ] || fail "exit status $status"
-    check "ended after $seconds s" test "$seconds" -le 15
+    check "ended after $seconds s" test "$seconds" -le $soon
 }
 
 # ---- ranks that have gone apart
 
 test_other_count_of_rows() {
-    needs_mpi || return
-    ranks 4 two_expected 3
+    needs_several || return
+    if has_gpus; then # NCCL does not compare counts, but what does not come is waited for
+        ranks "$MOST" two_expected 0
+        one_line 'rank 0 waited 2 s for the other ranks at step 7, combine'
+        return
+    fi
+    ranks "$MOST" two_expected 3
     one_line 'rank 0 expected 16 bytes of rank 1 at step 7, combine, but 24 bytes came'
     ranks 2 two_expected 0
     one_line 'rank 0 expected 16 bytes of rank 1 at step 7, combine, but 1 bytes of another call came'
@@ -83,21 +138,33 @@ test_other_count_of_rows() {
 }
 
 test_other_text() {
-    needs_mpi || return
-    ranks 4 differ 2
-    one_line 'rank 2 has another configuration than rank 0'
+    needs_several || return
+    ranks "$MOST" differ $LAST
+    one_line "rank $LAST has another configuration than rank 0"
 }
 
 # ---- one line
 
 test_errors_of_all_and_of_one() {
-    needs_mpi || return
-    ranks 4 all_wrong
+    needs_several || return
+    ranks "$MOST" all_wrong
     one_line '--top-k 9 is wrong everywhere .*rank 0 on'
-    ranks 4 one_wrong 3
-    one_line 'wrong on rank 3 alone .*rank 3 on'
-    ranks 4 uneven_groups 3
-    one_line '--ep 3 does not divide the 4 ranks'
+    ranks "$MOST" one_wrong $LAST
+    one_line "wrong on rank $LAST alone .*rank $LAST on"
+    ranks "$MOST" uneven_groups $((MOST + 1))
+    one_line "--ep $((MOST + 1)) does not divide the $MOST ranks"
+}
+
+test_more_ranks_than_gpus() {
+    needs_mpi || return
+    local gpus=0
+    ! has_gpus || gpus=$(nvidia-smi -L | wc -l)
+    if [ "$gpus" = 0 ]; then
+        skip "no GPUs"
+        return
+    fi
+    ranks $((gpus + 1)) results
+    one_line "$((gpus + 1)) ranks were started on this machine, and they see $gpus GPUs?: .*rank 0 on"
 }
 
 # The mpirun of another MPI starts processes that cannot find each other: here its part is played by its variables.
@@ -111,7 +178,11 @@ test_foreign_mpirun() {
 
 test_built_without_mpi() {
     needs_mpi || return
-    local kernels=("$SOURCE"/kernels/{comm,check,checksum,arena,device}.c)
+    if has_gpus; then
+        skip "compiled for the CPU alone"
+        return
+    fi
+    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device}.c)
     check "does not compile" "$CC" -std=gnu11 "$SOURCE/tests/comm_ranks.c" "${kernels[@]}" -lm -o comm_ranks
     PROGRAM=$PWD/comm_ranks
     ranks 2 results

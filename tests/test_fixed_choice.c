@@ -60,12 +60,12 @@ static void test_experts_of_a_token_differ(void **state) {
             memset(expert, 77, (size_t)N * K * sizeof *expert);
             switch (kind) {
                 case 0: position_choice(expert, 3, N, N, E, K, NULL); break;
-                case 1: balanced_choice(expert, N, E, K, NULL); break;
-                case 2: one_choice(expert, N, E, K, NULL); break;
+                case 1: balanced_choice(expert, 0, N, E, K, NULL); break;
+                case 2: one_choice(expert, 0, N, E, K, NULL); break;
                 case 3:
                 case 4:
                 case 5:
-                    zipf_choice(expert, (double[]){0, 1.5, 100}[kind - 3], &(uint64_t){test_key(1)}, N, E, K, NULL);
+                    zipf_choice(expert, (double[]){0, 1.5, 100}[kind - 3], &(uint64_t){test_key(1)}, 0, N, E, K, NULL);
                     break;
                 default:
                     balanced_table(table, kind == 6 ? NULL : frequency, test_key(2), N, E, K);
@@ -185,8 +185,8 @@ static void test_choices_by_index(void **state) {
     enum { N = 24, T = 12, E = 5, K = 3 };
     int position[N * K], balanced[N * K], one[N * K], count[E];
     position_choice(position, 4, N, T, E, K, NULL);
-    balanced_choice(balanced, N, E, K, NULL);
-    one_choice(one, N, E, K, NULL);
+    balanced_choice(balanced, 0, N, E, K, NULL);
+    one_choice(one, 0, N, E, K, NULL);
     for (int i = 0; i < N * K; i++) {
         int n = i / K, j = i % K;
         assert_int_equal(position[i], ((4 + n % T) * K + j) % E);
@@ -215,7 +215,7 @@ static void test_one_choice_counts(void **state) {
     static const int shapes[][3] = {{60, 7, 1}, {60, 7, 3}, {60, 4, 4}, {61, 7, 2}};
     for (int i = 0; i < 4; i++) {
         int N = shapes[i][0], E = shapes[i][1], K = shapes[i][2], expert[61 * 4], count[7];
-        one_choice(expert, N, E, K, NULL);
+        one_choice(expert, 0, N, E, K, NULL);
         count_experts(count, expert, N * K, E);
         assert_int_equal(count[0], N);
         for (int e = 1; e < E; e++) { /* the rest dealt out in turn */
@@ -243,7 +243,7 @@ static void test_zipf_cv(void **state) {
         for (int e = 0; e < E; e++) {
             sum += p[e] = pow(e + 1, -exponents[i]);
         }
-        zipf_choice(expert, exponents[i], &(uint64_t){test_key((uint64_t)i)}, N, E, 1, NULL);
+        zipf_choice(expert, exponents[i], &(uint64_t){test_key((uint64_t)i)}, 0, N, E, 1, NULL);
         count_experts(count, expert, N, E);
         for (int e = 0; e < E; e++) {
             p[e] /= sum;
@@ -266,7 +266,7 @@ static void test_zipf_tokens_are_independent(void **state) {
     enum { N = 20001, E = 8 };
     Case c = {.seed = 1};
     int *expert = case_ints(&c, N), count[E] = {0};
-    zipf_choice(expert, 0, &(uint64_t){test_key(20)}, N, E, 1, NULL);
+    zipf_choice(expert, 0, &(uint64_t){test_key(20)}, 0, N, E, 1, NULL);
     for (int n = 1; n < N; n++) {
         count[(expert[n] - expert[n - 1] + E) % E]++;
     }
@@ -289,7 +289,7 @@ static void test_zipf_pairs(void **state) {
         for (int e = 0; e < E; e++) {
             sum += p[e] = pow(e + 1, -exponents[i]);
         }
-        zipf_choice(expert, exponents[i], &(uint64_t){test_key(10 + (uint64_t)i)}, N, E, K, NULL);
+        zipf_choice(expert, exponents[i], &(uint64_t){test_key(10 + (uint64_t)i)}, 0, N, E, K, NULL);
         for (int n = 0; n < N; n++) {
             count[expert[n * K] * E + expert[n * K + 1]]++;
         }
@@ -306,20 +306,20 @@ static void test_zipf_pairs(void **state) {
 static void test_zipf_is_a_function_of_its_key(void **state) {
     enum { N = 500, E = 12 };
     int all[N * E], three[N * 3], again[N * 3];
-    zipf_choice(all, 0.7, &(uint64_t){5}, N, E, E, NULL);
-    zipf_choice(three, 0.7, &(uint64_t){5}, N, E, 3, NULL);
+    zipf_choice(all, 0.7, &(uint64_t){5}, 0, N, E, E, NULL);
+    zipf_choice(three, 0.7, &(uint64_t){5}, 0, N, E, 3, NULL);
     for (int i = 0; i < N * 3; i++) {
         assert_int_equal(three[i], all[i / 3 * E + i % 3]);
     }
     for (int threads = 2; threads <= 4; threads++) {
         omp_set_num_threads(threads);
-        zipf_choice(again, 0.7, &(uint64_t){5}, N, E, 3, NULL);
+        zipf_choice(again, 0.7, &(uint64_t){5}, 0, N, E, 3, NULL);
         assert_bits(again, three, N * 3);
     }
     omp_set_num_threads(1);
-    zipf_choice(again, 0.7, &(uint64_t){6}, N, E, 3, NULL);
+    zipf_choice(again, 0.7, &(uint64_t){6}, 0, N, E, 3, NULL);
     assert_memory_not_equal(again, three, sizeof three);
-    zipf_choice(three, 1000, &(uint64_t){5}, N, E, 3, NULL);
+    zipf_choice(three, 1000, &(uint64_t){5}, 0, N, E, 3, NULL);
     for (int i = 0; i < N * 3; i++) {
         assert_int_equal(three[i], i % 3);
     }
@@ -332,7 +332,7 @@ static void test_equal_weight_and_shares(void **state) {
     for (int K = 1; K <= E; K++) {
         int expert[N * E];
         acc_t weight[N * E], probs[N * E];
-        zipf_choice(expert, 1, &(uint64_t){7}, N, E, K, NULL);
+        zipf_choice(expert, 1, &(uint64_t){7}, 0, N, E, K, NULL);
         equal_weight(weight, N, K, NULL);
         fill_value(probs, N * E, NAN);
         choice_probs(probs, expert, weight, N, E, K, NULL);

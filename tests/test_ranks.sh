@@ -50,11 +50,14 @@ same() {
 # All options that a test of several runs shares.
 SHAPE=(--batch 8 --experts 8 --layers 2 --dim 32 --eval-batches 2)
 
+# Ranks, and how many of them hold the experts between them.
+WAYS=("4 2" "4 4")
+
 # everywhere OPTION...: the same run on one rank and on others.
 everywhere() {
     run "${SHAPE[@]}" "$@" --out one
     succeeds
-    for way in "2 1" "2 2" "4 1" "4 2" "4 4"; do
+    for way in "${WAYS[@]}"; do
         on ${way% *} "${SHAPE[@]}" "$@" --ep ${way#* } --out "ranks_${way/ /_}"
         succeeds
         same one "ranks_${way/ /_}"
@@ -62,6 +65,7 @@ everywhere() {
 }
 
 test_topk() {
+    WAYS=("2 1" "2 2" "4 1" "4 2" "4 4")
     everywhere
 }
 
@@ -133,6 +137,12 @@ test_small_messages_overflow() {
     check "nothing was dropped" grep -qE '"drop":0\.[0-9]*[1-9]' run/log.jsonl
     on 2 "${SHAPE[@]}" --ep 2 --exchange padded --out enough
     check "something was dropped" lacks '"drop":0\.[0-9]*[1-9]' enough/log.jsonl
+}
+
+test_forced() {
+    everywhere --router forced --force zipf:1.1
+    rm -rf one ranks_*
+    everywhere --router forced --force one --exchange dedup
 }
 
 test_dense() {

@@ -1,12 +1,30 @@
-/* What the benchmarks of layers and of training share: the order of times, and stage times as JSON. Included by
- * bench_layer.c and bench_train.c. */
+/* What the benchmarks share: random data, the order of times, and stage times as JSON. Included by bench_layer.c,
+ * bench_train.c and bench_alltoall.c. */
 #ifndef EXPERIMENTS_BENCH_H
 #define EXPERIMENTS_BENCH_H
 
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "../kernels/check.h"
+#include "../kernels/convert.h"
 #include "../kernels/device.h"
+#include "../kernels/random.h"
+
+/* std * normal numbers into a device array, by way of `staging` (count) on the device. */
+static inline void bench_fill(real_t *x, acc_t *staging, size_t count, double std, int stream) {
+    acc_t *host = malloc(count * sizeof(acc_t));
+    CHECK(host, "out of memory for %zu random numbers", count);
+    uint64_t key = random_key(1, RANDOM_TEST, stream);
+#pragma omp parallel for
+    for (size_t i = 0; i < count; i++) {
+        host[i] = std * random_normal(key, i);
+    }
+    device_from_host(staging, host, count * sizeof(acc_t), NULL);
+    real_from_acc(x, staging, count, NULL);
+    device_wait(NULL);
+    free(host);
+}
 
 static inline int bench_compare(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;

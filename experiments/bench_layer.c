@@ -52,21 +52,6 @@ typedef struct {
     int repeats;
 } Options;
 
-/* std * normal numbers into a device array, by way of `staging` (count) on the device. */
-static void fill(real_t *x, acc_t *staging, size_t count, double std, int stream) {
-    acc_t *host = malloc(count * sizeof(acc_t));
-    CHECK(host, "out of memory for %zu random numbers", count);
-    uint64_t key = random_key(1, RANDOM_TEST, stream);
-#pragma omp parallel for
-    for (size_t i = 0; i < count; i++) {
-        host[i] = std * random_normal(key, i);
-    }
-    device_from_host(staging, host, count * sizeof(acc_t), NULL);
-    real_from_acc(x, staging, count, NULL);
-    device_wait(NULL);
-    free(host);
-}
-
 /* Median, and 95th percentile where it is asked for, in milliseconds, of calls that are the same each time. */
 static double measure(void (*call)(void *subject), void *subject, int repeats, double *p95) {
     Recording recording = {0};
@@ -174,8 +159,8 @@ static void open_bench(Bench *b, const Layer *l, const Options *o) {
     device_from_host(b->master, host, total * sizeof(acc_t), NULL);
     real_from_acc(b->weights, b->master, total, NULL);
     free(host);
-    fill(b->x, b->staging, NC, 1, 1);
-    fill(b->dy, b->staging, NC, 1, 2);
+    bench_fill(b->x, b->staging, NC, 1, 1);
+    bench_fill(b->dy, b->staging, NC, 1, 2);
 }
 
 static void close_bench(Bench *b) {
@@ -290,7 +275,7 @@ static void open_moves(Moves *m, int N, int C, int E, int K) {
         arena_reserve(&m->arena, arrays[i].slot, arrays[i].bytes, MEMORY_ACTIVATIONS);
     }
     arena_commit(&m->arena);
-    fill(m->x, m->staging, NC, 1, 1);
+    bench_fill(m->x, m->staging, NC, 1, 1);
     acc_t *host = malloc((size_t)N * E * sizeof(acc_t));
     CHECK(host, "out of memory for %d x %d logits", N, E);
     for (size_t i = 0; i < (size_t)N * E; i++) {

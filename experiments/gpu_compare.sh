@@ -38,22 +38,9 @@ done
 shift $((OPTIND - 1))
 if [ $# != 2 ]; then sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; fi
 if [[ ! $limit =~ ^[0-9]*$ ]]; then echo "gpu_compare.sh: -s $limit: give whole seconds" >&2; exit 1; fi
-dir=$1 out=$2 commit=unknown
-lines=$(mktemp)
-trap 'rm -f "$lines"' EXIT
-
-# Runs a command and keeps the JSON lines that it prints.
-keep() {
-    echo "+ $*" >&2
-    "$@" | grep '^{' | COMMAND="$*" COMMIT=$commit "$python" -c '
-import json, os, sys, time
-for line in sys.stdin:
-    print(json.dumps({"commit": os.environ["COMMIT"], **json.loads(line), "command": os.environ["COMMAND"],
-                      "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}))' | tee -a "$out" >>"$lines" ||
-        echo "gpu_compare.sh: failed: $*" >&2
-    commit=$(tail -n 1 "$lines" | sed -n 's/.*"commit": "\([^"]*\)".*/\1/p')
-    commit=${commit:-unknown}
-}
+dir=$1 out=$2
+# shellcheck source=experiments/keep_lines.sh
+. "$here/keep_lines.sh"
 
 # peer KIND KEY OPTION... -- NAME...: PyTorch on all names, whose lines have the name under KEY. Where one of them ends
 # the process or spoils it for those behind, these get another.

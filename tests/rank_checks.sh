@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2015,SC2034  # A && B || C is meant so; variables are read by who sources this
 # What tests of programs under mpirun share: starting one as several ranks, and checks of how all of them ended. A
-# script sets PROGRAM, and `variant` where the build is not the CPU's, and sources this. Where there is no mpirun, or the build is without MPI, a test that begins with
+# script sets PROGRAM, and `variant` where it is not of the CPU's build, and sources this. Where there is no mpirun, or
+# the build is without MPI, a test that begins with
 #
 #     needs_mpi || return
 #

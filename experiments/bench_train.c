@@ -6,6 +6,8 @@
  *     build/bench_train_cuda --model d12         the models of the GPU are d12, d12-fine, d12-dense, tiny, tiny-byte
  *     build/bench_train_cuda --model d12 --router forced --force balanced    without it: the price of uneven experts
  *     build/bench_train --model none             matrix products alone
+ *     mpirun -n 4 build/bench_train_cuda --model d12 --ep 4                  four ranks, each with the model's batch
+ *     mpirun -n 4 build/bench_train_cuda --model d12 --ep 4 --strong 1       .. that share it
  *
  * --steps is the number of steps that are timed. All other options are those of ./train that the model does not set:
  * --recompute experts for less memory, --graph 0 to queue call by call.
@@ -22,12 +24,15 @@
 #include <string.h>
 
 #include "../kernels/check.h"
+#include "../kernels/comm.h"
 #include "../kernels/matmul.h"
 #include "../kernels/random.h"
 #include "../model/commit.h"
 #include "../model/config.h"
 #include "../model/cost.h"
+#include "../model/exchange.h"
 #include "../model/optimizer.h"
+#include "../model/process.h"
 #include "../model/transformer.h"
 #include "bench.h"
 
@@ -75,12 +80,14 @@ typedef struct {
     Arena arena;
     Recording recording;
     int *tokens, *host_tokens; /* (N+1) device, host */
+    int ranks;
 } Bench;
 
 static void queue_step(Bench *b) {
     transformer_forward(&b->model, b->tokens, 0, NULL);
     transformer_loss(&b->model, b->tokens + 1, 0, true, NULL);
     transformer_backward(&b->model, b->tokens, 0, NULL);
+    transformer_sum_ranks(&b->model, NULL);
     optimizer_step(&b->optimizer, &b->model, &b->config.train, NULL);
     transformer_update_routers(&b->model, b->optimizer.state, NULL);
 }
@@ -98,8 +105,9 @@ static void run_step(Bench *b, int s, bool record) {
     }
 }
 
-/* The model's options, and behind them those of the command line (count). */
-static void configure(Config *config, const Model *m, char **options, int count) {
+/* The model's options, and behind them those of the command line (count). strong: ranks share the model's batch, else
+ * each has as much. */
+static void configure(Config *config, const Model *m, bool strong, char **options, int count) {
     char text[512], *words[MOST_WORDS] = {"bench_train", "--steps", "10000", "--tie", m->gpu ? "1" : "0"};
     int used = 5;
     snprintf(text, sizeof text, "%s", m->options);
@@ -110,12 +118,15 @@ static void configure(Config *config, const Model *m, char **options, int count)
     memcpy(words + used, options, count * sizeof(char *));
     config_parse(config, used + count, words);
     config_finish(config);
+    config->train.batch *= strong ? 1 : comm_ranks(GROUP_WORLD);
+    comm_form_groups(config->train.ep);
+    exchange_check(config);
     CHECK(config->train.grad_accum == 1, "--grad-accum %d: steps are timed whole; drop it", config->train.grad_accum);
 }
 
 static void open_bench(Bench *b) {
     ModelConfig *c = &b->config.model;
-    int batch = b->config.train.batch;
+    int batch = b->config.train.batch / b->ranks;
     size_t N = (size_t)batch * c->seq;
     transformer_reserve(&b->model, &b->config, batch, 1, USE_TRAIN, NULL, &b->arena);
     optimizer_reserve(&b->optimizer, &b->model.tensors, &b->arena);
@@ -128,7 +139,7 @@ static void open_bench(Bench *b) {
     double *frequency = calloc(c->vocab, sizeof(double));
     CHECK(host && b->host_tokens && frequency, "out of memory for the weights and a batch");
     for (size_t n = 0; n < N + 8; n++) {
-        b->host_tokens[n] = zipf_token(0, (int)n, c->vocab);
+        b->host_tokens[n] = zipf_token(comm_rank(GROUP_WORLD), (int)n, c->vocab);
         frequency[b->host_tokens[n]]++;
     }
     transformer_init(&b->model, host, 1, frequency);
@@ -147,26 +158,28 @@ static void close_bench(Bench *b) {
 static void print_result(Bench *b, const Model *m, double median, double p95, int steps, const Profile *profile,
                          const char *device) {
     const TrainConfig *t = &b->config.train;
-    double flops = transformer_flops_per_token(&b->model), speed = b->model.N / median, peak = device_peak_flops();
+    double flops = transformer_flops_per_token(&b->model), speed = (double)b->model.N * b->ranks / median;
+    double peak = device_peak_flops() * b->ranks;
     acc_t loss;
     host_from_device(&loss, b->model.step_loss, sizeof loss, NULL);
     printf(
-        "{\"model\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"threads\":%d,\"ms\":%.4f,\"p95\":%.4f,"
+        "{\"model\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"ranks\":%d,\"ep\":%d,\"threads\":%d,\"ms\":%.4f,"
+        "\"p95\":%.4f,"
         "\"tok_s\":%.0f,\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"recompute\":%d,\"loss\":%.4f,"
         "\"arena_mib\":%.1f,\"peak_mib\":%.1f,\"device\":\"%s\",\"commit\":\"%s\"",
-        m->name, b->config.model.router, device_threads(), 1e3 * median, 1e3 * p95, speed, speed * flops / 1e9,
-        peak > 0 ? speed * flops / peak : 0, steps, t->graph, t->recompute, (double)loss, b->arena.bytes / 1048576.0,
-        device_peak_memory() / 1048576.0, device, commit_name());
+        m->name, b->config.model.router, b->ranks, t->ep, device_threads(), 1e3 * median, 1e3 * p95, speed,
+        speed * flops / 1e9, peak > 0 ? speed * flops / peak : 0, steps, t->graph, t->recompute, (double)loss,
+        b->arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device, commit_name());
     bench_print_stages("stages_ms", profile, 1);
     printf("}\n");
     fflush(stdout);
 }
 
-static void bench_model(const Model *m, int steps, char **options, int option_count, const char *device) {
-    Bench b = {0};
-    configure(&b.config, m, options, option_count);
+static void bench_model(const Model *m, int steps, bool strong, char **options, int option_count, const char *device) {
+    Bench b = {.ranks = comm_ranks(GROUP_WORLD)};
+    configure(&b.config, m, strong, options, option_count);
     open_bench(&b);
-    bool graph = b.config.train.graph;
+    bool graph = b.config.train.graph && exchange_recordable(&b.config);
     int group = device_runs_ahead() ? GROUP : 1, groups = (steps + group - 1) / group, done = 0;
     double *seconds = calloc(groups, sizeof(double)), p95;
     CHECK(seconds, "out of memory for %d times", groups);
@@ -233,26 +246,34 @@ int main(int argc, char **argv) {
     const char *only = NULL;
     char *options[MOST_WORDS], device[128];
     int steps = 0, count = 0;
+    bool strong = false;
+    comm_open();
     for (int i = 1; i < argc; i++) {
         bool ours = strcmp(argv[i], "--model") == 0 || strcmp(argv[i], "--steps") == 0;
+        ours |= strcmp(argv[i], "--strong") == 0;
         CHECK(!ours || i + 1 < argc, "%s needs a value", argv[i]);
         if (strcmp(argv[i], "--model") == 0) {
             only = argv[++i];
         } else if (strcmp(argv[i], "--steps") == 0) {
             steps = atoi(argv[++i]);
             CHECK(steps > 0, "--steps %s: give at least 1", argv[i]);
+        } else if (strcmp(argv[i], "--strong") == 0) {
+            strong = atoi(argv[++i]) != 0;
         } else {
             CHECK(count < MOST_WORDS, "%d words are too many for a command line", argc);
             options[count++] = argv[i];
         }
     }
-    device_open(0, 1);
+    if (comm_rank(GROUP_WORLD) > 0) {
+        process_be_quiet();
+    }
+    device_open(comm_local_rank(), comm_local_ranks());
     device_describe(device, sizeof device);
     bool known = !only || strcmp(only, "none") == 0, gpu = device_runs_ahead();
     for (int i = 0; i < MODEL_COUNT; i++) {
         const Model *m = &MODELS[i];
         if (only ? strcmp(only, m->name) == 0 : m->gpu == gpu) {
-            bench_model(m, steps > 0 ? steps : m->steps, options, count, device);
+            bench_model(m, steps > 0 ? steps : m->steps, strong, options, count, device);
             known = true;
         }
     }
@@ -262,5 +283,6 @@ int main(int argc, char **argv) {
         bench_matmul(2048, 128, 256, device);
         bench_matmul(1024, 1024, 512, device);
     }
+    comm_close();
     return 0;
 }

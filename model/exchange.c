@@ -59,10 +59,13 @@ static void reserve_plan(Plan *plan, Arena *arena) {
     }
 }
 
-/* Rows of a message to one rank where its size is fixed: --exchange-rows, or as many as there can be. */
-static int fixed_rows(const Config *config, const Plan *plan) {
-    int most = plan->N * plan->K, asked = config->train.exchange_rows;
-    return asked > 0 && asked < most ? asked : most;
+/* Rows of a message to one rank at most: a token has no more choices than experts there. Where the size is fixed,
+ * --exchange-rows if that is less. */
+static int rows_per_rank(const Exchange *x, const Config *config) {
+    const Plan *plan = x->plan;
+    int choices = plan->K < x->experts ? plan->K : x->experts, asked = config->train.exchange_rows;
+    int most = plan->N * (x->way == EXCHANGE_DEDUP ? 1 : choices);
+    return x->way == EXCHANGE_PADDED && asked > 0 && asked < most ? asked : most;
 }
 
 /* Rows that leave a rank at most. Choices of one token may be for the same rank, so it is not plan_rows of the ranks.
@@ -76,7 +79,7 @@ static int rows_out(const Exchange *x, const Plan *plan, int per_rank) {
 static void size_plans(Exchange *x, const Config *config) {
     const Plan *plan = x->plan;
     bool fixed = x->way == EXCHANGE_PADDED, once = x->way == EXCHANGE_DEDUP;
-    int per_rank = fixed ? fixed_rows(config, plan) : once ? plan->N : plan->N * plan->K;
+    int per_rank = rows_per_rank(x, config);
     x->width = once ? plan->K : 1;
     x->out = (Plan){.N = plan->N, .E = x->ranks, .K = plan->K};
     x->out.layout = fixed ? LAYOUT_PADDED : LAYOUT_COMPACT;

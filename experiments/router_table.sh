@@ -96,7 +96,7 @@ fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 touch "$out"
-python3 "$here/router_table.py" done "$out" >"$folder/done"
+python3 "$here/router_table.py" "done" "$out" >"$folder/done"
 common="--data builtin --batch 8 --seq 128 --layers 4 --dim $dim --heads $heads --experts 8 --top-k 2"
 common="$common --expert-dim $width --min-lr 0.02 --objective $objective --eval-every 0"
 if [ "$timing" = 1 ]; then

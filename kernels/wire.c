@@ -3,10 +3,11 @@
 #include "wire.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { ROW_ALIGNMENT = 16 };
+enum { ROW_ALIGNMENT = 16, FLOAT_EXPONENT = 8, FLOAT_FRACTION = 23, FLOAT_BIAS = 127 };
 
 /* A format without more than 16 bits: sign, exponent, fraction. */
 typedef struct {
@@ -27,38 +28,60 @@ size_t wire_row_bytes(WireType type, int C) {
     return type == WIRE_SAME ? bytes : (bytes + ROW_ALIGNMENT - 1) / ROW_ALIGNMENT * ROW_ALIGNMENT;
 }
 
-static int bias(Format f) {
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* 2^n, n of an exponent that float has */
+static inline float power_of_two(int n) {
+    return float_of((uint32_t)(n + FLOAT_BIAS) << FLOAT_FRACTION);
+}
+
+static inline int bias(Format f) {
     return (1 << (f.exponent - 1)) - 1;
 }
 
-/* x = m 2^(e - fraction) with m below 2^(fraction+1); numbers below the least exponent have fewer bits. */
-static unsigned encode(float x, Format f) {
-    unsigned sign = signbit(x) ? 1u << (f.exponent + f.fraction) : 0, ones = (1u << f.exponent) - 1;
-    unsigned infinite = ones << f.fraction;
-    if (isnan(x) || (isinf(x) && !f.infinite)) {
-        return sign | infinite | ((1u << f.fraction) - 1);
+/* The bits of a float are cut off behind the fraction, half a unit added before, less a little where the last bit that
+ * stays is even; a carry goes into the exponent by itself. Below the least exponent numbers are multiples of one unit,
+ * which an addition rounds to; bf16 has the exponents of float, so there the first way does it all. */
+static inline unsigned encode(float x, Format f) {
+    unsigned sign = bits_of(x) >> 31 << (f.exponent + f.fraction), infinite = ((1u << f.exponent) - 1) << f.fraction;
+    int least = 1 - bias(f), cut = FLOAT_FRACTION - f.fraction;
+    float a = fabsf(x);
+    if (!(a < INFINITY)) {
+        bool nan = a != a || !f.infinite;
+        return sign | infinite | (nan ? (1u << f.fraction) - 1 : 0);
     }
-    if (isinf(x) || x == 0) {
-        return sign | (x == 0 ? 0 : infinite);
+    if (f.exponent < FLOAT_EXPONENT && a < power_of_two(least)) {
+        return sign | (bits_of(a * power_of_two(f.fraction - least) + power_of_two(FLOAT_FRACTION)) & 0xffff);
     }
-    int e, least = 1 - bias(f);
-    frexpf(x, &e);
-    e = e - 1 > least ? e - 1 : least;
-    unsigned m = (unsigned)lrintf(ldexpf(fabsf(x), f.fraction - e));
-    /* A full m carries into the exponent by itself; one below 2^fraction has the exponent 0. */
-    unsigned bits = ((unsigned)(e - least) << f.fraction) + m;
+    uint32_t bits = bits_of(a);
+    bits = (bits + (1u << (cut - 1)) - 1 + (bits >> cut & 1)) >> cut;
+    bits -= (uint32_t)(FLOAT_BIAS - bias(f)) << f.fraction;
     return sign | (f.infinite && bits > infinite ? infinite : bits);
 }
 
-static float decode(unsigned bits, Format f) {
+static inline float decode(unsigned bits, Format f) {
     unsigned m = bits & ((1u << f.fraction) - 1), ones = (1u << f.exponent) - 1, e = bits >> f.fraction & ones;
-    float sign = bits >> (f.exponent + f.fraction) ? -1 : 1;
+    uint32_t sign = bits >> (f.exponent + f.fraction) << 31;
     if (e == ones && (f.infinite || m == (1u << f.fraction) - 1)) {
-        return m ? NAN : sign * INFINITY;
+        return m ? NAN : float_of(sign | bits_of(INFINITY));
     }
-    float value = e ? ldexpf((float)(m | 1u << f.fraction), (int)e - bias(f) - f.fraction)
-                    : ldexpf((float)m, 1 - bias(f) - f.fraction);
-    return sign * value;
+    uint32_t fraction = m << (FLOAT_FRACTION - f.fraction);
+    if (f.exponent == FLOAT_EXPONENT) {
+        return float_of(sign | e << FLOAT_FRACTION | fraction);
+    }
+    float value = e ? float_of((e + FLOAT_BIAS - bias(f)) << FLOAT_FRACTION | fraction)
+                    : (float)m * power_of_two(1 - bias(f) - f.fraction);
+    return float_of(sign | bits_of(value));
 }
 
 /* Of a row in fp8; 1 where all is zero. NaN where a number is. */
@@ -71,17 +94,23 @@ static float row_scale(const real_t *x, int C) {
     return largest == 0 ? 1 : largest / LARGEST_FP8;
 }
 
+/* A loop for each format: with its bits known, the compiler makes vectors of it. */
 static void pack_row(unsigned char *to, const real_t *x, WireType type, size_t bytes, int C) {
-    float scale = 1;
-    if (type == WIRE_FP8) {
-        scale = row_scale(x, C);
-        memcpy(to + bytes - sizeof scale, &scale, sizeof scale);
+    float scale = type == WIRE_FP8 ? row_scale(x, C) : 1;
+    for (int c = 0; c < C && type == WIRE_FP32; c++) {
+        ((float *)to)[c] = (float)x[c];
     }
-    for (int c = 0; c < C; c++) {
-        float value = (float)x[c] / scale;
-        uint16_t bits = type == WIRE_FP32 ? 0 : (uint16_t)encode(value, formats[type]);
-        size_t size = number_bytes(type);
-        memcpy(to + c * size, type == WIRE_FP32 ? (void *)&value : &bits, size); /* low byte first */
+    for (int c = 0; c < C && type == WIRE_BF16; c++) {
+        ((uint16_t *)to)[c] = (uint16_t)encode((float)x[c], formats[WIRE_BF16]);
+    }
+    for (int c = 0; c < C && type == WIRE_FP16; c++) {
+        ((uint16_t *)to)[c] = (uint16_t)encode((float)x[c], formats[WIRE_FP16]);
+    }
+    for (int c = 0; c < C && type == WIRE_FP8; c++) {
+        to[c] = (unsigned char)encode((float)x[c] / scale, formats[WIRE_FP8]);
+    }
+    if (type == WIRE_FP8) {
+        memcpy(to + bytes - sizeof scale, &scale, sizeof scale);
     }
 }
 
@@ -90,12 +119,17 @@ static void unpack_row(real_t *x, const unsigned char *from, WireType type, size
     if (type == WIRE_FP8) {
         memcpy(&scale, from + bytes - sizeof scale, sizeof scale);
     }
-    for (int c = 0; c < C; c++) {
-        float value = 0;
-        uint16_t bits = 0;
-        size_t size = number_bytes(type);
-        memcpy(type == WIRE_FP32 ? (void *)&value : &bits, from + c * size, size);
-        x[c] = type == WIRE_FP32 ? value : decode(bits, formats[type]) * scale;
+    for (int c = 0; c < C && type == WIRE_FP32; c++) {
+        x[c] = ((const float *)from)[c];
+    }
+    for (int c = 0; c < C && type == WIRE_BF16; c++) {
+        x[c] = decode(((const uint16_t *)from)[c], formats[WIRE_BF16]);
+    }
+    for (int c = 0; c < C && type == WIRE_FP16; c++) {
+        x[c] = decode(((const uint16_t *)from)[c], formats[WIRE_FP16]);
+    }
+    for (int c = 0; c < C && type == WIRE_FP8; c++) {
+        x[c] = decode(from[c], formats[WIRE_FP8]) * scale;
     }
 }
 

@@ -84,8 +84,8 @@ void exchange_check(const Config *config);
 /* Whether a step's calls are the same in every step, so that it can be recorded: no sizes that the host must learn. */
 bool exchange_recordable(const Config *config);
 
-/* Reserves for a layer, whose plan has its sizes, at most plan_rows rows; step must outlive it. Returns how many rows
- * this rank's experts can get at most. */
+/* Reserves for a layer, whose plan has its sizes, at most plan_rows rows, the same on all ranks; step must outlive it.
+ * Returns how many rows this rank's experts can get at most. */
 int exchange_reserve(Exchange *exchange, Plan *plan, int plan_rows, const Config *config, int layer,
                      const int64_t *step, ExchangeSize *size, Arena *arena);
 void exchange_free(Exchange *exchange);

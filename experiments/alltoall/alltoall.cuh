@@ -421,6 +421,26 @@ static inline int count_wrong(const Task *task) {
     return everywhere;
 }
 
+/* Of rows that go once to each rank where a token has experts: those this rank sends to others, and gets from them. */
+static inline void count_rows(int *out, int *in, const Task *task) {
+    int to[MOST_RANKS] = {}, from[MOST_RANKS] = {};
+    for (int t = 0; t < task->T; t++) {
+        bool goes[MOST_RANKS] = {};
+        for (int j = 0; j < task->K; j++) {
+            goes[task->host_expert[t * task->K + j] / task->experts] = true;
+        }
+        for (int r = 0; r < task->ranks; r++) {
+            to[r] += goes[r] && r != task->rank;
+        }
+    }
+    MPI_Alltoall(to, 1, MPI_INT, from, 1, MPI_INT, MPI_COMM_WORLD);
+    *out = *in = 0;
+    for (int r = 0; r < task->ranks; r++) {
+        *out += to[r];
+        *in += from[r];
+    }
+}
+
 /* ---- inputs on the device ---- */
 
 /* Grid: a thread to a number. */

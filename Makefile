@@ -114,7 +114,7 @@ detect:
 	@echo "OpenMP  $(call found,$(OPENMP_VERSION),$(OPENMP)); one process uses all cores (OPENMP=0: one core)"
 	@echo "MPI     $(call found,$(MPI_VERSION),$(MPI)); ./train runs on several ranks (MPI=0: do without)"
 	@echo "CUDA    $(call found,$(CUDA_VERSION),$(CUDA)); $(CUDA_USE) (CUDA=0: do without)"
-	@echo "NCCL    $(call found,$(NCCL_VERSION),$(NCCL)); no program of this version uses it (NCCL=0: do without)"
+	@echo "NCCL    $(call found,$(NCCL_VERSION),$(NCCL)); the levels of make alltoall use it (NCCL=0: do without)"
 
 # $1 version, $2 override
 found = $(if $(filter 0,$2),off,$(if $1,found $1,not found))

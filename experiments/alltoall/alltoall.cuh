@@ -648,12 +648,9 @@ static inline bool try_shape(const Level *level, const Shape *shape, bool timed)
 }
 
 static const Shape checked_shapes[] = {
-    {"tiny", 16, 2, 16, 4, EVEN},
-    {"uneven", 16, 4, 136, 37, UNEVEN},
-    {"skewed", 32, 8, 64, 300, SKEWED},
-    {"several blocks", 32, 5, 72, 700, EVEN},
-    {"one token", 16, 1, 16, 1, EVEN},
-    {"all experts", 16, 16, 24, 20, EVEN},
+    {"tiny", 16, 2, 16, 4, EVEN},       {"uneven", 16, 4, 136, 37, UNEVEN},
+    {"skewed", 32, 8, 64, 300, SKEWED}, {"several blocks", 32, 5, 72, 700, EVEN},
+    {"one token", 16, 1, 16, 1, EVEN},  {"all experts", 16, 16, 24, 20, EVEN},
 };
 
 static const Shape timed_shapes[] = {

@@ -128,8 +128,8 @@ static __global__ void pack_kernel(Pack *rows, const Pack *x, const int *entry, 
     }
 }
 
-/* The experts: made (rows, packs) = the weighted sum of what this rank's make of each of rows (rows, packs + note_packs).
- * first: number of the first of them. Grid: a block to a row. */
+/* The experts: made (rows, packs) = the weighted sum of what this rank's make of each of rows (rows, packs +
+ * note_packs). first: number of the first of them. Grid: a block to a row. */
 static __global__ void expert_kernel(Pack *made, const Pack *rows, int first, bool whole, int K, int packs) {
     const Pack *row = rows + (size_t)blockIdx.x * (packs + note_packs(K));
     const Note *note = (const Note *)(row + packs);

@@ -69,8 +69,8 @@ static __device__ int block_first(int *all, const int *count, int r, int ranks) 
     return __reduce_add_sync(0xffffffffu, before);
 }
 
-/* entry (rows), row (T,K) its inverse, -1 where there is none, send (ranks) = rows for each rank. Grid: a thread to an entry; warp r of a block
- * begins with rank r. */
+/* entry (rows), row (T,K) its inverse, -1 where there is none, send (ranks) = rows for each rank. Grid: a thread to an
+ * entry; warp r of a block begins with rank r. */
 static __global__ void place_kernel(int *entry, int *row, int *send, const int *count, const int *expert, int entries,
                                     int K, int experts, int ranks) {
     __shared__ int next[WARPS][MOST_RANKS]; /* rows of a warp, then where they begin */

@@ -76,8 +76,8 @@ static __device__ int earlier_rows(const int *count, int r, int ranks) {
     return __reduce_add_sync(0xffffffffu, before);
 }
 
-/* entry (ranks, most), -1 before; row (T,K) its inverse, -1 where there is none. Grid: a thread to an entry; warp r of a
- * block begins with rank r. */
+/* entry (ranks, most), -1 before; row (T,K) its inverse, -1 where there is none. Grid: a thread to an entry; warp r of
+ * a block begins with rank r. */
 static __global__ void place_kernel(int *entry, int *row, const int *count, const int *expert, int entries, int K,
                                     int experts, int ranks, int most) {
     __shared__ int next[WARPS][MOST_RANKS]; /* rows of a warp, then where they begin in the message */

@@ -9,8 +9,8 @@
  *     return     each row's weighted sum over its experts, to the rank it came from; combine sums those, as before
  *
  * One idea more than level 7: a link and a multiplier that wait for each other are both used half. Each chunk has flags
- * of its own; on two streams an event says when a chunk is sent, and when it is multiplied. The wire's stream goes first
- * where the device must choose, for other ranks wait for it.
+ * of its own; on two streams an event says when a chunk is sent, and when it is multiplied. The wire's stream goes
+ * first where the device must choose, for other ranks wait for it.
  *
  * An expert has `most` places in a chunk, the mean and six deviations, so the product's size is known without asking
  * (level 3 of the ladder of products). Who takes which place is left to chance: a row's product does not depend on it.

@@ -27,6 +27,7 @@ PRECISION =
 CLANG_FORMAT = clang-format
 NVCC = $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 HASH := \#
+COMMA := ,
 Q = $(if $(filter 1,$(V)),,@)
 
 # All cores, unless -j says otherwise. Two goals on one command line ("make clean train") run one after the other.
@@ -105,6 +106,7 @@ help:
 	@echo "make fuzz      $(FUZZ_SECONDS) s of made-up input for each reader of files (FUZZ_SECONDS)"
 	@echo "make check     include direction, headers that compile alone, formatting (seconds)"
 	@echo "make ladder    build the rungs of experiments/ladder, kernels from the simplest to the fastest (needs nvcc)"
+	@echo "make alltoall  build the levels of experiments/alltoall, the exchange between GPUs (needs nvcc, MPI, NCCL)"
 	@echo "make bench     measure the speed of the kernels and of training on this machine"
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
 	@echo "make format    apply .clang-format"
@@ -261,7 +263,6 @@ $(foreach variant,cuda cuda-fp32,$(eval $(call CUDA_RULES,$(variant))) \
     $(eval $(call VARIANT_RULES,$(variant),test-$(variant))))
 
 # nvcc links: it knows where its own libraries are, but has words of its own for the linker's options.
-COMMA = ,
 LINK_CUDA = $(NVCC) $(CUDA_ARCHS) $(if $(OPENMP_DATE),-Xcompiler -fopenmp) $(filter %.o %.a,$^) $(LDFLAGS) -lcublas \
             $(if $(NCCL_HEADER),-lnccl) $(patsubst -Wl$(COMMA)%,-Xlinker %,$(LIBS))
 
@@ -376,6 +377,21 @@ endef
 $(foreach folder,$(patsubst %/,%,$(wildcard experiments/ladder/*/)),$(eval $(call LADDER_RULE,$(folder))))
 $(LADDER): %: %.o build/cpu/model/commit.o
 	$(Q)$(NVCC) $(CUDA_ARCHS) $^ -lcublas -o $@
+
+# The levels of experiments/alltoall, each one file: build/alltoall/level_N_NAME. experiments/alltoall/run.sh runs them.
+ALLTOALL = $(patsubst experiments/%.cu,build/%,$(wildcard experiments/alltoall/level_*.cu))
+ALLTOALL_LACKS = $(strip $(if $(NVCC),,nvcc) $(if $(MPI_LIBS),,MPI) $(if $(NCCL_HEADER),,nccl.h))
+.PHONY: alltoall
+alltoall: $(if $(ALLTOALL_LACKS),no_alltoall,$(ALLTOALL))
+.PHONY: no_alltoall
+no_alltoall:
+	@echo "moelab: the levels of experiments/alltoall need nvcc, MPI and NCCL; not found: $(ALLTOALL_LACKS)" >&2; exit 1
+build/alltoall/%.o: experiments/alltoall/%.cu experiments/alltoall/alltoall.cuh
+	@mkdir -p $(@D)
+	@echo "NVCC $@"
+	$(Q)$(NVCC) -O3 -std=c++17 $(CUDA_WARNINGS) $(CUDA_ARCHS) $(MPI_INCLUDES) -c $< -o $@
+$(ALLTOALL): %: %.o build/cpu/kernels/check.o build/cpu/model/commit.o
+	$(Q)$(NVCC) $(CUDA_ARCHS) $^ -lnccl -lcublas $(patsubst -Wl$(COMMA)%,-Xlinker %,$(MPI_LIBS)) -o $@
 
 format:
 	find train.c model kernels data tests experiments -regex '.*\.\(c\|h\|cu\|cuh\)' -exec $(CLANG_FORMAT) -i {} +

@@ -3,7 +3,8 @@
 #
 #   include direction   train.c -> model -> kernels; train.c -> data; data -> kernels/{check,random,checksum}.h;
 #                       tests and experiments include what they like, nothing includes them;
-#                       mpi.h and nccl.h only in kernels/comm.* and comm_*, cuda_runtime.h only in .cu and .cuh files
+#                       mpi.h and nccl.h only in kernels/comm.*, comm_* and experiments/alltoall, cuda_runtime.h only
+#                       in .cu and .cuh files
 #   headers alone       each header compiles without another one before it
 #   formatting          as .clang-format says, where clang-format is installed
 #   text                lines of at most 120 columns (but for addresses), no tabs, no blanks at the end of a line
@@ -76,8 +77,9 @@ check_includes() {
             sub(/[>"].*$/, "", name)
 
             if ($0 ~ /</) {
-                if (name ~ /^(mpi|nccl)\.h$/ && !free && FILENAME !~ /^kernels\/comm[._]/) {
-                    problem(name " belongs in kernels/comm.* and comm_* alone")
+                if (name ~ /^(mpi|nccl|nccl_device)\.h$/ &&
+                    FILENAME !~ /^(kernels\/comm[._]|experiments\/alltoall\/)/) {
+                    problem(name " belongs in kernels/comm.*, comm_* and experiments/alltoall alone")
                 }
                 if (name ~ /^(cuda|cublas)[A-Za-z0-9_]*\.h$/ && FILENAME !~ /\.cuh?$/) {
                     problem(name " belongs in .cu and .cuh files alone")

@@ -230,12 +230,15 @@ static void open_run(Run *run, int argc, char **argv) {
     open_tokenizer(run);
     config_finish(c);
     join_ranks(run);
-    export_check(c, &run->vocabulary);
+    if (run->first) {
+        export_check(c, &run->vocabulary); /* tries whether files can be made there */
+    }
     process_catch_signals();
     device_open(comm_local_rank(), comm_local_ranks());
     open_corpus(run);
     open_questions(run);
     open_model(run);
+    comm_barrier(); /* all have read what the first may replace from here on */
     open_log(run);
     if (run->first && strcmp(c->train.tokenizer, "byte") != 0) {
         vocabulary_keep(&run->vocabulary, c->train.out);

@@ -306,7 +306,8 @@ FLOAT_TESTS = $(call chosen_tests,$(filter-out $(NOT_IN_FLOAT),$(TEST_SOURCES)))
 DOUBLE_TESTS = $(call chosen_tests,$(IN_DOUBLE))
 TEST_PROGRAMS = $(FLOAT_TESTS:%=build/test/%) $(DOUBLE_TESTS:%=build/test-double/%)
 ifneq ($(SANITIZE),0)
-TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(DOUBLE_TESTS:%=build/test-asan-double/%)
+TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(filter-out $(FLOAT_TESTS:%=build/test-asan-double/%),\
+                 $(DOUBLE_TESTS:%=build/test-asan-double/%))
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \

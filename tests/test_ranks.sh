@@ -108,6 +108,7 @@ test_every_way_of_exchange() {
 
 # More choices than ranks: several of a token's experts are on one rank.
 test_many_choices() {
+    WAYS=("4 2")
     for way in flat dedup padded; do
         everywhere --exchange $way --top-k 5
         rm -rf one ranks_*

@@ -50,16 +50,16 @@ typedef struct {
     int experts;         /* of this rank */
     int width;           /* notes with each row (relay.h) */
     WireType wire[2];    /* of rows in the forward, and in the backward */
-    int layer;           /* .. */
-    const int64_t *step; /* .. for the line that a rank says which waits in vain */
-    Plan *plan;          /* what is exchanged: the router's plan, or */
-    Plan slots;          /* .. that of a soft plan's rows */
-    Plan out, in;
+    int layer;           /* this and the step: for the line of a rank that waits in vain */
+    const int64_t *step; /* optimizer steps done */
+    Plan *plan;          /* what is exchanged: the router's plan, or slots where that is a soft one */
+    Plan slots;          /* a soft plan's rows as tokens, each with its one expert */
+    Plan out, in;        /* of the rows that leave, of those that have arrived */
     int *told;           /* (world, E + ranks) device: each rank's demand, and rows for each rank */
     int *host_told;      /* the same on the host, owned */
     int *send, *receive; /* (ranks+1) host, owned: first row for, and from, each rank of the group */
     const int *demand;   /* (E) device: entries of all ranks that chose each expert */
-    int *demand_of_all;  /* .. where there are several */
+    int *demand_of_all;  /* what it points to where there are several ranks */
     real_t *kept;        /* (in rows, C) the tokens' rows as they arrived, for the backward; NULL with one rank */
 } Exchange;
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether two runs are the same but for rounding: every step's figures, then weights and moments of the checkpoint.
 
-    ranks_compare.py RUN OTHER                 the figures within 1e-6 of each other, relative; tensors by relative L2, 5e-6
+    ranks_compare.py RUN OTHER                 figures within 1e-6 of each other, tensors within 5e-6 (relative L2)
     ranks_compare.py --losses TOLERANCE RUN OTHER      the losses alone
     ranks_compare.py --file A B                two safetensors files alone
 

@@ -322,22 +322,25 @@ static void forward(void *trip, Profile *profile) {
     plan_build(&t->plan, NULL);
     exchange_plan(&t->exchange, &t->scratch, NULL, NULL);
     profile_stage(profile, STAGE_DISPATCH, NULL);
-    RowSource rows = exchange_dispatch(x, &t->scratch, t->in_rows, t->x, true, NULL, NULL);
+    exchange_dispatch_begin(x, &t->scratch, t->x, true, NULL, NULL);
+    RowSource rows = exchange_dispatch(x, 0, &t->scratch, t->in_rows, t->x, true, NULL, NULL);
     profile_stage(profile, STAGE_EXPERTS, NULL);
-    scale_rows(t->out_rows, NULL, rows, NULL, t->scale, exchange_experts(x)->offset, x->experts, x->C, NULL);
+    scale_rows(t->out_rows, NULL, rows, NULL, t->scale, exchange_experts(x, 0)->offset, x->experts, x->C, NULL);
     profile_stage(profile, STAGE_COMBINE, NULL);
-    exchange_combine(x, &t->scratch, t->y, t->out_rows, NULL, NULL);
+    exchange_combine(x, 0, &t->scratch, t->y, t->out_rows, NULL, NULL);
+    exchange_combine_end(x, &t->scratch, t->y, NULL, NULL);
 }
 
 static void backward(void *trip, Profile *profile) {
     Trip *t = trip;
     const Exchange *x = &t->exchange;
-    const Plan *experts = exchange_experts(x);
-    RowSource rows = exchange_dispatch(x, &t->scratch, t->in_rows, t->dy, false, NULL, NULL);
+    const Plan *experts = exchange_experts(x, 0);
+    exchange_dispatch_begin(x, &t->scratch, t->dy, false, NULL, NULL);
+    RowSource rows = exchange_dispatch(x, 0, &t->scratch, t->in_rows, t->dy, false, NULL, NULL);
     scale_rows(t->out_rows, t->drow_weight, rows, experts->row_weight, t->scale, experts->offset, x->experts, x->C,
                NULL);
-    exchange_dispatch_backward(x, &t->scratch, t->dx, t->out_rows, 0, NULL, NULL);
-    exchange_weight_backward(x, &t->scratch, t->dweight, t->drow_weight, NULL, NULL);
+    exchange_backward(x, 0, &t->scratch, t->dx, t->dweight, t->out_rows, t->drow_weight, 0, NULL, NULL);
+    exchange_backward_end(x, &t->scratch, t->dx, t->dweight, 0, NULL, NULL);
 }
 
 static void replay(Recording *recording, Trip *t, void (*call)(void *trip, Profile *profile)) {
@@ -372,8 +375,8 @@ static void divide_plainly(Trip *t) {
 static void plain(void *trip, Profile *profile) {
     Trip *t = trip;
     size_t row_bytes = wire_row_bytes(t->exchange.wire[0], t->exchange.C);
-    comm_exchange(GROUP_WORLD, t->plain_to, t->plain_first, t->plain_from, t->plain_first, row_bytes, NULL);
-    comm_exchange(GROUP_WORLD, t->plain_from, t->plain_first, t->plain_to, t->plain_first, row_bytes, NULL);
+    comm_exchange(GROUP_WORLD, t->plain_to, t->plain_first, t->plain_from, t->plain_first, NULL, row_bytes, NULL);
+    comm_exchange(GROUP_WORLD, t->plain_from, t->plain_first, t->plain_to, t->plain_first, NULL, row_bytes, NULL);
 }
 
 /* ---- results ---- */

@@ -300,7 +300,7 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
 }
 
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
-                   size_t row_bytes, Stream *stream) {
+                   const int *theirs, size_t row_bytes, Stream *stream) {
     const int rank = comm_rank(group), ranks = comm_ranks(group);
     char *to_rows = (char *)to;
     const char *from_rows = (const char *)from;

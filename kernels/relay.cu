@@ -87,15 +87,14 @@ void relay_weight_backward(acc_t *dweight, const acc_t *back, const Plan *out, c
     CUDA_LAUNCHED();
 }
 
-__global__ static void tell(int *told, Plan out, Plan plan) {
-    for (int i = threadIdx.x; i < plan.E + out.E; i += blockDim.x) {
-        int r = i - plan.E;
-        told[i] = r < 0 ? plan.demand[i] : out.offset[r + 1] - out.offset[r];
+__global__ static void tell(int *told, Plan out) {
+    for (int r = threadIdx.x; r < out.E; r += blockDim.x) {
+        told[r] = out.offset[r + 1] - out.offset[r];
     }
 }
 
-void relay_tell(int *told, const Plan *out, const Plan *plan, Stream *stream) {
-    tell<<<1, THREADS, 0, cuda_stream(stream)>>>(told, *out, *plan);
+void relay_tell(int *told, const Plan *out, Stream *stream) {
+    tell<<<1, THREADS, 0, cuda_stream(stream)>>>(told, *out);
     CUDA_LAUNCHED();
 }
 

@@ -41,10 +41,10 @@ void relay_read(Plan *in, const RelayNote *note, Stream *stream);
 void relay_weight_backward(acc_t *dweight, const acc_t *back, const Plan *out, const Plan *plan, int experts, int width,
                            Stream *stream);
 
-/* told (E+R) = demand (E) of the router's plan, then rows (R) of `out` for each rank: what every rank tells all. */
-void relay_tell(int *told, const Plan *out, const Plan *plan, Stream *stream);
+/* told (R) = rows of `out` for each rank. */
+void relay_tell(int *told, const Plan *out, Stream *stream);
 
-/* demand (E) = the sum over `world` ranks' told (world, stride). */
+/* demand (E) = the sum over `world` ranks' told (world, stride), which begin with their demand. */
 void relay_demand(int *demand, const int *told, int world, int stride, int E, Stream *stream);
 
 /* Of a soft plan, whose rows are sorted by expert already: a sparse plan in which each row is a token with that one

@@ -143,6 +143,10 @@ const Option option_table[] = {
      "the same for the backward"},
     {"parallel", "patience", false, TYPE_REAL, TRAIN(patience), "600", 0.1, 1e6, "SECONDS",
      "how long a rank waits for another before all of them end"},
+    {"parallel", "exchange-chunks", false, TYPE_INT, TRAIN(exchange_chunks), "1", 1, EXCHANGE_MOST_PARTS, "N",
+     "parts of a batch that travel one by one, while the experts work on others"},
+    {"parallel", "overlap", false, TYPE_INT, TRAIN(overlap), "1", 0, 1, "0|1",
+     "0: they travel while the experts wait, with the same result"},
     {"parallel", "exchange-rows", false, TYPE_INT, TRAIN(exchange_rows), "0", 0, 1 << 30, "N",
      "rows of a padded message; what does not fit is dropped and counted; 0: all fit"},
 

@@ -121,6 +121,21 @@ test_dedup_with_soft_and_chain() {
     everywhere --exchange dedup --router coe --chain-steps 2
 }
 
+# 64 tokens of a rank in 3 parts that are not alike; more parts than a batch has tokens.
+test_chunks() {
+    WAYS=("2 2" "4 2")
+    for kind in flat bucketed dedup; do
+        everywhere --exchange $kind --exchange-chunks 3 --top-k 3
+        on 4 "${SHAPE[@]}" --exchange $kind --exchange-chunks 3 --top-k 3 --ep 2 --overlap 0 --out in_turn
+        succeeds
+        same_figures ranks_4_2 in_turn
+        rm -rf one ranks_* in_turn
+    done
+    everywhere --exchange dedup --exchange-chunks 2 --router coe --chain-steps 2 --shared-experts 1
+    rm -rf one ranks_*
+    everywhere --exchange dedup --exchange-chunks 2 --router soft --allow-leak
+}
+
 # Rounded on the way: close, and the closer the more bits there are; fp32 is what the CPU computes with.
 test_wire() {
     run "${SHAPE[@]}" --out one
@@ -238,6 +253,7 @@ test_refusals() {
     refused_on 2 'batch 3 is not divisible by 2 ranks' --batch 3
     refused_on 2 'expert-choice looks at all tokens' --router expert-choice --allow-leak
     refused_on 2 'capacity-factor' --capacity-factor 1.25
+    refused_on 2 'exchange-chunks 2 with --exchange padded' --ep 2 --exchange padded --exchange-chunks 2
     refuses 'ep 2' --ep 2
 }
 

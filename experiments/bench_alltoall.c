@@ -6,7 +6,7 @@
  *     mpirun -n 4 build/bench_alltoall_cuda --sweep experts  ways against batch, seq, experts (of a rank) or k
  *
  *     shapes:  names (SHAPES), and --shape E,k,H,T: experts, choices of a token, numbers of a row, tokens of a rank
- *     options: --exchange flat|bucketed|dedup|padded|padded+graph|all  --wire, --wire-back: as of ./train
+ *     options: --exchange flat|bucketed|dedup|padded|padded+graph|p2p|p2p+graph|all  --wire, --wire-back: as of ./train
  *              --skew none  an expert is as likely as any other
  *                     zipf:S  expert e (from 0) has a popularity of 1 / (e + 1)^S
  *                     one     all tokens choose expert 0, and k - 1 others
@@ -73,7 +73,9 @@ static const Way WAYS[] = {{"flat", "flat", false},
                            {"bucketed", "bucketed", false},
                            {"dedup", "dedup", false},
                            {"padded", "padded", false},
-                           {"padded+graph", "padded", true}};
+                           {"padded+graph", "padded", true},
+                           {"p2p", "p2p", false},
+                           {"p2p+graph", "p2p", true}};
 
 enum { WAY_COUNT = sizeof WAYS / sizeof *WAYS };
 
@@ -259,7 +261,7 @@ static void reserve_plan(Plan *p, Arena *arena) {
 /* Everything but the exchange's own; rows: the most that this rank's experts get. */
 static void reserve_arrays(Trip *t, const Shape *s, int rows, bool copies) {
     int ranks = comm_ranks(GROUP_WORLD);
-    size_t TH = (size_t)s->T * s->H, leaving = exchange_travels(&t->exchange) ? t->exchange.out.rows : t->plan.rows;
+    size_t TH = (size_t)s->T * s->H, leaving = exchange_travels(&t->exchange) ? t->exchange.part[0].out.rows : t->plan.rows;
     size_t plain = (leaving + ranks) * wire_row_bytes(t->exchange.wire[0], s->H);
     real_t **of_tokens[] = {&t->x, &t->y, &t->dy, &t->dx};
     for (int i = 0; i < 4; i++) {
@@ -304,6 +306,7 @@ static void open_trip(Trip *t, const Shape *s, const Batch *b, const Way *way, c
     t->plain_first = calloc(comm_ranks(GROUP_WORLD) + 1, sizeof(int));
     CHECK(t->plain_first, "out of memory for the counts of %d ranks", comm_ranks(GROUP_WORLD));
     arena_commit(&t->arena);
+    exchange_open(&t->config, &t->arena);
     fill_arrays(t, s, b);
 }
 
@@ -312,6 +315,7 @@ static void close_trip(Trip *t) {
     recording_free(&t->recorded_backward);
     exchange_free(&t->exchange);
     free(t->plain_first);
+    exchange_close();
     arena_free(&t->arena);
 }
 
@@ -365,7 +369,7 @@ static void nothing(void *trip, Profile *profile) {
 /* As many rows as the rank sends that sends most, in equal parts. */
 static void divide_plainly(Trip *t) {
     int ranks = comm_ranks(GROUP_WORLD);
-    double rows = exchange_travels(&t->exchange) ? t->exchange.send[ranks] : t->plan.rows;
+    double rows = exchange_travels(&t->exchange) ? t->exchange.part[0].send[ranks] : t->plan.rows;
     int part = ((int)largest(rows) + ranks - 1) / ranks;
     for (int r = 0; r <= ranks; r++) {
         t->plain_first[r] = r * part;

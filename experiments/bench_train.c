@@ -132,6 +132,7 @@ static void open_bench(Bench *b) {
     optimizer_reserve(&b->optimizer, &b->model.tensors, &b->arena);
     arena_reserve(&b->arena, (void **)&b->tokens, (N + 1) * sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&b->arena);
+    exchange_open(&b->config, &b->arena);
     transformer_connect(&b->model);
     optimizer_connect(&b->optimizer, &b->model.tensors, &b->config.train);
     acc_t *host = calloc(b->model.tensors.total, sizeof(acc_t));
@@ -152,6 +153,7 @@ static void close_bench(Bench *b) {
     recording_free(&b->recording);
     free(b->host_tokens);
     transformer_free(&b->model);
+    exchange_close();
     arena_free(&b->arena);
 }
 

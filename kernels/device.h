@@ -42,6 +42,7 @@ typedef struct {
     size_t category[MEMORY_CATEGORIES]; /* bytes reserved per category */
     ArenaRequest *requests;             /* host, owned, until the commit */
     int request_count, request_capacity;
+    bool shared; /* whether other ranks may open it (peers.h); before the commit */
 } Arena;
 
 const char *memory_category_name(MemoryCategory category);

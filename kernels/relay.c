@@ -16,6 +16,23 @@ void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *str
     }
 }
 
+void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream) {
+    int N = plan->N, K = plan->K;
+    relay_ranks(out, plan, experts, 1, stream);
+    for (int r = 0; r <= out->E; r++) {
+        out->offset[r] = r * N;
+    }
+    for (int r = 0; r < out->E * N; r++) {
+        out->entry[r] = -1;
+    }
+    for (int i = 0; i < N * K; i++) {
+        out->row[i] = out->expert[i] < 0 ? -1 : out->expert[i] * N + i / K;
+        if (out->row[i] >= 0) {
+            out->entry[out->row[i]] = i;
+        }
+    }
+}
+
 void relay_write(RelayNote *note, const Plan *out, const Plan *plan, int experts, int width, Stream *stream) {
     int K = plan->K;
     for (int r = 0; r < out->offset[out->E]; r++, note += width) {

@@ -7,12 +7,23 @@
 #include "../kernels/check.h"
 #include "../kernels/comm.h"
 #include "../kernels/dispatch.h"
+#include "../kernels/peers.h"
 #include "../kernels/permute.h"
 #include "router.h"
 
 enum { FORWARD, BACKWARD }; /* legs of the wire */
 
 /* ---- options ---- */
+
+/* Whether messages have a size that nobody has to learn. */
+static bool of_fixed_size(int way) {
+    return way == EXCHANGE_PADDED || way == EXCHANGE_P2P;
+}
+
+/* Whether a token travels once to a rank, however many of its experts are there. */
+static bool one_row_per_rank(int way) {
+    return way == EXCHANGE_DEDUP || way == EXCHANGE_P2P;
+}
 
 void exchange_check(const Config *config) {
     const ModelConfig *m = &config->model;
@@ -32,14 +43,27 @@ void exchange_check(const Config *config) {
     CHECK(m->capacity_factor == 0,
           "--capacity-factor %g with %d ranks: a capacity counts the tokens of all of them; take 0, or start one rank",
           m->capacity_factor, ranks);
-    CHECK(t->exchange_chunks == 1 || t->exchange != EXCHANGE_PADDED,
-          "--exchange-chunks %d with --exchange padded: its messages are of one size for a whole batch; take 1",
-          t->exchange_chunks);
+    CHECK(t->exchange_chunks == 1 || !of_fixed_size(t->exchange),
+          "--exchange-chunks %d with --exchange %s: its rows have places for a whole batch; take 1, or dedup",
+          t->exchange_chunks, t->exchange == EXCHANGE_P2P ? "p2p" : "padded");
     CHECK(!t->dump_routing[0], "--dump-routing writes the tokens of one rank, and %d were started", ranks);
 }
 
 bool exchange_recordable(const Config *config) {
-    return config->train.ep == 1 || config->train.exchange == EXCHANGE_PADDED;
+    return config->train.ep == 1 || of_fixed_size(config->train.exchange);
+}
+
+void exchange_open(const Config *config, const Arena *arena) {
+    char why[128];
+    if (comm_ranks(GROUP_EXPERTS) > 1 && arena->shared) {
+        bool open = peers_open(arena->base, arena->bytes, why, sizeof why);
+        CHECK(open || config->train.exchange != EXCHANGE_P2P, "--exchange p2p: %s; take another way, such as dedup",
+              why);
+    }
+}
+
+void exchange_close(void) {
+    peers_close();
 }
 
 /* ---- memory ---- */
@@ -66,21 +90,21 @@ static void reserve_plan(Plan *plan, Arena *arena) {
  * --exchange-rows if that is less. */
 static int rows_per_rank(const Exchange *x, const Plan *plan, const Config *config) {
     int choices = plan->K < x->experts ? plan->K : x->experts, asked = config->train.exchange_rows;
-    int most = plan->N * (x->way == EXCHANGE_DEDUP ? 1 : choices);
+    int most = plan->N * (one_row_per_rank(x->way) ? 1 : choices);
     return x->way == EXCHANGE_PADDED && asked > 0 && asked < most ? asked : most;
 }
 
 /* Rows that leave a rank at most. Choices of one token may be for the same rank, so it is not rows_per_rank of the
  * ranks. */
 static int rows_out(const Exchange *x, const Plan *plan, int per_rank) {
-    int per_token = x->way == EXCHANGE_DEDUP && x->ranks < plan->K ? x->ranks : plan->K;
-    return x->way == EXCHANGE_PADDED ? x->ranks * per_rank : plan->N * per_token;
+    int per_token = one_row_per_rank(x->way) && x->ranks < plan->K ? x->ranks : plan->K;
+    return of_fixed_size(x->way) ? x->ranks * per_rank : plan->N * per_token;
 }
 
 /* The sizes of the plans on both sides of the wire. */
 static void size_plans(const Exchange *x, ExchangePart *part, const Config *config) {
     const Plan *plan = &part->plan;
-    bool fixed = x->way == EXCHANGE_PADDED;
+    bool fixed = of_fixed_size(x->way);
     int per_rank = rows_per_rank(x, plan, config);
     part->out = (Plan){.N = plan->N, .E = x->ranks, .K = plan->K};
     part->out.layout = fixed ? LAYOUT_PADDED : LAYOUT_COMPACT;
@@ -124,7 +148,7 @@ static void grow(size_t *size, size_t needed) {
 /* What the parts need together. Returns the most rows that the experts get of one. */
 static int reserve_parts(Exchange *x, const Config *config, ExchangeSize *size, Arena *arena) {
     size_t out_rows = 0, in_rows = 0, most = 0;
-    x->width = x->way == EXCHANGE_DEDUP ? x->plan->K : 1;
+    x->width = one_row_per_rank(x->way) ? x->plan->K : 1;
     for (int p = 0; p < x->parts; p++) {
         reserve_part(x, p, config, arena);
         out_rows += x->part[p].out.rows;
@@ -166,6 +190,7 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     if (ranks == 1) {
         return plan_rows;
     }
+    arena->shared |= x->way == EXCHANGE_P2P || (t->peer_memory && device_runs_ahead());
     if (plan->slots > 0) {
         x->slots = (Plan){.N = plan_rows, .E = E, .K = 1, .rows = plan_rows};
         reserve_plan(&x->slots, arena);
@@ -227,25 +252,36 @@ static void end_wire(const Exchange *x, Profile *profile, Stream *stream) {
 }
 
 /* One end of the wire, for one part: where rows are, also as they travel; how many are for, or from, each rank, and
- * where these begin with that rank. */
+ * where these begin with that rank. For p2p: row r is there if one of there (.., each), r's, is not -1; NULL: all are. */
 typedef struct {
     real_t *rows;
     char *wire;
-    const int *first, *theirs;
+    const int *first, *theirs, *there;
+    int each;
 } End;
 
 static End home_end(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, WireType type) {
     real_t *rows = s->home + part->out_row * x->C;
-    char *wire = (char *)s->home_wire + part->out_row * wire_row_bytes(type, x->C);
-    return (End){rows, type == WIRE_SAME ? (char *)rows : wire, part->send, part->their_receive};
+    char *wire = type == WIRE_SAME ? (char *)rows : (char *)s->home_wire + part->out_row * wire_row_bytes(type, x->C);
+    return (End){rows, wire, part->send, part->their_receive, part->out.entry, 1};
 }
 
 /* arrived: where the rows of all parts arrive, or are sent back from. */
 static End far_end(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *arrived,
                    WireType type) {
     real_t *rows = arrived + part->in_row * x->C;
-    char *wire = (char *)s->arrived_wire + part->in_row * wire_row_bytes(type, x->C);
-    return (End){rows, type == WIRE_SAME ? (char *)rows : wire, part->receive, part->their_send};
+    char *wire = type == WIRE_SAME ? (char *)rows : (char *)s->arrived_wire + part->in_row * wire_row_bytes(type, x->C);
+    return (End){rows, wire, part->receive, part->their_send, part->in.row, x->width};
+}
+
+/* What is as long as the notes of each row, `each` bytes a note. */
+static End home_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each) {
+    return (End){NULL, (char *)notes + part->out_row * x->width * each, part->send, part->their_receive, NULL, 0};
+}
+
+static End far_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each) {
+    char *wire = (char *)notes + part->in_row * x->width * each;
+    return (End){NULL, wire, part->receive, part->their_send, part->in.row, x->width};
 }
 
 static void pack(const Exchange *x, End end, WireType type, Stream *stream) {
@@ -260,18 +296,30 @@ static void unpack(const Exchange *x, End end, WireType type, Stream *stream) {
     }
 }
 
+static PeerRows places_of(const Exchange *x, End to, size_t row_bytes) {
+    return peers_rows(to.wire, x->part[0].out.capacity, row_bytes);
+}
+
+/* Rows of one end to the other. */
 static void move(const Exchange *x, End to, End from, size_t row_bytes, Stream *stream) {
-    comm_exchange(GROUP_EXPERTS, to.wire, to.first, from.wire, from.first, from.theirs, row_bytes,
-                  wire_stream(x, stream));
+    if (x->way == EXCHANGE_P2P) {
+        peers_put(places_of(x, to, row_bytes), from.wire, row_bytes, from.there, from.each, stream);
+    } else {
+        comm_exchange(GROUP_EXPERTS, to.wire, to.first, from.wire, from.first, from.theirs, row_bytes,
+                      wire_stream(x, stream));
+    }
 }
 
-/* What is as long as the notes of each row, `each` bytes a note. */
-static End home_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each) {
-    return (End){NULL, (char *)notes + part->out_row * x->width * each, part->send, part->their_receive};
+/* All that was moved since the last time is where it is for. */
+static void settle(const Exchange *x, Stream *stream) {
+    if (x->way == EXCHANGE_P2P) {
+        peers_meet(false, stream);
+    }
 }
 
-static End far_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each) {
-    return (End){NULL, (char *)notes + part->in_row * x->width * each, part->receive, part->their_send};
+/* Whether dispatch and combine store rows where they are for. */
+static bool stores_itself(const Exchange *x, WireType type) {
+    return x->way == EXCHANGE_P2P && type == WIRE_SAME;
 }
 
 /* ---- the plans ---- */
@@ -282,23 +330,24 @@ static int told_stride(const Exchange *x) {
 
 /* All ranks tell all others how many of their choices each expert has, and how many rows they send to each rank. */
 static void tell(Exchange *x, Stream *stream) {
-    int world = comm_ranks(GROUP_WORLD), stride = told_stride(x);
+    int stride = told_stride(x), ranks = comm_ranks(GROUP_WORLD);
     int *mine = x->told + (size_t)comm_rank(GROUP_WORLD) * stride;
     device_copy(mine, x->plan->demand, x->E * sizeof(int), stream);
-    for (int p = 0; exchange_travels(x) && p < x->parts; p++) {
+    for (int p = 0; exchange_travels(x) && !of_fixed_size(x->way) && p < x->parts; p++) {
         relay_tell(mine + x->E + p * x->ranks, &x->part[p].out, stream);
     }
-    comm_gather(GROUP_WORLD, x->told, mine, stride * sizeof(int), stream);
-    relay_demand(x->demand_of_all, x->told, world, stride, x->E, stream);
-    x->demand = x->demand_of_all;
+    if (x->way == EXCHANGE_P2P && ranks == x->ranks) {
+        peers_put_all(x->told, mine, stride * sizeof(int), stream);
+    } else {
+        comm_gather(GROUP_WORLD, x->told, mine, stride * sizeof(int), stream);
+    }
 }
 
 /* Rows that rank s of the group sends to rank r. */
 static int rows_between(const Exchange *x, int p, int s, int r) {
     int first = comm_rank(GROUP_WORLD) - comm_rank(GROUP_EXPERTS);
-    bool fixed = x->way == EXCHANGE_PADDED;
-    return fixed ? x->part[p].out.capacity
-                 : x->host_told[(size_t)(first + s) * told_stride(x) + x->E + p * x->ranks + r];
+    return of_fixed_size(x->way) ? x->part[p].out.capacity
+                                 : x->host_told[(size_t)(first + s) * told_stride(x) + x->E + p * x->ranks + r];
 }
 
 /* Who sends how many rows to whom. */
@@ -329,7 +378,11 @@ static void plan_leaving(Exchange *x, Stream *stream) {
         part->plan.expert = x->plan->expert + first;
         part->plan.weight = part->out.weight = x->plan->weight + first;
         part->plan.row = x->plan->row + first;
-        relay_ranks(&part->out, &part->plan, x->experts, x->way == EXCHANGE_DEDUP, stream);
+        if (x->way == EXCHANGE_P2P) {
+            relay_places(&part->out, &part->plan, x->experts, stream);
+            continue;
+        }
+        relay_ranks(&part->out, &part->plan, x->experts, one_row_per_rank(x->way), stream);
         plan_build(&part->out, stream);
     }
 }
@@ -348,6 +401,7 @@ static void plan_arriving(Exchange *x, ExchangeScratch *scratch, Profile *profil
         move(x, far_notes(x, part, scratch->arrived_note, note), home_notes(x, part, scratch->home_note, note),
              x->width * note, stream);
     }
+    settle(x, stream);
     end_wire(x, profile, stream);
     profile_stage(profile, STAGE_PERMUTE, stream);
     for (int p = 0; p < x->parts; p++) {
@@ -357,27 +411,36 @@ static void plan_arriving(Exchange *x, ExchangeScratch *scratch, Profile *profil
     }
 }
 
+/* How many rows go from whom to whom: learned, or known. */
+static void count_all(Exchange *x, Stream *stream) {
+    if (!of_fixed_size(x->way)) {
+        size_t told = (size_t)comm_ranks(GROUP_WORLD) * told_stride(x);
+        host_from_device(x->host_told, x->told, told * sizeof(int), stream);
+    }
+    for (int p = 0; p < x->parts; p++) {
+        count_rows(x, p);
+    }
+}
+
 void exchange_plan(Exchange *x, ExchangeScratch *scratch, Profile *profile, Stream *stream) {
+    int world = comm_ranks(GROUP_WORLD);
     x->demand = x->plan->demand;
+    if (world == 1) {
+        return;
+    }
     if (exchange_travels(x)) {
         profile_stage(profile, STAGE_PERMUTE, stream);
         plan_leaving(x, stream);
     }
-    if (comm_ranks(GROUP_WORLD) > 1) {
-        profile_stage(profile, STAGE_EXCHANGE, stream);
-        comm_at(*x->step, x->layer, "counts");
-        tell(x, stream);
-    }
+    profile_stage(profile, STAGE_EXCHANGE, stream);
+    comm_at(*x->step, x->layer, "counts");
+    tell(x, stream);
     if (exchange_travels(x)) {
-        if (x->way != EXCHANGE_PADDED) {
-            size_t told = (size_t)comm_ranks(GROUP_WORLD) * told_stride(x);
-            host_from_device(x->host_told, x->told, told * sizeof(int), stream);
-        }
-        for (int p = 0; p < x->parts; p++) {
-            count_rows(x, p);
-        }
+        count_all(x, stream);
         plan_arriving(x, scratch, profile, stream);
     }
+    relay_demand(x->demand_of_all, x->told, world, told_stride(x), x->E, stream);
+    x->demand = x->demand_of_all;
 }
 
 const Plan *exchange_experts(const Exchange *x, int p) {
@@ -414,11 +477,20 @@ void exchange_dispatch_begin(const Exchange *x, ExchangeScratch *scratch, const 
     for (int p = 0; exchange_travels(x) && p < x->parts; p++) {
         const ExchangePart *part = &x->part[p];
         End home = home_end(x, part, scratch, type), far = far_end(x, part, scratch, arrived, type);
+        const real_t *leaving = tokens + (size_t)part->first * x->C;
+        size_t row_bytes = wire_row_bytes(type, x->C);
+        const char *what = keep ? "dispatch" : "combine backward";
         profile_stage(profile, STAGE_DISPATCH, stream);
-        dispatch_copy(home.rows, tokens + (size_t)part->first * x->C, &part->out, x->C, stream);
-        pack(x, home, type, stream);
-        begin_wire(x, keep ? "dispatch" : "combine backward", profile, stream);
-        move(x, far, home, wire_row_bytes(type, x->C), stream);
+        if (stores_itself(x, type)) {
+            begin_wire(x, what, profile, stream);
+            dispatch_put(places_of(x, far, row_bytes), leaving, &part->out, x->C, stream);
+        } else {
+            dispatch_copy(home.rows, leaving, &part->out, x->C, stream);
+            pack(x, home, type, stream);
+            begin_wire(x, what, profile, stream);
+            move(x, far, home, row_bytes, stream);
+        }
+        settle(x, stream);
         stream_mark(part->moved, wire_stream(x, stream));
     }
 }
@@ -446,20 +518,32 @@ RowSource exchange_dispatch_again(const Exchange *x, int p, real_t *to, const re
     return hand_out(x, exchange_experts(x, p), to, travels ? x->kept + x->part[p].in_row * x->C : tokens, stream);
 }
 
+static void sum_rows(real_t *to, const real_t *rows, const Plan *plan, bool weighted, int accumulate, int C,
+                     Stream *stream) {
+    if (weighted) {
+        combine_forward(to, rows, plan, C, accumulate, stream);
+    } else {
+        dispatch_backward(to, rows, plan, C, accumulate, stream);
+    }
+}
+
 /* Sums of experts' rows (weighted or not) of the rows that came in part p, and these on their way back. */
 static void send_back(const Exchange *x, int p, ExchangeScratch *scratch, const real_t *rows, bool weighted, int leg,
                       const char *what, Profile *profile, Stream *stream) {
     const ExchangePart *part = &x->part[p];
     WireType type = x->wire[leg];
+    size_t row_bytes = wire_row_bytes(type, x->C);
     End far = far_end(x, part, scratch, scratch->arrived, type), home = home_end(x, part, scratch, type);
-    if (weighted) {
-        combine_forward(far.rows, rows, &part->in, x->C, 0, stream);
+    if (stores_itself(x, type)) {
+        begin_wire(x, what, profile, stream);
+        combine_put(places_of(x, home, row_bytes), rows, &part->in, weighted, x->C, stream);
     } else {
-        dispatch_backward(far.rows, rows, &part->in, x->C, 0, stream);
+        sum_rows(far.rows, rows, &part->in, weighted, 0, x->C, stream);
+        pack(x, far, type, stream);
+        begin_wire(x, what, profile, stream);
+        move(x, home, far, row_bytes, stream);
     }
-    pack(x, far, type, stream);
-    begin_wire(x, what, profile, stream);
-    move(x, home, far, wire_row_bytes(type, x->C), stream);
+    settle(x, stream);
     stream_mark(part->moved, wire_stream(x, stream));
 }
 
@@ -474,24 +558,16 @@ static void sum_returned(const Exchange *x, ExchangeScratch *scratch, real_t *to
         stream_wait(stream, part->moved);
         profile_stage(profile, stage, stream);
         unpack(x, home, x->wire[leg], stream);
-        if (weighted) {
-            combine_forward(tokens, home.rows, &part->out, x->C, accumulate, stream);
-        } else {
-            dispatch_backward(tokens, home.rows, &part->out, x->C, accumulate, stream);
-        }
+        sum_rows(tokens, home.rows, &part->out, weighted, accumulate, x->C, stream);
     }
 }
 
 /* What a row carries several choices of comes back as their weighted sum; a single one is weighted at home. */
-static bool weighted_there(const Exchange *x) {
-    return x->way == EXCHANGE_DEDUP;
-}
-
 void exchange_combine(const Exchange *x, int p, ExchangeScratch *scratch, real_t *y, const real_t *made,
                       Profile *profile, Stream *stream) {
     profile_stage(profile, STAGE_COMBINE, stream);
     if (exchange_travels(x)) {
-        send_back(x, p, scratch, made, weighted_there(x), FORWARD, "combine", profile, stream);
+        send_back(x, p, scratch, made, one_row_per_rank(x->way), FORWARD, "combine", profile, stream);
     } else if (x->plan->slots == 0) { /* rows of a soft plan are y themselves */
         combine_forward(y, made, x->plan, x->C, 0, stream);
     }
@@ -499,7 +575,7 @@ void exchange_combine(const Exchange *x, int p, ExchangeScratch *scratch, real_t
 
 void exchange_combine_end(const Exchange *x, ExchangeScratch *scratch, real_t *y, Profile *profile, Stream *stream) {
     if (exchange_travels(x)) {
-        sum_returned(x, scratch, y, !weighted_there(x), 0, FORWARD, STAGE_COMBINE, profile, stream);
+        sum_returned(x, scratch, y, !one_row_per_rank(x->way), 0, FORWARD, STAGE_COMBINE, profile, stream);
     }
 }
 

@@ -25,6 +25,8 @@
  *                weighted, and returns one row
  *     padded     as flat, in messages of a fixed size: nobody has to wait for the counts. What does not fit is dropped
  *                and counted (--exchange-rows)
+ *     p2p        as dedup, but nothing is sent: the dispatch and the combine themselves store each row in the memory of
+ *                the rank that it is for (kernels/peers.h), where every token of every rank has a place. Nobody counts
  *
  * What is said about the rows travels once, in the forward (relay.h); the way back and the backward need nothing. By
  * linearity the backward of the way there is the way back, and the other way round; the gate's gradient comes back as
@@ -98,6 +100,11 @@ typedef struct {
     bool copies;      /* whether some way writes out the experts' rows, on every device */
 } ExchangeSize;
 
+/* Opens the arena, committed, to the ranks of the group where they can and may store in it, and closes it. With `p2p` a
+ * line says why they cannot. Collective. */
+void exchange_open(const Config *config, const Arena *arena);
+void exchange_close(void);
+
 /* Refuses what cannot be spread over these ranks: one line for each. After comm_form_groups. */
 void exchange_check(const Config *config);
 
@@ -115,7 +122,7 @@ void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C
 bool exchange_travels(const Exchange *exchange);
 
 /* After plan_build of the layer's plan: all ranks tell each other their counts; fills demand, out and in. But for
- * `padded` the host waits for the counts here, and nowhere else. */
+ * `padded` and `p2p` the host waits for the counts here, and nowhere else. */
 void exchange_plan(Exchange *exchange, ExchangeScratch *scratch, Profile *profile, Stream *stream);
 
 /* The plan of a part's rows that this rank's experts work on: their offsets and weights. */

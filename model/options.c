@@ -135,8 +135,8 @@ const Option option_table[] = {
      "ranks, started by mpirun, that hold the experts between them; more than these are data parallel"},
 
     {"parallel", "exchange", false, TYPE_CHOICE, TRAIN(exchange), "flat", EXCHANGE_FLAT, 0,
-     "flat|bucketed|dedup|padded",
-     "how rows travel: one per choice, sorted on arrival; one per token and rank; fixed sizes"},
+     "flat|bucketed|dedup|padded|p2p",
+     "how rows travel: one per choice, sorted on arrival; one per token and rank; fixed sizes; stored by the sender"},
     {"parallel", "wire", false, TYPE_CHOICE, TRAIN(wire), "same", WIRE_SAME, 0, "same|fp32|bf16|fp16|fp8",
      "rows on their way in the forward: as they are stored, or rounded; fp8 with a scale for each row"},
     {"parallel", "wire-back", false, TYPE_CHOICE, TRAIN(wire_back), "same", WIRE_SAME, 0, "same|fp32|bf16|fp16|fp8",
@@ -147,6 +147,8 @@ const Option option_table[] = {
      "parts of a batch that travel one by one, while the experts work on others"},
     {"parallel", "overlap", false, TYPE_INT, TRAIN(overlap), "1", 0, 1, "0|1",
      "0: they travel while the experts wait, with the same result"},
+    {"parallel", "peer-memory", false, TYPE_INT, TRAIN(peer_memory), "1", 0, 1, "0|1",
+     "1: GPUs of one machine copy rows into each other's memory; 0: NCCL carries them"},
     {"parallel", "exchange-rows", false, TYPE_INT, TRAIN(exchange_rows), "0", 0, 1 << 30, "N",
      "rows of a padded message; what does not fit is dropped and counted; 0: all fit"},
 

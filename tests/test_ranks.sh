@@ -100,7 +100,7 @@ test_layouts() {
 }
 
 test_every_way_of_exchange() {
-    for way in bucketed dedup padded; do
+    for way in bucketed dedup padded p2p; do
         everywhere --exchange $way
         rm -rf one ranks_*
     done
@@ -109,16 +109,19 @@ test_every_way_of_exchange() {
 # More choices than ranks: several of a token's experts are on one rank.
 test_many_choices() {
     WAYS=("4 2")
-    for way in flat dedup padded; do
+    for way in flat dedup padded p2p; do
         everywhere --exchange $way --top-k 5
         rm -rf one ranks_*
     done
 }
 
-test_dedup_with_soft_and_chain() {
-    everywhere --exchange dedup --router soft --allow-leak
-    rm -rf one ranks_*
-    everywhere --exchange dedup --router coe --chain-steps 2
+test_one_row_per_rank_with_soft_and_chain() {
+    for kind in dedup p2p; do
+        everywhere --exchange $kind --router soft --allow-leak
+        rm -rf one ranks_*
+        everywhere --exchange $kind --router coe --chain-steps 2
+        rm -rf one ranks_*
+    done
 }
 
 # 64 tokens of a rank in 3 parts that are not alike; more parts than a batch has tokens.

@@ -69,12 +69,8 @@ typedef struct {
     bool recorded;
 } Way;
 
-static const Way WAYS[] = {{"flat", "flat", false},
-                           {"bucketed", "bucketed", false},
-                           {"dedup", "dedup", false},
-                           {"padded", "padded", false},
-                           {"padded+graph", "padded", true},
-                           {"p2p", "p2p", false},
+static const Way WAYS[] = {{"flat", "flat", false},     {"bucketed", "bucketed", false},  {"dedup", "dedup", false},
+                           {"padded", "padded", false}, {"padded+graph", "padded", true}, {"p2p", "p2p", false},
                            {"p2p+graph", "p2p", true}};
 
 enum { WAY_COUNT = sizeof WAYS / sizeof *WAYS };
@@ -261,7 +257,8 @@ static void reserve_plan(Plan *p, Arena *arena) {
 /* Everything but the exchange's own; rows: the most that this rank's experts get. */
 static void reserve_arrays(Trip *t, const Shape *s, int rows, bool copies) {
     int ranks = comm_ranks(GROUP_WORLD);
-    size_t TH = (size_t)s->T * s->H, leaving = exchange_travels(&t->exchange) ? t->exchange.part[0].out.rows : t->plan.rows;
+    size_t TH = (size_t)s->T * s->H;
+    size_t leaving = exchange_travels(&t->exchange) ? t->exchange.part[0].out.rows : t->plan.rows;
     size_t plain = (leaving + ranks) * wire_row_bytes(t->exchange.wire[0], s->H);
     real_t **of_tokens[] = {&t->x, &t->y, &t->dy, &t->dx};
     for (int i = 0; i < 4; i++) {

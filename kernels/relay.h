@@ -31,8 +31,8 @@ typedef struct {
 void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *stream);
 
 /* In place of relay_ranks and plan_build, where every token has a place for every rank and nothing is sorted: writes
- * row (N,K) = rank*N + n for the first entry of token n with that rank, -1 for its others; entry (R*N), offset (R+1) and
- * expert. out: padded, with a capacity of N. */
+ * row (N,K) = rank*N + n for the first entry of token n with that rank, -1 for its others; entry (R*N), offset (R+1)
+ * and expert. out: padded, with a capacity of N. */
 void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream);
 
 /* note (out->rows, width): of each row of `out`, built from relay_ranks. */

@@ -252,7 +252,7 @@ static void end_wire(const Exchange *x, Profile *profile, Stream *stream) {
 }
 
 /* One end of the wire, for one part: where rows are, also as they travel; how many are for, or from, each rank, and
- * where these begin with that rank. For p2p: row r is there if one of there (.., each), r's, is not -1; NULL: all are. */
+ * where these begin with that rank. For p2p: row r is there if one of there (.., each), r's, is not -1; NULL: all. */
 typedef struct {
     real_t *rows;
     char *wire;
@@ -262,7 +262,8 @@ typedef struct {
 
 static End home_end(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, WireType type) {
     real_t *rows = s->home + part->out_row * x->C;
-    char *wire = type == WIRE_SAME ? (char *)rows : (char *)s->home_wire + part->out_row * wire_row_bytes(type, x->C);
+    char *packed = (char *)s->home_wire + part->out_row * wire_row_bytes(type, x->C);
+    char *wire = type == WIRE_SAME ? (char *)rows : packed;
     return (End){rows, wire, part->send, part->their_receive, part->out.entry, 1};
 }
 
@@ -270,7 +271,8 @@ static End home_end(const Exchange *x, const ExchangePart *part, const ExchangeS
 static End far_end(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *arrived,
                    WireType type) {
     real_t *rows = arrived + part->in_row * x->C;
-    char *wire = type == WIRE_SAME ? (char *)rows : (char *)s->arrived_wire + part->in_row * wire_row_bytes(type, x->C);
+    char *packed = (char *)s->arrived_wire + part->in_row * wire_row_bytes(type, x->C);
+    char *wire = type == WIRE_SAME ? (char *)rows : packed;
     return (End){rows, wire, part->receive, part->their_send, part->in.row, x->width};
 }
 

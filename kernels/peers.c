@@ -1,5 +1,5 @@
 /* Processes of one machine: the arena is a file in memory (memfd) that the others map too. Called by arena.c and
- * model/exchange.c. Read next: peers_open. */
+ * model/exchange.c, exchange_wire.c. Read next: peers_open. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* memfd_create */
 #endif

@@ -1,5 +1,5 @@
 /* GPUs of one machine: each process has the others' memory mapped (CUDA IPC), so kernels store in it, and copies go
- * there, over NVLink where there is one. Called by arena.c, comm.cu and model/exchange.c. Read next: peers_open,
+ * there, over NVLink where there is one. Called by arena.c, comm.cu and model/exchange_wire.c. Read next: peers_open,
  * meet_kernel. */
 #include "cuda.cuh"
 

@@ -131,6 +131,23 @@ PeerRows peers_rows(const void *to, int places, size_t row_bytes) {
     return rows;
 }
 
+PeerRows peers_own_rows(void *from, int places, size_t row_bytes) {
+    PeerRows rows = {.places = places};
+    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
+        rows.of[r] = (char *)from + (size_t)r * (size_t)places * row_bytes;
+    }
+    return rows;
+}
+
+/* Each rank begins with another, so that none gets all at once. */
+void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, Stream *stream) {
+    int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
+    for (int i = 1; i <= ranks; i++) {
+        int r = (rank + i) % ranks;
+        device_copy(to.of[r], (const char *)from + (size_t)r * step, (size_t)to.places * row_bytes, stream);
+    }
+}
+
 void peers_put(PeerRows to, const void *from, size_t row_bytes, const int *there, int each, Stream *stream) {
     int count = comm_ranks(GROUP_EXPERTS) * to.places;
     for (int r = 0; r < count; r++) {

@@ -30,9 +30,9 @@ void exchange_check(const Config *config) {
     CHECK(m->capacity_factor == 0,
           "--capacity-factor %g with %d ranks: a capacity counts the tokens of all of them; take 0, or start one rank",
           m->capacity_factor, ranks);
-    CHECK(t->exchange_chunks == 1 || !exchange_fixed_size(t->exchange),
-          "--exchange-chunks %d with --exchange %s: its rows have places for a whole batch; take 1, or dedup",
-          t->exchange_chunks, t->exchange == EXCHANGE_P2P ? "p2p" : "padded");
+    CHECK(t->exchange_chunks == 1 || t->exchange != EXCHANGE_PADDED,
+          "--exchange-chunks %d with --exchange padded: its messages are of one size for a whole batch; take 1",
+          t->exchange_chunks);
     CHECK(!t->dump_routing[0], "--dump-routing writes the tokens of one rank, and %d were started", ranks);
 }
 
@@ -171,7 +171,7 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     if (ranks > 1 && plan->slots == 0) { /* slots are in the order of their experts: a part would be for few ranks */
         x->parts = t->exchange_chunks < plan->N ? t->exchange_chunks : plan->N;
     }
-    x->beside = x->parts > 1 && t->overlap;
+    x->beside = ranks > 1 && (x->parts > 1 || x->way == EXCHANGE_P2P) && t->overlap;
     if (world > 1) {
         int told = world * exchange_told(x);
         x->host_told = counts_of(told);
@@ -206,6 +206,7 @@ void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C
         size_t row = C * sizeof(real_t);
         arena_reserve(arena, (void **)&scratch->home, size.out_rows * row, MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->arrived, size.in_rows * row, MEMORY_ACTIVATIONS);
+        arena_reserve(arena, (void **)&scratch->made, size.in_rows * row, MEMORY_ACTIVATIONS);
         if (size.row_bytes > 0) {
             arena_reserve(arena, &scratch->home_wire, size.out_rows * size.row_bytes, MEMORY_ACTIVATIONS);
             arena_reserve(arena, &scratch->arrived_wire, size.in_rows * size.row_bytes, MEMORY_ACTIVATIONS);

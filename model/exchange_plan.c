@@ -58,7 +58,8 @@ static void plan_leaving(Exchange *x, ExchangeScratch *scratch, Stream *stream) 
         part->plan.weight = part->out.weight = x->plan->weight + first;
         part->plan.row = x->plan->row + first;
         if (x->way == EXCHANGE_P2P) {
-            PeerRows notes = peers_rows(scratch->arrived_note, part->plan.N, x->width * sizeof(RelayNote));
+            End far = exchange_far_notes(x, part, scratch->arrived_note, sizeof(RelayNote));
+            PeerRows notes = exchange_places(part, far, x->width * sizeof(RelayNote));
             relay_places(&part->out, notes, &part->plan, x->experts, stream);
         } else {
             relay_ranks(&part->out, &part->plan, x->experts, exchange_row_per_rank(x->way), stream);
@@ -73,7 +74,7 @@ static void move_notes(const Exchange *x, const ExchangePart *part, ExchangeScra
     End far = exchange_far_notes(x, part, scratch->arrived_note, sizeof(RelayNote));
     relay_write((RelayNote *)home.wire, &part->out, &part->plan, x->experts, x->width, stream);
     stream_follow(exchange_stream(x, stream), stream);
-    exchange_move(x, far, home, x->width * sizeof(RelayNote), stream);
+    exchange_move(x, part, far, home, x->width * sizeof(RelayNote), stream);
 }
 
 /* Which rows arrive, from the notes that say so. */

@@ -21,6 +21,43 @@ static real_t *arrived_rows(const Exchange *x, const ExchangeScratch *scratch, b
     return keep ? x->kept : scratch->arrived;
 }
 
+/* How rows of a part travel in one direction. */
+typedef enum {
+    BY_WIRE,   /* packed, then messages, copies or stores of what was packed */
+    BY_STORES, /* stored by the kernel that makes them; in turn with other work */
+    BY_COPIES, /* all places as they are, beside other work */
+} Carrier;
+
+/* alone: whether there is nothing that they could travel beside. Of few rows the copies take longer to begin than the
+ * stores to end, on a device that runs ahead. */
+static Carrier carrier_of(const Exchange *x, const ExchangePart *part, WireType type, bool alone) {
+    const size_t few = device_runs_ahead() ? 1 << 20 : 0; /* bytes */
+    bool copies = x->beside && !alone && part->out.capacity * wire_row_bytes(type, x->C) >= few;
+    return !exchange_stores(x, type) ? BY_WIRE : copies ? BY_COPIES : BY_STORES;
+}
+
+/* Tokens of a part to where their experts are. */
+static void send_tokens(const Exchange *x, const ExchangePart *part, End home, End far, const real_t *tokens,
+                        WireType type, const char *what, Profile *profile, Stream *stream) {
+    size_t row_bytes = wire_row_bytes(type, x->C);
+    Carrier carrier =
+        carrier_of(x, part, type, part == x->part); /* of the first part nothing is there to be worked on */
+    if (carrier == BY_WIRE) {
+        profile_stage(profile, STAGE_DISPATCH, stream);
+        dispatch_copy(home.rows, tokens, &part->out, x->C, stream);
+        exchange_pack(x, home, type, stream);
+    }
+    exchange_begin_wire(x, what, profile, stream);
+    switch (carrier) {
+        case BY_WIRE: exchange_move(x, part, far, home, row_bytes, stream); break;
+        case BY_STORES: dispatch_put(exchange_places(part, far, row_bytes), tokens, &part->out, x->C, stream); break;
+        case BY_COPIES:
+            peers_copy(exchange_places(part, far, row_bytes), tokens, 0, row_bytes, exchange_stream(x, stream));
+            break;
+    }
+    stream_mark(part->moved, exchange_stream(x, stream));
+}
+
 void exchange_dispatch_begin(const Exchange *x, ExchangeScratch *scratch, const real_t *tokens, bool keep,
                              Profile *profile, Stream *stream) {
     WireType type = x->wire[keep ? FORWARD : BACKWARD];
@@ -28,21 +65,8 @@ void exchange_dispatch_begin(const Exchange *x, ExchangeScratch *scratch, const 
     for (int p = 0; exchange_travels(x) && p < x->parts; p++) {
         const ExchangePart *part = &x->part[p];
         End home = exchange_home(x, part, scratch, type), far = exchange_far(x, part, scratch, arrived, type);
-        const real_t *leaving = tokens + (size_t)part->first * x->C;
-        size_t row_bytes = wire_row_bytes(type, x->C);
-        const char *what = keep ? "dispatch" : "combine backward";
-        profile_stage(profile, STAGE_DISPATCH, stream);
-        if (exchange_stores(x, type)) {
-            exchange_begin_wire(x, what, profile, stream);
-            dispatch_put(exchange_places(x, far, row_bytes), leaving, &part->out, x->C, stream);
-        } else {
-            dispatch_copy(home.rows, leaving, &part->out, x->C, stream);
-            exchange_pack(x, home, type, stream);
-            exchange_begin_wire(x, what, profile, stream);
-            exchange_move(x, far, home, row_bytes, stream);
-        }
-        exchange_settle(x, stream);
-        stream_mark(part->moved, exchange_stream(x, stream));
+        send_tokens(x, part, home, far, tokens + (size_t)part->first * x->C, type,
+                    keep ? "dispatch" : "combine backward", profile, stream);
     }
 }
 
@@ -54,6 +78,7 @@ RowSource exchange_dispatch(const Exchange *x, int p, ExchangeScratch *scratch, 
         End far = exchange_far(x, part, scratch, arrived_rows(x, scratch, keep), type);
         profile_stage(profile, STAGE_EXCHANGE, stream);
         stream_wait(stream, part->moved);
+        exchange_settle(x, stream);
         profile_stage(profile, STAGE_DISPATCH, stream);
         exchange_unpack(x, far, type, stream);
         tokens = far.rows;
@@ -78,29 +103,44 @@ static void sum_rows(real_t *to, const real_t *rows, const Plan *plan, bool weig
     }
 }
 
-/* Sums of experts' rows (weighted or not) of the rows that came in part p, and these on their way back. */
-static void send_back(const Exchange *x, int p, ExchangeScratch *scratch, const real_t *rows, bool weighted, int leg,
-                      const char *what, Profile *profile, Stream *stream) {
+/* Sums of experts' rows (weighted or not) of the rows that came in part p, and these on their way back. alone: whether
+ * nothing is left to do beside that. */
+static void send_back(const Exchange *x, int p, ExchangeScratch *scratch, const real_t *rows, bool weighted, bool alone,
+                      int leg, const char *what, Profile *profile, Stream *stream) {
     const ExchangePart *part = &x->part[p];
     WireType type = x->wire[leg];
-    size_t row_bytes = wire_row_bytes(type, x->C);
-    End far = exchange_far(x, part, scratch, scratch->arrived, type), home = exchange_home(x, part, scratch, type);
-    if (exchange_stores(x, type)) {
-        exchange_begin_wire(x, what, profile, stream);
-        combine_put(exchange_places(x, home, row_bytes), rows, &part->in, weighted, x->C, stream);
-    } else {
+    size_t row_bytes = wire_row_bytes(type, x->C), of_rank = part->out.capacity * row_bytes;
+    End far = exchange_far(x, part, scratch, scratch->made, type), home = exchange_home(x, part, scratch, type);
+    Carrier carrier = carrier_of(x, part, type, alone);
+    if (carrier == BY_WIRE) {
         sum_rows(far.rows, rows, &part->in, weighted, 0, x->C, stream);
         exchange_pack(x, far, type, stream);
-        exchange_begin_wire(x, what, profile, stream);
-        exchange_move(x, home, far, row_bytes, stream);
+    } else if (carrier == BY_COPIES) {
+        PeerRows made = peers_own_rows(far.rows, part->out.capacity, row_bytes);
+        combine_put(made, rows, &part->in, weighted, x->C, stream);
     }
-    exchange_settle(x, stream);
+    exchange_begin_wire(x, what, profile, stream);
+    switch (carrier) {
+        case BY_WIRE: exchange_move(x, part, home, far, row_bytes, stream); break;
+        case BY_STORES:
+            combine_put(exchange_places(part, home, row_bytes), rows, &part->in, weighted, x->C, stream);
+            break;
+        case BY_COPIES:
+            peers_copy(exchange_places(part, home, row_bytes), far.rows, of_rank, row_bytes,
+                       exchange_stream(x, stream));
+            break;
+    }
     stream_mark(part->moved, exchange_stream(x, stream));
 }
 
 /* to (N,C), of all tokens, = the sums, weighted or not, of the rows that came back, added to it or not. */
 static void sum_returned(const Exchange *x, ExchangeScratch *scratch, real_t *to, bool weighted, int accumulate,
                          int leg, Stage stage, Profile *profile, Stream *stream) {
+    profile_stage(profile, STAGE_EXCHANGE, stream);
+    for (int p = 0; x->way == EXCHANGE_P2P && p < x->parts; p++) {
+        stream_wait(stream, x->part[p].moved);
+    }
+    exchange_settle(x, stream);
     for (int p = 0; p < x->parts; p++) {
         const ExchangePart *part = &x->part[p];
         real_t *tokens = to + (size_t)part->first * x->C;
@@ -118,7 +158,8 @@ void exchange_combine(const Exchange *x, int p, ExchangeScratch *scratch, real_t
                       Profile *profile, Stream *stream) {
     profile_stage(profile, STAGE_COMBINE, stream);
     if (exchange_travels(x)) {
-        send_back(x, p, scratch, made, exchange_row_per_rank(x->way), FORWARD, "combine", profile, stream);
+        send_back(x, p, scratch, made, exchange_row_per_rank(x->way), p == x->parts - 1, FORWARD, "combine", profile,
+                  stream);
     } else if (x->plan->slots == 0) { /* rows of a soft plan are y themselves */
         combine_forward(y, made, x->plan, x->C, 0, stream);
     }
@@ -138,7 +179,7 @@ static void send_weights_back(const Exchange *x, int p, ExchangeScratch *scratch
     End far = exchange_far_notes(x, part, scratch->arrived_dweight, sizeof(acc_t));
     plan_weight_backward((acc_t *)far.wire, drow_weight, &part->in, stream);
     exchange_begin_wire(x, "weights backward", profile, stream);
-    exchange_move(x, home, far, x->width * sizeof(acc_t), stream);
+    exchange_move(x, part, home, far, x->width * sizeof(acc_t), stream);
 }
 
 void exchange_backward(const Exchange *x, int p, ExchangeScratch *scratch, real_t *dx, acc_t *dweight,
@@ -150,7 +191,7 @@ void exchange_backward(const Exchange *x, int p, ExchangeScratch *scratch, real_
             send_weights_back(x, p, scratch, drow_weight, profile, stream);
             profile_stage(profile, STAGE_DISPATCH, stream);
         }
-        send_back(x, p, scratch, drows, false, BACKWARD, "dispatch backward", profile, stream);
+        send_back(x, p, scratch, drows, false, false, BACKWARD, "dispatch backward", profile, stream);
         return;
     }
     if (x->plan->slots == 0) {

@@ -26,9 +26,8 @@ End exchange_home(const Exchange *x, const ExchangePart *part, const ExchangeScr
     return (End){rows, wire, part->send, part->their_receive, part->out.entry, 1};
 }
 
-End exchange_far(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *arrived,
-                 WireType type) {
-    real_t *rows = arrived + part->in_row * x->C;
+End exchange_far(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *rows, WireType type) {
+    rows += part->in_row * x->C;
     char *packed = (char *)s->arrived_wire + part->in_row * wire_row_bytes(type, x->C);
     char *wire = type == WIRE_SAME ? (char *)rows : packed;
     return (End){rows, wire, part->receive, part->their_send, part->in.row, x->width};
@@ -55,13 +54,13 @@ void exchange_unpack(const Exchange *x, End end, WireType type, Stream *stream) 
     }
 }
 
-PeerRows exchange_places(const Exchange *x, End to, size_t row_bytes) {
-    return peers_rows(to.wire, x->part[0].out.capacity, row_bytes);
+PeerRows exchange_places(const ExchangePart *part, End to, size_t row_bytes) {
+    return peers_rows(to.wire, part->out.capacity, row_bytes);
 }
 
-void exchange_move(const Exchange *x, End to, End from, size_t row_bytes, Stream *stream) {
+void exchange_move(const Exchange *x, const ExchangePart *part, End to, End from, size_t row_bytes, Stream *stream) {
     if (x->way == EXCHANGE_P2P) {
-        peers_put(exchange_places(x, to, row_bytes), from.wire, row_bytes, from.there, from.each, stream);
+        peers_put(exchange_places(part, to, row_bytes), from.wire, row_bytes, from.there, from.each, stream);
     } else {
         comm_exchange(GROUP_EXPERTS, to.wire, to.first, from.wire, from.first, from.theirs, row_bytes,
                       exchange_stream(x, stream));

@@ -43,9 +43,10 @@ typedef struct {
     int each;
 } End;
 
-/* At home, where tokens are; and far from it, where experts are: arrived are the rows of all parts. */
+/* At home, where tokens are; and far from it, where experts are: rows are those that arrive, or go back, of all parts.
+ */
 End exchange_home(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, WireType type);
-End exchange_far(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *arrived, WireType type);
+End exchange_far(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *rows, WireType type);
 
 /* The same of what is as long as the notes of each row, `each` bytes a note. */
 End exchange_home_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each);
@@ -64,10 +65,10 @@ void exchange_pack(const Exchange *x, End end, WireType type, Stream *stream);
 void exchange_unpack(const Exchange *x, End end, WireType type, Stream *stream);
 
 /* What travels, from one end to the other. */
-void exchange_move(const Exchange *x, End to, End from, size_t row_bytes, Stream *stream);
+void exchange_move(const Exchange *x, const ExchangePart *part, End to, End from, size_t row_bytes, Stream *stream);
 
 /* With p2p: the places at the end `to` of each rank; and a meeting, after which all that was stored is there. */
-PeerRows exchange_places(const Exchange *x, End to, size_t row_bytes);
+PeerRows exchange_places(const ExchangePart *part, End to, size_t row_bytes);
 void exchange_settle(const Exchange *x, Stream *stream);
 
 #endif

@@ -1,0 +1,169 @@
+/* A layer's experts, its forward and its backward: by way of the exchange, and on one rank alone. Called by
+ * exchange_ranks.c. Read next: exchange_expected.h.
+ */
+#ifndef TESTS_EXCHANGE_PASSES_H
+#define TESTS_EXCHANGE_PASSES_H
+
+#include <string.h>
+
+#include "exchange_layer.h"
+
+#include "../kernels/dispatch.h"
+#include "../kernels/permute.h"
+
+/* ---- experts */
+
+typedef struct {
+    real_t scale;
+    int shift;
+} Expert;
+
+static inline Expert expert_of(const Layer *layer, int e) {
+    switch (layer->mode.expert) {
+        case EXPERT_RANK_SCALE: return (Expert){1 + e / layer->exchange.experts, 0};
+        case EXPERT_SCALE: return (Expert){1 + e / (real_t)64, 0};
+        default: return (Expert){1, e % layer->shape.H};
+    }
+}
+
+/* f' */
+static inline Expert transposed(Expert expert, int H) {
+    return (Expert){expert.scale, (H - expert.shift) % H};
+}
+
+static inline void apply(real_t *to, Expert expert, const real_t *from, int H) {
+    for (int h = 0; h < H; h++) {
+        int column = h + expert.shift;
+        to[h] = expert.scale * from[column < H ? column : column - H];
+    }
+}
+
+static inline double dot(const real_t *a, const real_t *b, int H) {
+    double sum = 0;
+    for (int h = 0; h < H; h++) {
+        sum += (double)a[h] * (double)b[h];
+    }
+    return sum;
+}
+
+/* Row r; NULL: one of zeros. */
+static inline const real_t *row_at(RowSource rows, int r, int H) {
+    if (!rows.entry) {
+        return rows.x + (size_t)r * H;
+    }
+    return rows.entry[r] < 0 ? NULL : rows.x + (size_t)(rows.entry[r] / rows.K) * H;
+}
+
+/* What experts first, first + 1 .. make of the plan's rows. Rows of no entry, which nobody may read, stay as they are.
+ */
+static inline void experts_make(Layers *layers, const Layer *layer, RowSource rows, const Plan *plan, int first) {
+    int H = layer->shape.H;
+    for (int e = 0; e < plan->E; e++) {
+        for (int r = plan->offset[e]; r < plan->offset[e + 1]; r++) {
+            if (plan->entry[r] >= 0) {
+                apply(layers->made + (size_t)r * H, expert_of(layer, first + e), row_at(rows, r, H), H);
+            }
+        }
+    }
+}
+
+/* din = weight * f'(dy), drow_weight = <dy, f(x)>. */
+static inline void experts_differentiate(Layers *layers, const Layer *layer, RowSource dy, const Plan *plan,
+                                         int first) {
+    int H = layer->shape.H;
+    for (int e = 0; e < plan->E; e++) {
+        for (int r = plan->offset[e]; r < plan->offset[e + 1]; r++) {
+            if (plan->entry[r] >= 0) {
+                Expert back = transposed(expert_of(layer, first + e), H);
+                back.scale *= plan->row_weight[r];
+                apply(layers->din + (size_t)r * H, back, row_at(dy, r, H), H);
+                layers->drow_weight[r] = dot(row_at(dy, r, H), layers->made + (size_t)r * H, H);
+            }
+        }
+    }
+}
+
+/* ---- forward and backward */
+
+static inline int first_expert(const Layer *layer) {
+    return comm_rank(GROUP_EXPERTS) * layer->exchange.experts;
+}
+
+/* All of a small array, the beginning of a large one: what is used of it is there. */
+static inline void overwrite(void *array, int byte, size_t bytes) {
+    if (array) {
+        memset(array, byte, bytes < OVERWRITE_MOST ? bytes : OVERWRITE_MOST);
+    }
+}
+
+/* NaN wherever layers take turns; notes of experts that nobody has. */
+static inline void poison(Layers *layers) {
+    const ExchangeSize *size = &layers->size;
+    ExchangeScratch *wire = &layers->wire;
+    size_t row = layers->H * sizeof(real_t);
+    real_t *of_rows[] = {layers->rows_in, layers->made, layers->dy_in, layers->din};
+    for (size_t i = 0; i < sizeof of_rows / sizeof *of_rows; i++) {
+        overwrite(of_rows[i], 0xff, layers->rows * row);
+    }
+    overwrite(layers->drow_weight, 0xff, layers->rows * sizeof(acc_t));
+    overwrite(wire->home, 0xff, size->out_rows * row);
+    overwrite(wire->arrived, 0xff, size->in_rows * row);
+    overwrite(wire->home_note, 0x7f, size->out_notes * sizeof(RelayNote));
+    overwrite(wire->arrived_note, 0x7f, size->in_notes * sizeof(RelayNote));
+    overwrite(wire->home_dweight, 0xff, size->out_notes * sizeof(acc_t));
+    overwrite(wire->arrived_dweight, 0xff, size->in_notes * sizeof(acc_t));
+}
+
+static inline void layer_plan(Layers *layers, Layer *layer) {
+    poison(layers);
+    plan_build(&layer->plan, NULL);
+    exchange_plan(&layer->exchange, &layers->wire, NULL, NULL);
+}
+
+/* y of a plan that is made. */
+static inline void layer_run(Layers *layers, Layer *layer) {
+    Exchange *x = &layer->exchange;
+    RowSource rows = exchange_dispatch(x, &layers->wire, layers->rows_in, layer->x, true, NULL, NULL);
+    memset(layer->y, 0xff, (size_t)layer->shape.N * layer->shape.H * sizeof(real_t));
+    experts_make(layers, layer, rows, exchange_experts(x), first_expert(layer));
+    exchange_combine(x, &layers->wire, layer->y, layers->made, NULL, NULL);
+}
+
+static inline void layer_forward(Layers *layers, Layer *layer) {
+    layer_plan(layers, layer);
+    layer_run(layers, layer);
+}
+
+static inline void layer_backward(Layers *layers, Layer *layer) {
+    Exchange *x = &layer->exchange;
+    ExchangeScratch *wire = &layers->wire;
+    const Plan *plan = exchange_experts(x);
+    size_t numbers = (size_t)layer->shape.N * layer->shape.H;
+    poison(layers);
+    RowSource dy = exchange_dispatch(x, wire, layers->dy_in, layer->dy, false, NULL, NULL);
+    RowSource rows = exchange_dispatch_again(x, layers->rows_in, layer->x, NULL, NULL);
+    experts_make(layers, layer, rows, plan, first_expert(layer));
+    experts_differentiate(layers, layer, dy, plan, first_expert(layer));
+    memcpy(layer->dx, layer->before, numbers * sizeof(real_t));
+    exchange_dispatch_backward(x, wire, layer->dx, layers->din, layer->mode.accumulate, NULL, NULL);
+    exchange_weight_backward(x, wire, layer->dweight, layers->drow_weight, NULL, NULL);
+}
+
+/* The same on one rank that has all experts. */
+static inline void layer_alone(Layers *layers, Layer *layer) {
+    Plan *plan = &layer->alone;
+    int H = layer->shape.H;
+    size_t numbers = (size_t)layer->shape.N * H;
+    poison(layers);
+    plan_build(plan, NULL);
+    dispatch_copy(layers->rows_in, layer->x, plan, H, NULL);
+    dispatch_copy(layers->dy_in, layer->dy, plan, H, NULL);
+    experts_make(layers, layer, (RowSource){layers->rows_in, NULL, 0}, plan, 0);
+    experts_differentiate(layers, layer, (RowSource){layers->dy_in, NULL, 0}, plan, 0);
+    combine_forward(layer->alone_y, layers->made, plan, H, 0, NULL);
+    memcpy(layer->alone_dx, layer->before, numbers * sizeof(real_t));
+    dispatch_backward(layer->alone_dx, layers->din, plan, H, layer->mode.accumulate, NULL);
+    plan_weight_backward(layer->alone_dweight, layers->drow_weight, plan, NULL);
+}
+
+#endif

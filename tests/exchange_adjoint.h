@@ -1,20 +1,13 @@
-/* What backwards must be, whatever the experts are: adjoints, and the weights' gradient by differences. */
+/* What backwards must be, whatever the experts are: adjoints, and the weights' gradient by differences. Called by
+ * exchange_ranks.c.
+ */
 #ifndef TESTS_EXCHANGE_ADJOINT_H
 #define TESTS_EXCHANGE_ADJOINT_H
 
 #include <float.h>
 
 #include "exchange_expect.h"
-#include "exchange_passes.h"
-#include "exchange_tokens.h"
-
-/* Random numbers of [-1,1). */
-static inline void fill_random(real_t *x, size_t count, uint64_t stream) {
-    uint64_t key = random_key(comm_rank(GROUP_WORLD), RANDOM_TEST, 100 + stream);
-    for (size_t i = 0; i < count; i++) {
-        x[i] = value(VALUES_SIGNED, key, i);
-    }
-}
+#include "exchange_expected.h"
 
 /* sum_r weight[r] <a[r], b[r]> over the rows of this rank's experts; weight NULL: 1. */
 static inline double dot_rows(const Layer *layer, RowSource a, const real_t *b, const acc_t *weight) {
@@ -29,49 +22,73 @@ static inline double dot_rows(const Layer *layer, RowSource a, const real_t *b, 
     return sum;
 }
 
-/* <A u, v> and <u, A' v> over all ranks. Each row belongs to one entry and weights are at most 1, so |A u| is at most
- * sqrt(K) |u|: rounding may change either side by (K + 2) epsilon sqrt(K) |u| |v|, and the sums, which are of double,
- * by their number of terms times its epsilon. */
-static inline void check_adjoint(const Layer *layer, const char *what, double left, double right, double u, double v,
+/* What is multiplied: numbers in rows, their sum of squares, and the leg on which they pass the wire. */
+typedef struct {
+    double rows, squares;
+    Leg leg;
+} Side;
+
+/* <A u, v> and <u, A' v> over all ranks. Where the wire changes nothing, whole numbers give the same on both sides.
+ *
+ * Else: each row of u belongs to one entry and weights are at most 1, so |A u| is at most sqrt(K) |u|, and |A du| as
+ * much of what u changes by. Rounding may change either side by (K + 3) epsilon sqrt(K) |u| |v|, and the sums, which
+ * are of double, by their number of terms times its epsilon. On one side the wire rounds u, on the other side v. */
+static inline void check_adjoint(const Layer *layer, const char *what, double left, double right, Side u, Side v,
                                  size_t terms) {
-    double all[] = {left, right, u, v, (double)terms};
-    comm_sum_host(all, 5);
-    double size = sqrt(layer->shape.K * all[2] * all[3]);
-    double tolerance = ((layer->shape.K + 2) * REAL_EPSILON + all[4] * DBL_EPSILON) * size;
+    double all[] = {left, right, u.squares, v.squares, u.rows, v.rows, (double)terms};
+    comm_sum_host(all, 7);
+    int K = layer->shape.K, H = layer->shape.H;
+    double norm_u = sqrt(all[2]), norm_v = sqrt(all[3]);
+    double rounded = ((K + 3) * REAL_EPSILON + all[6] * DBL_EPSILON) * norm_u * norm_v;
+    double lost = loss_of_rows(loss_on(layer, u.leg), norm_u, all[4], H) * norm_v +
+                  loss_of_rows(loss_on(layer, v.leg), norm_v, all[5], H) * norm_u;
+    double tolerance = layer->mode.values == VALUES_WHOLE ? 0 : sqrt(K) * (rounded + lost);
     EXPECT(fabs(all[0] - all[1]) <= tolerance, "the adjoint of %s: %.17g and %.17g, expected to agree within %.2g",
            what, all[0], all[1], tolerance);
 }
 
 static inline void check_adjoints(Layers *layers, Layer *layer) {
+    const Shape *s = &layer->shape;
     Exchange *x = &layer->exchange;
     ExchangeScratch *wire = &layers->wire;
     const acc_t *weight = exchange_experts(x)->row_weight;
-    size_t rows = (size_t)layers->rows * layers->H, numbers = (size_t)layer->shape.N * layer->shape.H;
+    size_t numbers = (size_t)s->N * s->H, terms = (size_t)layers->rows * s->H + numbers;
+    uint64_t mine = comm_rank(GROUP_WORLD);
+    ValueKind kind = layer->mode.values;
     real_t *u = layers->made, *v = layer->dy;
     layer_plan(layers, layer);
-    fill_random(u, rows, 0);
-    fill_random(v, numbers, 1);
-    fill_random(layer->x, numbers, 2);
-    double u_u = dot_rows(layer, (RowSource){u, NULL, 0}, u, NULL), v_v = dot(v, v, (int)numbers);
+    fill_rows(u, kind, random_key(mine, RANDOM_TEST, 100), layers->rows, s->H, 1);
+    fill_rows(v, kind, random_key(mine, RANDOM_TEST, 101), s->N, s->H, 1);
+    fill_rows(layer->x, kind, random_key(mine, RANDOM_TEST, 102), s->N, s->H, 1);
+    Side rows = {(double)s->N * s->K, dot_rows(layer, (RowSource){u, NULL, 0}, u, NULL), FORWARD};
+    Side tokens = {s->N, dot(v, v, (int)numbers), BACKWARD};
 
     exchange_combine(x, wire, layer->y, u, NULL, NULL);
     RowSource back = exchange_dispatch(x, wire, layers->dy_in, v, false, NULL, NULL);
-    check_adjoint(layer, "combine", dot(layer->y, v, (int)numbers), dot_rows(layer, back, u, weight), u_u, v_v,
-                  rows + numbers);
+    check_adjoint(layer, "combine", dot(layer->y, v, (int)numbers), dot_rows(layer, back, u, weight), rows, tokens,
+                  terms);
 
+    rows.leg = BACKWARD;
+    tokens = (Side){s->N, dot(layer->x, layer->x, (int)numbers), FORWARD};
     RowSource there = exchange_dispatch(x, wire, layers->rows_in, layer->x, true, NULL, NULL);
     exchange_dispatch_backward(x, wire, layer->dx, u, 0, NULL, NULL);
-    check_adjoint(layer, "dispatch", dot_rows(layer, there, u, NULL), dot(layer->dx, layer->x, (int)numbers), u_u,
-                  dot(layer->x, layer->x, (int)numbers), rows + numbers);
+    check_adjoint(layer, "dispatch", dot_rows(layer, there, u, NULL), dot(layer->dx, layer->x, (int)numbers), rows,
+                  tokens, terms);
 }
 
 /* dweight by differences. y is linear in the weights and a token's y in its own alone, so one step of any length gives
- * the j-th choice of all tokens; what is left is the rounding of both y. The first y takes the place of one rank's. */
+ * the j-th choice of all tokens; what is left is the rounding of both y. The first y takes the place of one rank's.
+ *
+ * And of the wire: what becomes of a row moves by d of its length on each of two ways, by 2 d + d^2 on both. Sizes of
+ * weights add up to K at most in the first y and to K + 1 in the other, so together these move by less than
+ * 2 scale (K + 1) (2 d + d^2) |x|. dweight, of which each factor passes once, moves by scale (d + d_back + d d_back)
+ * |x| |dy|. With d below 1/2 all of it is less than 2 scale (K + 1) (3 d + d_back) |x| |dy|. */
 static inline void check_weight_gradient(Layers *layers, Layer *layer) {
     const Shape *s = &layer->shape;
     size_t entries = (size_t)s->N * s->K, numbers = (size_t)s->N * s->H;
     acc_t *mine = layer->weight + comm_rank(GROUP_WORLD) * entries;
     double scale = 1 + s->E / 64.0;
+    Loss forward = loss_on(layer, FORWARD), backward = loss_on(layer, BACKWARD);
     memcpy(layer->alone_y, layer->y, numbers * sizeof(real_t));
     for (int j = 0; j < s->K; j++) {
         for (int n = 0; n < s->N; n++) {
@@ -83,9 +100,11 @@ static inline void check_weight_gradient(Layers *layers, Layer *layer) {
             size_t token = (size_t)n * s->H;
             const real_t *x = layer->x + token, *dy = layer->dy + token;
             double change = dot(layer->y + token, dy, s->H) - dot(layer->alone_y + token, dy, s->H);
-            double size = scale * 2 * (s->K + 1) * sqrt(dot(x, x, s->H) * dot(dy, dy, s->H));
+            double norm = sqrt(dot(x, x, s->H)), norm_dy = sqrt(dot(dy, dy, s->H)), size = scale * 2 * (s->K + 1);
+            double lost =
+                3 * loss_of_rows(forward, norm, 1, s->H) * norm_dy + loss_of_rows(backward, norm_dy, 1, s->H) * norm;
             near("dweight by differences", n, j, layer->dweight[n * s->K + j], change,
-                 (s->K + 3) * REAL_EPSILON * size);
+                 size * ((s->K + 3) * REAL_EPSILON * norm * norm_dy + lost));
             mine[n * s->K + j] -= 1;
         }
     }

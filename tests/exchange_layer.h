@@ -10,7 +10,7 @@
  * makes of it by itself with plain dispatch and combine (`alone`), on a plan that lacks what a fixed size of messages
  * drops.
  *
- *     layers_open(&layers, &shape, 1, ep, "--exchange dedup");  layer = &layers.layer[0];
+ *     layers_open(&layers, &shape, &options, 1, ep, &way);  layer = &layers.layer[0];
  *     layer_choose(layer, step);  layer_values(layer, mode);
  *     layer_forward(&layers, layer);  layer_backward(&layers, layer);  ..layer->y, dx, dweight..
  *     layer_alone(&layers, layer);                                     ..layer->alone_y, ..
@@ -28,7 +28,17 @@
 #include "../kernels/permute.h"
 #include "../model/exchange.h"
 
-enum { LAYERS = 3, MOST_EXPERTS = 256, MOST_RANKS = 64, OVERWRITE_MOST = 1 << 20 };
+enum { LAYERS = 3, MOST_EXPERTS = 256, MOST_RANKS = 64 };
+
+/* Legs of the wire: rows of the forward both ways, rows of the backward both ways. */
+typedef enum { FORWARD, BACKWARD } Leg;
+
+/* A way of exchange: what of it decides what must come out and how much travels. */
+typedef struct {
+    const char *options;
+    bool row_per_rank; /* a row carries all that a token wants of a rank; else each choice has a row */
+    bool fixed;        /* messages are of one size, --exchange-rows if given: what does not fit is dropped */
+} Way;
 
 /* Which experts a token may choose, and which tokens choose. */
 typedef enum {
@@ -64,6 +74,7 @@ typedef struct {
 typedef struct {
     Shape shape;
     Config config;
+    const Way *way;
     Mode mode;
     int64_t step;
     int *chosen;   /* (world, N, K) expert of every rank's entries, -1: none */
@@ -84,9 +95,16 @@ typedef struct {
     int rows, H;                          /* of the arrays below */
     real_t *rows_in, *made, *dy_in, *din; /* (rows, H) what experts read, made, read of dy, and their dx */
     acc_t *drow_weight;                   /* (rows) */
+    void *packed;                         /* (rows) as the wire packs them, for `alone` */
     int count;
     Layer layer[LAYERS];
 } Layers;
+
+/* What rows are on the wire: what was asked for, and not what model/exchange.h keeps. */
+static inline WireType wire_on(const Layer *layer, Leg leg) {
+    const TrainConfig *asked = &layer->config.train;
+    return comm_ranks(GROUP_EXPERTS) == 1 ? WIRE_SAME : leg == FORWARD ? asked->wire : asked->wire_back;
+}
 
 /* ---- memory */
 
@@ -107,11 +125,13 @@ static inline void plan_reserve(Plan *plan, const Shape *s, Arena *arena) {
     reserve(arena, &plan->offset, s->E + 1, sizeof(int));
 }
 
-static inline void layer_reserve(Layers *layers, Layer *layer, const Shape *s, int ep, const char *options) {
+static inline void layer_reserve(Layers *layers, Layer *layer, const Shape *s, const char *options, int ep,
+                                 const Way *way) {
     Arena *arena = &layers->arena;
     size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K, world = comm_ranks(GROUP_WORLD);
-    *layer = (Layer){.shape = *s};
+    *layer = (Layer){.shape = *s, .way = way};
     config_defaults(&layer->config);
+    set_options(&layer->config, way->options);
     set_options(&layer->config, options);
     layer->config.model.dim = s->H;
     layer->config.model.experts = s->E;
@@ -136,17 +156,19 @@ static inline void layer_reserve(Layers *layers, Layer *layer, const Shape *s, i
     reserve(arena, &layer->alone_dweight, entries, sizeof(acc_t));
 }
 
-/* Layers of these shapes, which have one H; options: of the exchange. After comm_form_groups(ep). */
-static inline void layers_open(Layers *layers, const Shape *shapes, int count, int ep, const char *options) {
+/* Layers of these shapes, which have one H, with more options for each. After comm_form_groups(ep). */
+static inline void layers_open(Layers *layers, const Shape *shapes, const char *const *options, int count, int ep,
+                               const Way *way) {
     *layers = (Layers){.count = count};
     for (int l = 0; l < count; l++) {
-        layer_reserve(layers, &layers->layer[l], &shapes[l], ep, options);
+        layer_reserve(layers, &layers->layer[l], &shapes[l], options[l], ep, way);
     }
     real_t **of_rows[] = {&layers->rows_in, &layers->made, &layers->dy_in, &layers->din};
     for (size_t i = 0; i < sizeof of_rows / sizeof *of_rows; i++) {
         reserve(&layers->arena, of_rows[i], (size_t)layers->rows * layers->H, sizeof(real_t));
     }
     reserve(&layers->arena, &layers->drow_weight, layers->rows, sizeof(acc_t));
+    reserve(&layers->arena, &layers->packed, layers->rows, wire_row_bytes(WIRE_FP32, layers->H));
     exchange_reserve_scratch(&layers->wire, layers->size, layers->H, &layers->arena);
     arena_commit(&layers->arena);
 }

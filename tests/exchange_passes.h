@@ -89,6 +89,8 @@ static inline int first_expert(const Layer *layer) {
     return comm_rank(GROUP_EXPERTS) * layer->exchange.experts;
 }
 
+enum { OVERWRITE_MOST = 1 << 20 };
+
 /* All of a small array, the beginning of a large one: what is used of it is there. */
 static inline void overwrite(void *array, int byte, size_t bytes) {
     if (array) {
@@ -108,6 +110,8 @@ static inline void poison(Layers *layers) {
     overwrite(layers->drow_weight, 0xff, layers->rows * sizeof(acc_t));
     overwrite(wire->home, 0xff, size->out_rows * row);
     overwrite(wire->arrived, 0xff, size->in_rows * row);
+    overwrite(wire->home_wire, 0xff, size->out_rows * size->row_bytes);
+    overwrite(wire->arrived_wire, 0xff, size->in_rows * size->row_bytes);
     overwrite(wire->home_note, 0x7f, size->out_notes * sizeof(RelayNote));
     overwrite(wire->arrived_note, 0x7f, size->in_notes * sizeof(RelayNote));
     overwrite(wire->home_dweight, 0xff, size->out_notes * sizeof(acc_t));
@@ -149,7 +153,17 @@ static inline void layer_backward(Layers *layers, Layer *layer) {
     exchange_weight_backward(x, wire, layer->dweight, layers->drow_weight, NULL, NULL);
 }
 
-/* The same on one rank that has all experts. */
+/* What the wire makes of the rows of one rank, where they would travel. */
+static inline void travel(Layers *layers, const Layer *layer, real_t *rows, Leg leg) {
+    WireType type = wire_on(layer, leg);
+    if (type != WIRE_SAME) {
+        int count = layer->alone.offset[layer->alone.E], H = layer->shape.H;
+        wire_pack(layers->packed, rows, type, count, H, NULL);
+        wire_unpack(rows, layers->packed, type, count, H, NULL);
+    }
+}
+
+/* The same on one rank that has all experts, but for the wire. A row for each choice. */
 static inline void layer_alone(Layers *layers, Layer *layer) {
     Plan *plan = &layer->alone;
     int H = layer->shape.H;
@@ -158,8 +172,12 @@ static inline void layer_alone(Layers *layers, Layer *layer) {
     plan_build(plan, NULL);
     dispatch_copy(layers->rows_in, layer->x, plan, H, NULL);
     dispatch_copy(layers->dy_in, layer->dy, plan, H, NULL);
+    travel(layers, layer, layers->rows_in, FORWARD);
+    travel(layers, layer, layers->dy_in, BACKWARD);
     experts_make(layers, layer, (RowSource){layers->rows_in, NULL, 0}, plan, 0);
     experts_differentiate(layers, layer, (RowSource){layers->dy_in, NULL, 0}, plan, 0);
+    travel(layers, layer, layers->made, FORWARD);
+    travel(layers, layer, layers->din, BACKWARD);
     combine_forward(layer->alone_y, layers->made, plan, H, 0, NULL);
     memcpy(layer->alone_dx, layer->before, numbers * sizeof(real_t));
     dispatch_backward(layer->alone_dx, layers->din, plan, H, layer->mode.accumulate, NULL);

@@ -2,13 +2,14 @@
  * several of mpirun's.
  *
  *     mpirun -n 4 build/exchange_ranks shapes 64,6,2048,4,1234 ..     E, K, H, tokens, seed of each; see `shapes`
+ *     mpirun -n 4 build/exchange_ranks wires 64,6,2048,4,1234 ..      the same with rows of fewer bits on the wire
  *     mpirun -n 4 build/exchange_ranks edges                          small shapes of every odd kind; see `modes`
  *     build/exchange_ranks_double adjoint                             the same in double
  *
  * What is expected is computed without the exchange: by a formula (closed_form, oracle), or by the plain dispatch and
- * combine of one rank, to the bit. `dedup` adds in another order, so its bits are compared where sums are exact. Each
- * rank ends with the line "rank 2 of 4: all as expected"; the first difference ends all of them with one that says
- * where it is.
+ * combine of one rank, to the bit. With a row per rank sums have another order, so bits are compared where they are
+ * exact. What the wire rounds is allowed for by bounds that follow from its formats. Each rank ends with the line
+ * "rank 2 of 4: all as expected"; the first difference ends all of them with one that says where it is.
  *
  *     exchange_layer.h      a layer with experts that are simple enough to know what must come out
  *     exchange_tokens.h     what its tokens choose and hold
@@ -26,59 +27,87 @@
 #include "exchange_results.h"
 #include "exchange_rows.h"
 
-static const char *const ways[] = {"--exchange flat", "--exchange bucketed", "--exchange dedup", "--exchange padded"};
+/* A line here gets all tests. */
+static const Way ways[] = {
+    {"--exchange flat", .row_per_rank = false, .fixed = false},
+    {"--exchange bucketed", .row_per_rank = false, .fixed = false},
+    {"--exchange dedup", .row_per_rank = true, .fixed = false},
+    {"--exchange padded", .row_per_rank = false, .fixed = true},
+};
 
-enum { WAYS = sizeof ways / sizeof *ways };
+/* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all
+ * experts have no wire: for them the first. */
+static const char *const wires[] = {
+    "",
+    "--wire fp32 --wire-back bf16",
+    "--wire bf16 --wire-back fp16",
+    "--wire fp16 --wire-back fp8",
+    "--wire fp8",
+    "--wire-back fp32",
+};
+
+enum { WAYS = sizeof ways / sizeof *ways, WIRES = sizeof wires / sizeof *wires };
+
+static int wires_of(int ep) {
+    return ep > 1 ? WIRES : 1;
+}
 
 static const Mode modes_of_values[] = {
     {"the benchmark's experts", EXPERT_RANK_SCALE, VALUES_HALF, 0},
     {"scale per expert", EXPERT_SCALE, VALUES_SIGNED, 1},
     {"rotation per expert", EXPERT_ROTATION, VALUES_SIGNED, 0},
-    {"whole numbers", EXPERT_SCALE, VALUES_WHOLE, 1},
+    {"whole numbers, scale per expert", EXPERT_SCALE, VALUES_WHOLE, 1},
+    {"whole numbers, rotation per expert", EXPERT_ROTATION, VALUES_WHOLE, 0},
 };
 
-enum { MODES = sizeof modes_of_values / sizeof *modes_of_values, SIGNED_SCALE = 1 };
+enum { MODES = sizeof modes_of_values / sizeof *modes_of_values, SIGNED_SCALE = 1, WHOLE_ROTATION = 4 };
 
 /* ---- one shape in one way */
 
-static void say_where(const char *name, const Shape *s, int ep, const char *options, const char *mode) {
-    snprintf(where, sizeof where, "%s, %d experts on %d ranks, %d of them to each of %d tokens of %d, %s, %s", name,
-             s->E, ep, s->K, s->N, s->H, options, mode);
+static void say_where(const char *name, const Layer *layer, const char *options, const char *mode) {
+    const Shape *s = &layer->shape;
+    snprintf(where, sizeof where, "%s, %d experts on %d ranks, %d of them to each of %d tokens of %d, %s %s, %s", name,
+             s->E, layer->exchange.ranks, s->K, s->N, s->H, layer->way->options, options, mode);
 }
 
-/* adjoint: what backwards must be, instead of what comes out. */
-static void check_mode(Layers *layers, Layer *layer, Mode mode, bool adjoint) {
-    layer_values(layer, mode);
+static void check_mode(Layers *layers, Layer *layer, int mode) {
+    layer_values(layer, modes_of_values[mode]);
     layer_forward(layers, layer);
     layer_backward(layers, layer);
-    if (adjoint) {
+    check_results(layers, layer);
+    check_repeats(layers, layer);
+}
+
+/* What backwards must be, instead of what comes out: of random numbers, and of whole ones where they stay whole. */
+static void check_mode_backwards(Layers *layers, Layer *layer, int mode) {
+    layer_values(layer, modes_of_values[mode]);
+    if (mode == SIGNED_SCALE) {
+        layer_forward(layers, layer);
+        layer_backward(layers, layer);
         check_weight_gradient(layers, layer);
         check_adjoints(layers, layer);
-    } else {
-        check_results(layers, layer);
-        check_repeats(layers, layer);
+    } else if (mode == WHOLE_ROTATION && sums_exactly(layer, FORWARD) && sums_exactly(layer, BACKWARD)) {
+        check_adjoints(layers, layer);
     }
 }
 
-static void check_shape(const char *name, Shape s, int ep, const char *options, bool adjoint) {
+static void check_shape(const char *name, Shape s, int ep, const Way *way, const char *options, bool backwards) {
     Layers layers;
     Layer *layer = &layers.layer[0];
-    layers_open(&layers, &s, 1, ep, options);
-    say_where(name, &s, ep, options, "where rows are");
+    layers_open(&layers, &s, &options, 1, ep, way);
+    say_where(name, layer, options, "where rows are");
     layer_choose(layer, 0);
     check_dispatch(&layers, layer, modes_of_values[SIGNED_SCALE]);
     for (int m = 0; m < MODES; m++) {
-        if (!adjoint || m == SIGNED_SCALE) {
-            say_where(name, &s, ep, options, modes_of_values[m].name);
-            check_mode(&layers, layer, modes_of_values[m], adjoint);
-        }
+        say_where(name, layer, options, modes_of_values[m].name);
+        (backwards ? check_mode_backwards : check_mode)(&layers, layer, m);
     }
     layers_close(&layers);
 }
 
-/* Shapes of the command line, experts spread over all ranks. As in the benchmark, a rank has 1 to `tokens` - 1 tokens.
- */
-static void shapes(int count, char **arguments) {
+/* Shapes of the command line with some of the wires, experts spread over all ranks. As in the benchmark, a rank has 1
+ * to `tokens` - 1 tokens. */
+static void check_shapes(int count, char **arguments, int first_wire, int end_wire) {
     int ep = comm_ranks(GROUP_WORLD);
     comm_form_groups(ep);
     for (int i = 0; i < count; i++) {
@@ -89,9 +118,19 @@ static void shapes(int count, char **arguments) {
         s.N = tokens - 1;
         s.seed = (uint64_t)seed;
         for (int way = 0; way < WAYS; way++) {
-            check_shape(arguments[i], s, ep, ways[way], false);
+            for (int wire = first_wire; wire < end_wire; wire++) {
+                check_shape(arguments[i], s, ep, &ways[way], wires[wire], false);
+            }
         }
     }
+}
+
+static void shapes(int count, char **arguments) {
+    check_shapes(count, arguments, 0, 1);
+}
+
+static void in_all_wires(int count, char **arguments) {
+    check_shapes(count, arguments, 1, wires_of(comm_ranks(GROUP_WORLD)));
 }
 
 /* ---- small shapes of every odd kind */
@@ -123,22 +162,28 @@ static const struct {
     {"messages of more rows than there are", {8, 2, 16, 9, 19, CHOICE_ALL}, "--exchange-rows 1000"},
 };
 
+static void check_odd_shape(size_t i, int ep, bool backwards) {
+    Shape s = odd[i].shape;
+    s.E = s.E > 0 ? s.E : ep;
+    s.K = s.K > 0 ? s.K : s.E / ep;
+    for (int way = 0; way < WAYS; way++) {
+        for (int wire = 0; wire < wires_of(ep); wire++) {
+            char options[128];
+            snprintf(options, sizeof options, "%s %s", odd[i].options, wires[wire]);
+            check_shape(odd[i].name, s, ep, &ways[way], options, backwards);
+        }
+    }
+}
+
 /* In groups of every size. */
-static void check_odd(bool adjoint) {
+static void check_odd(bool backwards) {
     for (int ep = 1; ep <= comm_ranks(GROUP_WORLD); ep++) {
         if (comm_ranks(GROUP_WORLD) % ep != 0) {
             continue;
         }
         comm_form_groups(ep);
         for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
-            Shape s = odd[i].shape;
-            s.E = s.E > 0 ? s.E : ep;
-            s.K = s.K > 0 ? s.K : s.E / ep;
-            for (int way = 0; way < WAYS; way++) {
-                char options[128];
-                snprintf(options, sizeof options, "%s %s", ways[way], odd[i].options);
-                check_shape(odd[i].name, s, ep, options, adjoint);
-            }
+            check_odd_shape(i, ep, backwards);
         }
     }
 }
@@ -167,24 +212,36 @@ static void check_step(Layers *layers, int64_t step) {
     }
     for (int l = 0; l < layers->count; l++) {
         Layer *layer = &layers->layer[l];
-        snprintf(where, sizeof where, "step %d, layer %d, way %d", (int)step, l, layer->exchange.way);
+        snprintf(where, sizeof where, "step %d, layer %d, %s, wire types %d and %d", (int)step, l, layer->way->options,
+                 wire_on(layer, FORWARD), wire_on(layer, BACKWARD));
         check_demand(layer);
         check_sent(layer);
         check_results(layers, layer);
     }
 }
 
-static void steps(int count, char **arguments) {
+static void steps_of(const Way *way, const char *const *options, int ep) {
     static const Shape shape_of[LAYERS] = {{8, 2, 16, 5, 1, 0}, {16, 5, 16, 90, 2, 0}, {8, 8, 16, 3, 3, 0}};
+    Layers layers;
+    layers_open(&layers, shape_of, options, LAYERS, ep, way);
+    for (int64_t step = 0; step < 12; step++) {
+        check_step(&layers, step);
+    }
+    layers_close(&layers);
+}
+
+/* The layers of a model have one wire; here each has another, so that what they share is large enough for all. */
+static void steps(int count, char **arguments) {
     int ep = comm_ranks(GROUP_WORLD);
     comm_form_groups(ep);
     for (int way = 0; way < WAYS; way++) {
-        Layers layers;
-        layers_open(&layers, shape_of, LAYERS, ep, ways[way]);
-        for (int64_t step = 0; step < 12; step++) {
-            check_step(&layers, step);
+        for (int wire = 0; wire < wires_of(ep); wire++) {
+            const char *options[LAYERS];
+            for (int l = 0; l < LAYERS; l++) {
+                options[l] = wires[(wire + l) % WIRES];
+            }
+            steps_of(&ways[way], options, ep);
         }
-        layers_close(&layers);
     }
 }
 
@@ -235,7 +292,8 @@ static void example(int count, char **arguments) {
 static const struct {
     const char *name;
     void (*run)(int count, char **arguments);
-} modes[] = {{"shapes", shapes}, {"edges", edges}, {"adjoint", adjoint}, {"steps", steps}, {"example", example}};
+} modes[] = {{"shapes", shapes},   {"wires", in_all_wires}, {"edges", edges},
+             {"adjoint", adjoint}, {"steps", steps},        {"example", example}};
 
 int main(int argc, char **argv) {
     comm_open();

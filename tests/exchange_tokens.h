@@ -11,6 +11,8 @@
 
 #include "../kernels/random.h"
 
+enum { LARGEST_WHOLE = 7, LARGEST_WEIGHT = 2, SIZES = 4 }; /* of whole numbers; see fill_rows */
+
 /* ---- what is chosen */
 
 /* The experts of token n of a rank: the first of a shuffle of all. */
@@ -38,16 +40,46 @@ static inline int tokens_of(const Shape *s, uint64_t key, int rank) {
     }
 }
 
-/* expert = chosen, but for what does not fit into messages of --exchange-rows: earlier entries have the place. */
+/* The first entry of i's token that is for the same rank, where a row carries all of them; else i. */
+static inline int leader(const Layer *layer, int i) {
+    int first = i / layer->shape.K * layer->shape.K, experts = layer->exchange.experts;
+    const int *chosen = layer->chosen;
+    while (layer->way->row_per_rank && first < i &&
+           (chosen[first] < 0 || chosen[first] / experts != chosen[i] / experts)) {
+        first++;
+    }
+    return layer->way->row_per_rank ? first : i;
+}
+
+/* Rows of a message to one rank at most: --exchange-rows, or as many as a rank's tokens may want of it. */
+static inline int message_places(const Layer *layer) {
+    const Shape *s = &layer->shape;
+    int asked = layer->config.train.exchange_rows, experts = layer->exchange.experts;
+    int most = s->N * (layer->way->row_per_rank ? 1 : s->K < experts ? s->K : experts);
+    return layer->way->fixed && asked > 0 && asked < most ? asked : most;
+}
+
+/* expert = chosen, but for what has no place in a message: earlier rows have it. */
 static inline void drop(Layer *layer, int rank) {
     const Exchange *x = &layer->exchange;
-    int entries = layer->shape.N * layer->shape.K, places = layer->config.train.exchange_rows, sent[MOST_RANKS] = {0};
-    bool fixed = layer->config.train.exchange == EXCHANGE_PADDED && places > 0 && x->ranks > 1;
+    int entries = layer->shape.N * layer->shape.K, places = message_places(layer), sent[MOST_RANKS] = {0};
     for (int i = rank * entries; i < (rank + 1) * entries; i++) {
-        int e = layer->chosen[i];
-        bool fits = e >= 0 && (!fixed || sent[e / x->experts]++ < places);
+        int e = layer->chosen[i], lead = leader(layer, i);
+        bool fits = e >= 0;
+        if (fits && x->ranks > 1) {
+            fits = lead < i ? layer->expert[lead] >= 0 : sent[e / x->experts]++ < places;
+        }
         layer->expert[i] = fits ? e : -1;
     }
+}
+
+/* Rows that one rank of the world has for one of its group. */
+static inline int rows_between(const Layer *layer, int from, int to) {
+    int entries = layer->shape.N * layer->shape.K, rows = 0;
+    for (int i = from * entries; i < (from + 1) * entries; i++) {
+        rows += layer->expert[i] >= 0 && layer->expert[i] / layer->exchange.experts == to && leader(layer, i) == i;
+    }
+    return rows;
 }
 
 /* All ranks' choices, new ones in every step. */
@@ -84,7 +116,7 @@ static inline real_t value(ValueKind kind, uint64_t key, size_t i) {
     switch (kind) {
         case VALUES_HALF: return half_rounded(random_normal(key, i));
         case VALUES_SIGNED: return 2 * random_uniform(key, i) - 1;
-        default: return (real_t)random_below(key, i, 17) - 8;
+        default: return (real_t)random_below(key, i, 2 * LARGEST_WHOLE + 1) - LARGEST_WHOLE;
     }
 }
 
@@ -92,7 +124,24 @@ static inline acc_t weight_value(ValueKind kind, uint64_t key, size_t i) {
     switch (kind) {
         case VALUES_HALF: return (float)random_uniform(key, i);
         case VALUES_SIGNED: return 2 * random_uniform(key, i) - 1;
-        default: return (acc_t)random_below(key, i, 5) - 2;
+        default: return (acc_t)random_below(key, i, 2 * LARGEST_WEIGHT + 1) - LARGEST_WEIGHT;
+    }
+}
+
+/* Rows of numbers, but for the benchmark's in `sizes` sizes, powers of two, so that a row's scale is not another's. In
+ * each row of whole numbers one is the largest there can be: then the scale of fp8, that / 448, is a power of two. */
+static inline void fill_rows(real_t *rows, ValueKind kind, uint64_t key, int count, int H, int sizes) {
+    for (int r = 0; r < count; r++) {
+        real_t *row = rows + (size_t)r * H, size = 1 << (r + comm_rank(GROUP_WORLD)) % sizes;
+        for (int h = 0; h < H; h++) {
+            row[h] = value(kind, key, (size_t)r * H + h);
+        }
+        if (kind == VALUES_WHOLE) {
+            row[r % H] = row[r % H] < 0 ? -LARGEST_WHOLE : LARGEST_WHOLE;
+        }
+        for (int h = 0; h < H && kind != VALUES_HALF; h++) {
+            row[h] *= size;
+        }
     }
 }
 
@@ -106,8 +155,9 @@ static inline void layer_take_weights(Layer *layer) {
 
 static inline void layer_values(Layer *layer, Mode mode) {
     const Shape *s = &layer->shape;
-    size_t entries = (size_t)s->N * s->K, numbers = (size_t)s->N * s->H;
+    size_t entries = (size_t)s->N * s->K;
     uint64_t mine = s->seed + comm_rank(GROUP_WORLD);
+    ValueKind gradients = mode.values == VALUES_WHOLE ? VALUES_WHOLE : VALUES_SIGNED;
     layer->mode = mode;
     for (int rank = 0; rank < comm_ranks(GROUP_WORLD); rank++) {
         uint64_t key = random_key(s->seed + rank, RANDOM_TEST, 0);
@@ -115,11 +165,9 @@ static inline void layer_values(Layer *layer, Mode mode) {
             layer->weight[rank * entries + i] = weight_value(mode.values, key, i);
         }
     }
-    for (size_t i = 0; i < numbers; i++) {
-        layer->x[i] = value(mode.values, random_key(mine, RANDOM_TEST, 1), i);
-        layer->dy[i] = value(VALUES_WHOLE, random_key(mine, RANDOM_TEST, 2), i);
-        layer->before[i] = value(VALUES_WHOLE, random_key(mine, RANDOM_TEST, 3), i);
-    }
+    fill_rows(layer->x, mode.values, random_key(mine, RANDOM_TEST, 1), s->N, s->H, SIZES);
+    fill_rows(layer->dy, gradients, random_key(mine, RANDOM_TEST, 2), s->N, s->H, SIZES);
+    fill_rows(layer->before, VALUES_WHOLE, random_key(mine, RANDOM_TEST, 3), s->N, s->H, 1);
     layer_take_weights(layer);
 }
 

@@ -166,6 +166,7 @@ static void open_model(Run *run) {
     optimizer_reserve(&run->optimizer, &run->model.tensors, &run->arena);
     batch_reserve(&run->batch, run->model.N, slices, &run->arena);
     arena_commit(&run->arena);
+    exchange_open(c, &run->arena);
     transformer_connect(&run->model);
     optimizer_connect(&run->optimizer, &run->model.tensors, &c->train);
     run->model.predicted = batch * corpus_masked_tokens(run->corpus);
@@ -455,6 +456,7 @@ static void close_run(Run *run) {
     choices_free(&run->choices);
     trace_close(&run->trace);
     batch_free(&run->batch);
+    exchange_close();
     arena_free(&run->arena);
 }
 

@@ -35,7 +35,7 @@ if [ $# != 2 ]; then usage; fi
 program=$1 out=$2
 # shellcheck source=experiments/keep_lines.sh
 . "$here/keep_lines.sh"
-ranks=${ranks:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if [ -z "$ranks" ]; then ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || ranks=0; fi
 if ! [ "$ranks" -ge 1 ]; then echo "alltoall_compare.sh: no GPU is here: give the number of ranks, -n" >&2; exit 1; fi
 
 # The words that ask either side for a shape.

@@ -6,7 +6,7 @@
  *     mpirun -n 4 build/bench_alltoall_cuda --sweep experts  ways against batch, seq, experts (of a rank) or k
  *
  *     shapes:  names (SHAPES), and --shape E,k,H,T: experts, choices of a token, numbers of a row, tokens of a rank
- *     options: --exchange flat|bucketed|dedup|padded|padded+graph|all  --wire, --wire-back: as of ./train
+ *     options: --exchange flat|bucketed|dedup|padded|padded+graph|p2p|p2p+graph|all  --wire, --wire-back: as of ./train
  *              --skew none  an expert is as likely as any other
  *                     zipf:S  expert e (from 0) has a popularity of 1 / (e + 1)^S
  *                     one     all tokens choose expert 0, and k - 1 others
@@ -69,11 +69,9 @@ typedef struct {
     bool recorded;
 } Way;
 
-static const Way WAYS[] = {{"flat", "flat", false},
-                           {"bucketed", "bucketed", false},
-                           {"dedup", "dedup", false},
-                           {"padded", "padded", false},
-                           {"padded+graph", "padded", true}};
+static const Way WAYS[] = {{"flat", "flat", false},     {"bucketed", "bucketed", false},  {"dedup", "dedup", false},
+                           {"padded", "padded", false}, {"padded+graph", "padded", true}, {"p2p", "p2p", false},
+                           {"p2p+graph", "p2p", true}};
 
 enum { WAY_COUNT = sizeof WAYS / sizeof *WAYS };
 
@@ -259,7 +257,8 @@ static void reserve_plan(Plan *p, Arena *arena) {
 /* Everything but the exchange's own; rows: the most that this rank's experts get. */
 static void reserve_arrays(Trip *t, const Shape *s, int rows, bool copies) {
     int ranks = comm_ranks(GROUP_WORLD);
-    size_t TH = (size_t)s->T * s->H, leaving = exchange_travels(&t->exchange) ? t->exchange.out.rows : t->plan.rows;
+    size_t TH = (size_t)s->T * s->H;
+    size_t leaving = exchange_travels(&t->exchange) ? t->exchange.part[0].out.rows : t->plan.rows;
     size_t plain = (leaving + ranks) * wire_row_bytes(t->exchange.wire[0], s->H);
     real_t **of_tokens[] = {&t->x, &t->y, &t->dy, &t->dx};
     for (int i = 0; i < 4; i++) {
@@ -304,6 +303,7 @@ static void open_trip(Trip *t, const Shape *s, const Batch *b, const Way *way, c
     t->plain_first = calloc(comm_ranks(GROUP_WORLD) + 1, sizeof(int));
     CHECK(t->plain_first, "out of memory for the counts of %d ranks", comm_ranks(GROUP_WORLD));
     arena_commit(&t->arena);
+    exchange_open(&t->config, &t->arena);
     fill_arrays(t, s, b);
 }
 
@@ -312,6 +312,7 @@ static void close_trip(Trip *t) {
     recording_free(&t->recorded_backward);
     exchange_free(&t->exchange);
     free(t->plain_first);
+    exchange_close();
     arena_free(&t->arena);
 }
 
@@ -322,22 +323,25 @@ static void forward(void *trip, Profile *profile) {
     plan_build(&t->plan, NULL);
     exchange_plan(&t->exchange, &t->scratch, NULL, NULL);
     profile_stage(profile, STAGE_DISPATCH, NULL);
-    RowSource rows = exchange_dispatch(x, &t->scratch, t->in_rows, t->x, true, NULL, NULL);
+    exchange_dispatch_begin(x, &t->scratch, t->x, true, NULL, NULL);
+    RowSource rows = exchange_dispatch(x, 0, &t->scratch, t->in_rows, t->x, true, NULL, NULL);
     profile_stage(profile, STAGE_EXPERTS, NULL);
-    scale_rows(t->out_rows, NULL, rows, NULL, t->scale, exchange_experts(x)->offset, x->experts, x->C, NULL);
+    scale_rows(t->out_rows, NULL, rows, NULL, t->scale, exchange_experts(x, 0)->offset, x->experts, x->C, NULL);
     profile_stage(profile, STAGE_COMBINE, NULL);
-    exchange_combine(x, &t->scratch, t->y, t->out_rows, NULL, NULL);
+    exchange_combine(x, 0, &t->scratch, t->y, t->out_rows, NULL, NULL);
+    exchange_combine_end(x, &t->scratch, t->y, NULL, NULL);
 }
 
 static void backward(void *trip, Profile *profile) {
     Trip *t = trip;
     const Exchange *x = &t->exchange;
-    const Plan *experts = exchange_experts(x);
-    RowSource rows = exchange_dispatch(x, &t->scratch, t->in_rows, t->dy, false, NULL, NULL);
+    const Plan *experts = exchange_experts(x, 0);
+    exchange_dispatch_begin(x, &t->scratch, t->dy, false, NULL, NULL);
+    RowSource rows = exchange_dispatch(x, 0, &t->scratch, t->in_rows, t->dy, false, NULL, NULL);
     scale_rows(t->out_rows, t->drow_weight, rows, experts->row_weight, t->scale, experts->offset, x->experts, x->C,
                NULL);
-    exchange_dispatch_backward(x, &t->scratch, t->dx, t->out_rows, 0, NULL, NULL);
-    exchange_weight_backward(x, &t->scratch, t->dweight, t->drow_weight, NULL, NULL);
+    exchange_backward(x, 0, &t->scratch, t->dx, t->dweight, t->out_rows, t->drow_weight, 0, NULL, NULL);
+    exchange_backward_end(x, &t->scratch, t->dx, t->dweight, 0, NULL, NULL);
 }
 
 static void replay(Recording *recording, Trip *t, void (*call)(void *trip, Profile *profile)) {
@@ -362,7 +366,7 @@ static void nothing(void *trip, Profile *profile) {
 /* As many rows as the rank sends that sends most, in equal parts. */
 static void divide_plainly(Trip *t) {
     int ranks = comm_ranks(GROUP_WORLD);
-    double rows = exchange_travels(&t->exchange) ? t->exchange.send[ranks] : t->plan.rows;
+    double rows = exchange_travels(&t->exchange) ? t->exchange.part[0].send[ranks] : t->plan.rows;
     int part = ((int)largest(rows) + ranks - 1) / ranks;
     for (int r = 0; r <= ranks; r++) {
         t->plain_first[r] = r * part;
@@ -372,8 +376,8 @@ static void divide_plainly(Trip *t) {
 static void plain(void *trip, Profile *profile) {
     Trip *t = trip;
     size_t row_bytes = wire_row_bytes(t->exchange.wire[0], t->exchange.C);
-    comm_exchange(GROUP_WORLD, t->plain_to, t->plain_first, t->plain_from, t->plain_first, row_bytes, NULL);
-    comm_exchange(GROUP_WORLD, t->plain_from, t->plain_first, t->plain_to, t->plain_first, row_bytes, NULL);
+    comm_exchange(GROUP_WORLD, t->plain_to, t->plain_first, t->plain_from, t->plain_first, NULL, row_bytes, NULL);
+    comm_exchange(GROUP_WORLD, t->plain_from, t->plain_first, t->plain_to, t->plain_first, NULL, row_bytes, NULL);
 }
 
 /* ---- results ---- */

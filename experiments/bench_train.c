@@ -16,7 +16,7 @@
  * the device inside the time; the median of the steps after a warm-up. On a GPU steps are queued in groups, since to
  * wait for each would leave the device idle in between: the median is that of the groups. A last step with stage times
  * is not in the median. FLOPs as in transformer_flops_per_token. The same models in PyTorch: baselines/torch_cpu.py
- * and torch_gpu.py; both in one job: cpu_compare.sh, gpu_compare.sh.
+ * and torch_gpu.py; both in one job: cpu_compare.sh, gpu_compare.sh, and on several ranks scaling_compare.sh.
  */
 #include <math.h>
 #include <stdio.h>
@@ -132,6 +132,7 @@ static void open_bench(Bench *b) {
     optimizer_reserve(&b->optimizer, &b->model.tensors, &b->arena);
     arena_reserve(&b->arena, (void **)&b->tokens, (N + 1) * sizeof(int), MEMORY_ACTIVATIONS);
     arena_commit(&b->arena);
+    exchange_open(&b->config, &b->arena);
     transformer_connect(&b->model);
     optimizer_connect(&b->optimizer, &b->model.tensors, &b->config.train);
     acc_t *host = calloc(b->model.tensors.total, sizeof(acc_t));
@@ -152,24 +153,25 @@ static void close_bench(Bench *b) {
     recording_free(&b->recording);
     free(b->host_tokens);
     transformer_free(&b->model);
+    exchange_close();
     arena_free(&b->arena);
 }
 
-static void print_result(Bench *b, const Model *m, double median, double p95, int steps, const Profile *profile,
-                         const char *device) {
+static void print_result(Bench *b, const Model *m, bool strong, double median, double p95, int steps,
+                         const Profile *profile, const char *device) {
     const TrainConfig *t = &b->config.train;
     double flops = transformer_flops_per_token(&b->model), speed = (double)b->model.N * b->ranks / median;
     double peak = device_peak_flops() * b->ranks;
     acc_t loss;
     host_from_device(&loss, b->model.step_loss, sizeof loss, NULL);
     printf(
-        "{\"model\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"ranks\":%d,\"ep\":%d,\"threads\":%d,\"ms\":%.4f,"
-        "\"p95\":%.4f,"
+        "{\"model\":\"%s\",\"impl\":\"moelab\",\"router\":\"%s\",\"ranks\":%d,\"ep\":%d,\"mode\":\"%s\",\"threads\":%d,"
+        "\"ms\":%.4f,\"p95\":%.4f,"
         "\"tok_s\":%.0f,\"gflops\":%.1f,\"mfu\":%.4f,\"steps\":%d,\"graph\":%d,\"recompute\":%d,\"loss\":%.4f,"
         "\"arena_mib\":%.1f,\"peak_mib\":%.1f,\"device\":\"%s\",\"commit\":\"%s\"",
-        m->name, b->config.model.router, b->ranks, t->ep, device_threads(), 1e3 * median, 1e3 * p95, speed,
-        speed * flops / 1e9, peak > 0 ? speed * flops / peak : 0, steps, t->graph, t->recompute, (double)loss,
-        b->arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device, commit_name());
+        m->name, b->config.model.router, b->ranks, t->ep, strong ? "strong" : "weak", device_threads(), 1e3 * median,
+        1e3 * p95, speed, speed * flops / 1e9, peak > 0 ? speed * flops / peak : 0, steps, t->graph, t->recompute,
+        (double)loss, b->arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device, commit_name());
     bench_print_stages("stages_ms", profile, 1);
     printf("}\n");
     fflush(stdout);
@@ -202,7 +204,7 @@ static void bench_model(const Model *m, int steps, bool strong, char **options, 
     profile_stop(&profile, NULL);
     profile_finish(&profile);
     double median = bench_median(seconds, groups, &p95);
-    print_result(&b, m, median, p95, steps, &profile, device);
+    print_result(&b, m, strong, median, p95, steps, &profile, device);
     profile_free(&profile);
     free(seconds);
     close_bench(&b);

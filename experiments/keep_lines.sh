@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2154  # variables are set by who sources this
 # What the comparisons with PyTorch share: running a program and keeping the JSON lines that it prints. Sourced by
-# gpu_compare.sh and alltoall_compare.sh, which set python, out (the file that grows) and the paths they need.
+# gpu_compare.sh, alltoall_compare.sh and scaling_compare.sh, which set python, out (the file that grows) and the paths
+# they need.
 commit=unknown
 lines=$(mktemp)
 trap 'rm -f "$lines"' EXIT

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "device.h"
+#include "peers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ADDRESS_SANITIZER 1
@@ -111,7 +112,7 @@ static size_t arena_bytes(const Arena *arena) {
 
 void arena_commit(Arena *arena) {
     assert(arena->base == NULL && "one commit per arena");
-    arena->base = device_allocate(arena_bytes(arena));
+    arena->base = arena->shared ? peers_allocate(arena_bytes(arena)) : device_allocate(arena_bytes(arena));
     if (!arena->base) {
         die_of_memory_shortage(arena);
     }
@@ -132,7 +133,11 @@ void arena_free(Arena *arena) {
     if (arena->base) {
         ASAN_UNPOISON_MEMORY_REGION(arena->base, arena->bytes);
     }
-    device_release(arena->base, arena_bytes(arena));
+    if (arena->shared) {
+        peers_release(arena->base, arena_bytes(arena));
+    } else {
+        device_release(arena->base, arena_bytes(arena));
+    }
     free(arena->requests);
     *arena = (Arena){0};
 }

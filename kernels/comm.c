@@ -109,7 +109,7 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
 }
 
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
-                   size_t row_bytes, Stream *stream) {
+                   const int *theirs, size_t row_bytes, Stream *stream) {
     int rank = comm_rank(group), ranks = comm_ranks(group);
     int tag = comm_begin_call(CALL_EXCHANGE, group);
     for (int r = 0; r < ranks; r++) {

@@ -26,6 +26,7 @@
 
 extern "C" {
 #include "comm_parts.h"
+#include "peers.h"
 }
 
 enum { THREADS = 256, WIDTH = Pack<acc_t>::COUNT };
@@ -299,8 +300,32 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
     }
 }
 
+/* Where the others' memory is open, rows are copied there: copy engines do it, the multiprocessors go on with other
+ * work. Not in a recorded step, where nothing may count its meetings on the host. */
+static bool can_copy(Group group, const void *to, const int *theirs, cudaStream_t stream) {
+    cudaStreamCaptureStatus recorded;
+    CUDA_CHECK(cudaStreamIsCapturing(stream, &recorded));
+    return theirs && group == GROUP_EXPERTS && peers_reach(to) && recorded == cudaStreamCaptureStatusNone;
+}
+
+static void copy_rows(char *to, const int *theirs, const char *from, const int *from_first, size_t row_bytes,
+                      Stream *stream) {
+    const int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
+    comm_begin_call(CALL_EXCHANGE, GROUP_EXPERTS);
+    for (int i = 1; i < ranks; i++) { /* each rank begins with another, so that none has all at once */
+        const int r = (rank + i) % ranks;
+        const size_t bytes = comm_row_count(from_first, r) * row_bytes;
+        if (bytes > 0) {
+            device_copy((char *)peers_at(r, to) + theirs[r] * row_bytes, from + from_first[r] * row_bytes, bytes,
+                        stream);
+            comm_count_message(bytes);
+        }
+    }
+    peers_meet(true, stream);
+}
+
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
-                   size_t row_bytes, Stream *stream) {
+                   const int *theirs, size_t row_bytes, Stream *stream) {
     const int rank = comm_rank(group), ranks = comm_ranks(group);
     char *to_rows = (char *)to;
     const char *from_rows = (const char *)from;
@@ -310,6 +335,10 @@ void comm_exchange(Group group, void *to, const int *to_first, const void *from,
                     comm_row_count(to_first, rank) * row_bytes, stream);
     }
     if (ranks == 1) {
+        return;
+    }
+    if (can_copy(group, to, theirs, cuda_stream(stream))) {
+        copy_rows(to_rows, theirs, from_rows, from_first, row_bytes, stream);
         return;
     }
     const Group talking = begin_call(CALL_EXCHANGE, group);

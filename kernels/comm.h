@@ -61,9 +61,11 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream);
 
 /* Rows to every rank of the group and from every rank: rows from_first[r] .. from_first[r+1] of `from` go to rank r,
  * and arrive at its rows to_first[this rank] on. to_first, from_first (ranks + 1): on the host; what one rank sends to
- * another and what that expects must agree. row_bytes of a row; from and to do not overlap. */
+ * another and what that expects must agree. theirs (ranks): at which row of its `to` rank r expects this rank's, for
+ * those who can put them there themselves: with GPUs whose memory is open to each other (peers.h) the call is a
+ * meeting. NULL where that is not known. row_bytes of a row; from and to do not overlap. */
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
-                   size_t row_bytes, Stream *stream);
+                   const int *theirs, size_t row_bytes, Stream *stream);
 
 /* x (count) on the host = the sum over all ranks' x, in their order. */
 void comm_sum_host(double *x, size_t count);

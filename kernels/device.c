@@ -83,6 +83,26 @@ bool device_use_path(KernelPath path) {
     return path == PATH_PLAIN;
 }
 
+Stream *device_second_stream(void) {
+    return NULL;
+}
+
+void stream_follow(Stream *later, Stream *earlier) {
+}
+
+StreamMark *stream_mark_open(void) {
+    return NULL;
+}
+
+void stream_mark_close(StreamMark *mark) {
+}
+
+void stream_mark(StreamMark *mark, Stream *stream) {
+}
+
+void stream_wait(Stream *stream, StreamMark *mark) {
+}
+
 void device_wait(Stream *stream) {
 }
 

@@ -1,5 +1,6 @@
-/* Memory and time on a GPU. One stream carries all the work of a program, in order; the host runs ahead of it and waits
- * only where it reads results (counted by device_waits).
+/* Memory and time on a GPU. One stream carries all the work of a program, in order, but for what moves between ranks
+ * beside it on a second one; the host runs ahead of them and waits only where it reads results (counted by
+ * device_waits).
  *
  * device_from_host does not wait either: data is copied into a ring of page-locked buffers, whose parts are used again
  * when the copies from them are long done. host_from_device goes through a buffer of that kind as well, for a copy to
@@ -21,7 +22,7 @@ enum { RING_PARTS = 4, LAPS = 4096 };
 
 static const size_t ring_part_bytes = (size_t)4 << 20;
 
-static cudaStream_t the_stream = NULL;
+static cudaStream_t the_stream = NULL, second_stream = NULL;
 static cudaDeviceProp properties;
 static int64_t waits = 0;
 static size_t allocated = 0, most_allocated = 0;
@@ -34,7 +35,7 @@ static struct {
 } ring;
 
 static char *landing;      /* one part more: where data arrives on the host */
-static cudaEvent_t queued; /* the last piece of work when the host began to wait */
+static cudaEvent_t queued; /* the last piece of work when the host, or another stream, began to wait */
 
 void device_open(int index, int sharers) {
     if (the_stream) {
@@ -55,6 +56,7 @@ void device_open(int index, int sharers) {
           properties.name, properties.major, properties.minor);
     CUDA_CHECK(cudaSetDevice(index));
     CUDA_CHECK(cudaStreamCreateWithFlags(&the_stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaStreamCreateWithFlags(&second_stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaHostAlloc((void **)&ring.memory, (RING_PARTS + 1) * ring_part_bytes, cudaHostAllocDefault));
     landing = ring.memory + RING_PARTS * ring_part_bytes;
     CUDA_CHECK(cudaEventCreateWithFlags(&queued, cudaEventDisableTiming));
@@ -167,6 +169,43 @@ static void wait_for(cudaEvent_t event) {
 static void wait_for_queued(cudaStream_t stream) {
     CUDA_CHECK(cudaEventRecord(queued, stream));
     wait_for(queued);
+}
+
+Stream *device_second_stream(void) {
+    cuda_stream(NULL);
+    return (Stream *)second_stream;
+}
+
+void stream_follow(Stream *later, Stream *earlier) {
+    if (cuda_stream(later) != cuda_stream(earlier)) {
+        CUDA_CHECK(cudaEventRecord(queued, cuda_stream(earlier)));
+        CUDA_CHECK(cudaStreamWaitEvent(cuda_stream(later), queued, 0));
+    }
+}
+
+StreamMark *stream_mark_open(void) {
+    cudaEvent_t event;
+    cuda_stream(NULL);
+    CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    return (StreamMark *)event;
+}
+
+void stream_mark_close(StreamMark *mark) {
+    if (mark) {
+        CUDA_CHECK(cudaEventDestroy((cudaEvent_t)mark));
+    }
+}
+
+void stream_mark(StreamMark *mark, Stream *stream) {
+    if (mark) {
+        CUDA_CHECK(cudaEventRecord((cudaEvent_t)mark, cuda_stream(stream)));
+    }
+}
+
+void stream_wait(Stream *stream, StreamMark *mark) {
+    if (mark) {
+        CUDA_CHECK(cudaStreamWaitEvent(cuda_stream(stream), (cudaEvent_t)mark, 0));
+    }
 }
 
 void device_wait(Stream *stream) {

@@ -42,6 +42,7 @@ typedef struct {
     size_t category[MEMORY_CATEGORIES]; /* bytes reserved per category */
     ArenaRequest *requests;             /* host, owned, until the commit */
     int request_count, request_capacity;
+    bool shared; /* whether other ranks may open it (peers.h); before the commit */
 } Arena;
 
 const char *memory_category_name(MemoryCategory category);
@@ -77,6 +78,17 @@ typedef enum { PATH_PLAIN, PATH_MMA, PATH_WGMMA } KernelPath;
 /* For tests and measurements: the fastest kind that an operation which has several may take from here on. Where it does
  * not suit a shape or the card, the next slower one is taken. false: the build has none of that kind. */
 bool device_use_path(KernelPath path);
+
+/* A second stream, for what should run beside the first. Nothing of it waits for the other but where it is told to:
+ * `later`, what is queued there from here on, for all that is queued in `earlier` by now; or for a mark in a stream. On
+ * the CPU everything is done at once, and there are no marks (NULL). */
+typedef struct StreamMark StreamMark;
+Stream *device_second_stream(void);
+void stream_follow(Stream *later, Stream *earlier);
+StreamMark *stream_mark_open(void);
+void stream_mark_close(StreamMark *mark);
+void stream_mark(StreamMark *mark, Stream *stream);
+void stream_wait(Stream *stream, StreamMark *mark);
 
 /* Waits until everything queued is done. */
 void device_wait(Stream *stream);

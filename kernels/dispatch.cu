@@ -9,6 +9,8 @@
  */
 #include "cuda.cuh"
 
+#include <type_traits>
+
 extern "C" {
 #include "dispatch.h"
 }
@@ -17,6 +19,20 @@ enum {
     THREADS = 256,
     IN_FLIGHT = 8,     /* loads of a thread before it uses the first */
     BLOCKS_PER_SM = 3, /* of sums: a token's rows are waited for twice, for their index and for themselves */
+};
+
+/* Where a kernel writes its rows: one after the other, or in other ranks' memory. */
+struct RowsHere {
+    real_t *rows;
+    __device__ real_t *at(int r, int C) const {
+        return rows + (size_t)r * C;
+    }
+};
+struct RowsThere {
+    PeerRows rows;
+    __device__ real_t *at(int r, int C) const {
+        return (real_t *)peers_row(&rows, r, C * sizeof(real_t));
+    }
 };
 
 /* A column: as many neighbouring numbers as one instruction moves. */
@@ -49,9 +65,9 @@ __device__ static inline void store_column(real_t *to, const Column<PACKED> &col
 
 /* Blocks and blockDim.y replace the loop over tokens, blockDim.x and COLUMNS that over the C numbers of a row. Blocks
  * beyond the tokens' do the same for the rows, of which they clear those without an entry. */
-template <bool PACKED, int COLUMNS>
+template <bool PACKED, int COLUMNS, class Rows>
 __global__ static void __launch_bounds__(THREADS)
-    copy_kernel(real_t *rows, const real_t *x, const int *row, const int *entry, const int *computed, int token_blocks,
+    copy_kernel(Rows rows, const real_t *x, const int *row, const int *entry, const int *computed, int token_blocks,
                 int N, int K, int C) {
     enum { WIDTH = Column<PACKED>::WIDTH };
     int n = blockIdx.x * blockDim.y + threadIdx.y, r = n - token_blocks * (int)blockDim.y;
@@ -72,7 +88,7 @@ __global__ static void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < COLUMNS; i++) {
                 if (target >= 0 && first + i * step < columns) {
-                    store_column<PACKED>(rows + (size_t)target * C + (first + i * step) * WIDTH, column[i]);
+                    store_column<PACKED>(rows.at(target, C) + (first + i * step) * WIDTH, column[i]);
                 }
             }
         }
@@ -88,30 +104,44 @@ static dim3 token_block(int columns, int each) {
     return dim3(threads, THREADS / threads);
 }
 
-template <bool PACKED>
-static void copy_rows(real_t *rows, const real_t *x, const Plan *plan, int C, cudaStream_t stream) {
+/* clears: rows without an entry, in layouts that have such. */
+template <bool PACKED, class Rows>
+static void copy_rows(Rows rows, const real_t *x, const Plan *plan, bool clears, int C, cudaStream_t stream) {
     enum { COLUMNS = 4 };
     dim3 block = token_block(C / Column<PACKED>::WIDTH, COLUMNS);
     int token_blocks = ceil_div(plan->N, block.y);
-    int row_blocks = plan->layout == LAYOUT_COMPACT ? 0 : ceil_div(plan->rows, block.y); /* compact rows have entries */
+    int row_blocks = !clears || plan->layout == LAYOUT_COMPACT ? 0 : ceil_div(plan->rows, block.y);
     copy_kernel<PACKED, COLUMNS><<<token_blocks + row_blocks, block, 0, stream>>>(
         rows, x, plan->row, plan->entry, plan->offset + plan->E, token_blocks, plan->N, plan->K, C);
     CUDA_LAUNCHED();
 }
 
+/* Whether a token has no row. */
+__device__ static inline bool rowless(const int *row, int K) {
+    int highest = -1;
+    for (int j = 0; j < K; j++) {
+        highest = max(highest, row[j]);
+    }
+    return highest < 0;
+}
+
 /* y[n] (+)= sum_j weight[n,j] rows[row[n,j]], a weight of 1 when there are none; ROWS of the sum at a time. Blocks and
- * blockDim.y replace the loop over tokens, blockDim.x and the columns of a thread that over the C numbers of a row. */
-template <bool PACKED, int ROWS>
+ * blockDim.y replace the loop over tokens, blockDim.x and the columns of a thread that over the C numbers of a row. To
+ * other ranks nothing goes of a token without rows. */
+template <bool PACKED, int ROWS, class Rows>
 __global__ static void __launch_bounds__(THREADS, ROWS == 1 ? 2 : BLOCKS_PER_SM)
-    gather_sum_kernel(real_t *y, const real_t *rows, const float *weight, const int *row, int N, int K, int C,
+    gather_sum_kernel(Rows sums, const real_t *rows, const float *weight, const int *row, int N, int K, int C,
                       int accumulate) {
     enum { WIDTH = Column<PACKED>::WIDTH, COLUMNS = IN_FLIGHT / ROWS };
     int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) {
         return;
     }
-    y += (size_t)n * C;
     row += (size_t)n * K;
+    if (std::is_same<Rows, RowsThere>::value && rowless(row, K)) {
+        return;
+    }
+    real_t *y = sums.at(n, C);
     int columns = C / WIDTH, step = blockDim.x;
     for (int first = threadIdx.x; first < columns; first += COLUMNS * step) {
         float sum[COLUMNS][WIDTH] = {};
@@ -159,8 +189,8 @@ __global__ static void __launch_bounds__(THREADS, ROWS == 1 ? 2 : BLOCKS_PER_SM)
     }
 }
 
-template <bool PACKED, int ROWS>
-static void gather_rows(real_t *y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
+template <bool PACKED, int ROWS, class Rows>
+static void gather_rows(Rows y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
                         cudaStream_t stream) {
     dim3 block = token_block(C / Column<PACKED>::WIDTH, IN_FLIGHT / ROWS);
     gather_sum_kernel<PACKED, ROWS>
@@ -168,12 +198,14 @@ static void gather_rows(real_t *y, const real_t *rows, const float *weight, cons
     CUDA_LAUNCHED();
 }
 
-static void gather_sum(real_t *y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
-                       cudaStream_t stream) {
+/* packed: whether rows on both sides begin at multiples of 16 bytes. */
+template <class Rows>
+static void gather_sum(Rows y, bool packed, const real_t *rows, const float *weight, const Plan *plan, int C,
+                       int accumulate, cudaStream_t stream) {
     if (plan->N == 0) {
         return;
     }
-    if (!packs_fit(y, C) || !packs_fit(rows, C)) {
+    if (!packed || !packs_fit(rows, C)) {
         gather_rows<false, 4>(y, rows, weight, plan, C, accumulate, stream);
     } else if (plan->K == 1) {
         gather_rows<true, 1>(y, rows, weight, plan, C, accumulate, stream);
@@ -186,15 +218,20 @@ static void gather_sum(real_t *y, const real_t *rows, const float *weight, const
     }
 }
 
+static void gather_here(real_t *y, const real_t *rows, const float *weight, const Plan *plan, int C, int accumulate,
+                        Stream *stream) {
+    gather_sum(RowsHere{y}, packs_fit(y, C), rows, weight, plan, C, accumulate, cuda_stream(stream));
+}
+
 bool dispatch_copies(void) {
     return false;
 }
 
 void dispatch_copy(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream) {
     if (packs_fit(rows, C) && packs_fit(x, C)) {
-        copy_rows<true>(rows, x, plan, C, cuda_stream(stream));
+        copy_rows<true>(RowsHere{rows}, x, plan, true, C, cuda_stream(stream));
     } else {
-        copy_rows<false>(rows, x, plan, C, cuda_stream(stream));
+        copy_rows<false>(RowsHere{rows}, x, plan, true, C, cuda_stream(stream));
     }
 }
 
@@ -203,13 +240,27 @@ RowSource dispatch_forward(real_t *rows, const real_t *x, const Plan *plan, int 
 }
 
 void dispatch_backward(real_t *dx, const real_t *drows, const Plan *plan, int C, int accumulate, Stream *stream) {
-    gather_sum(dx, drows, NULL, plan, C, accumulate, cuda_stream(stream));
+    gather_here(dx, drows, NULL, plan, C, accumulate, stream);
 }
 
 void combine_forward(real_t *y, const real_t *rows, const Plan *plan, int C, int accumulate, Stream *stream) {
-    gather_sum(y, rows, plan->weight, plan, C, accumulate, cuda_stream(stream));
+    gather_here(y, rows, plan->weight, plan, C, accumulate, stream);
 }
 
 RowSource combine_backward(real_t *drows, const real_t *dy, const Plan *plan, int C, Stream *stream) {
     return dispatch_forward(drows, dy, plan, C, stream);
+}
+
+/* Rows of all ranks begin alike: the arena's pieces do, and places of whole rows follow. */
+void dispatch_put(PeerRows to, const real_t *x, const Plan *plan, int C, Stream *stream) {
+    if (packs_fit((real_t *)to.of[0], C) && packs_fit(x, C)) {
+        copy_rows<true>(RowsThere{to}, x, plan, false, C, cuda_stream(stream));
+    } else {
+        copy_rows<false>(RowsThere{to}, x, plan, false, C, cuda_stream(stream));
+    }
+}
+
+void combine_put(PeerRows to, const real_t *rows, const Plan *plan, bool weighted, int C, Stream *stream) {
+    gather_sum(RowsThere{to}, packs_fit((real_t *)to.of[0], C), rows, weighted ? plan->weight : NULL, plan, C, 0,
+               cuda_stream(stream));
 }

@@ -16,6 +16,7 @@
 
 #include <stdbool.h>
 
+#include "peers.h"
 #include "plan.h"
 
 /* Whether dispatch_forward and combine_backward write rows; where they do not, they take NULL for them. */
@@ -36,5 +37,10 @@ RowSource combine_backward(real_t *drows, const real_t *dy, const Plan *plan, in
 /* Writes rows (plan->rows, C) out on every device: for who sends them elsewhere. Those past offset[E] are not touched.
  */
 void dispatch_copy(real_t *rows, const real_t *x, const Plan *plan, int C, Stream *stream);
+
+/* The same two where others want the results, stored straight into their memory. Rows of x (N,C) with a row for rank
+ * r / places, plan->row; and for each token n of the plan with a row, to n, their sum, weighted or not. */
+void dispatch_put(PeerRows to, const real_t *x, const Plan *plan, int C, Stream *stream);
+void combine_put(PeerRows to, const real_t *rows, const Plan *plan, bool weighted, int C, Stream *stream);
 
 #endif

@@ -2,7 +2,6 @@
 #include "relay.h"
 
 #include <stdbool.h>
-#include <string.h>
 
 void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *stream) {
     int K = plan->K;
@@ -13,6 +12,23 @@ void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *str
                 rank = out->expert[before] == rank ? -1 : rank;
             }
             out->expert[i] = rank;
+        }
+    }
+}
+
+void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream) {
+    int N = plan->N, K = plan->K;
+    relay_ranks(out, plan, experts, 1, stream);
+    for (int r = 0; r <= out->E; r++) {
+        out->offset[r] = r * N;
+    }
+    for (int r = 0; r < out->E * N; r++) {
+        out->entry[r] = -1;
+    }
+    for (int i = 0; i < N * K; i++) {
+        out->row[i] = out->expert[i] < 0 ? -1 : out->expert[i] * N + i / K;
+        if (out->row[i] >= 0) {
+            out->entry[out->row[i]] = i;
         }
     }
 }
@@ -50,10 +66,9 @@ void relay_weight_backward(acc_t *dweight, const acc_t *back, const Plan *out, c
     }
 }
 
-void relay_tell(int *told, const Plan *out, const Plan *plan, Stream *stream) {
-    memcpy(told, plan->demand, plan->E * sizeof(int));
+void relay_tell(int *told, const Plan *out, Stream *stream) {
     for (int r = 0; r < out->E; r++) {
-        told[plan->E + r] = out->offset[r + 1] - out->offset[r];
+        told[r] = out->offset[r + 1] - out->offset[r];
     }
 }
 

@@ -13,12 +13,9 @@ __device__ static inline int rank_of(const Plan &plan, int i, int experts) {
     return plan.row[i] < 0 ? -1 : plan.expert[i] / experts;
 }
 
-/* A token looks through its own entries, in their order. */
-__global__ static void ranks_of_tokens(Plan out, Plan plan, int experts, int once) {
-    int n = blockIdx.x * blockDim.x + threadIdx.x, K = plan.K;
-    if (n >= plan.N) {
-        return;
-    }
+/* The ranks of token n's entries, in their order. */
+__device__ static inline void find_ranks(const Plan &out, const Plan &plan, int n, int experts, int once) {
+    int K = plan.K;
     for (int j = 0; j < K; j++) {
         int i = n * K + j, rank = rank_of(plan, i, experts);
         for (int before = n * K; once && before < i; before++) {
@@ -28,8 +25,42 @@ __global__ static void ranks_of_tokens(Plan out, Plan plan, int experts, int onc
     }
 }
 
+__global__ static void ranks_of_tokens(Plan out, Plan plan, int experts, int once) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n < plan.N) {
+        find_ranks(out, plan, n, experts, once);
+    }
+}
+
 void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *stream) {
     ranks_of_tokens<<<ceil_div(plan->N, THREADS), THREADS, 0, cuda_stream(stream)>>>(*out, *plan, experts, once);
+    CUDA_LAUNCHED();
+}
+
+__global__ static void places_of_tokens(Plan out, Plan plan, int experts) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x, N = plan.N, K = plan.K;
+    if (n <= out.E) {
+        out.offset[n] = n * N;
+    }
+    if (n >= N) {
+        return;
+    }
+    find_ranks(out, plan, n, experts, 1);
+    for (int r = 0; r < out.E; r++) {
+        out.entry[r * N + n] = -1;
+    }
+    for (int i = n * K; i < (n + 1) * K; i++) {
+        int rank = out.expert[i];
+        out.row[i] = rank < 0 ? -1 : rank * N + n;
+        if (rank >= 0) {
+            out.entry[rank * N + n] = i;
+        }
+    }
+}
+
+void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream) {
+    int threads = plan->N > out->E ? plan->N : out->E + 1;
+    places_of_tokens<<<ceil_div(threads, THREADS), THREADS, 0, cuda_stream(stream)>>>(*out, *plan, experts);
     CUDA_LAUNCHED();
 }
 
@@ -87,15 +118,14 @@ void relay_weight_backward(acc_t *dweight, const acc_t *back, const Plan *out, c
     CUDA_LAUNCHED();
 }
 
-__global__ static void tell(int *told, Plan out, Plan plan) {
-    for (int i = threadIdx.x; i < plan.E + out.E; i += blockDim.x) {
-        int r = i - plan.E;
-        told[i] = r < 0 ? plan.demand[i] : out.offset[r + 1] - out.offset[r];
+__global__ static void tell(int *told, Plan out) {
+    for (int r = threadIdx.x; r < out.E; r += blockDim.x) {
+        told[r] = out.offset[r + 1] - out.offset[r];
     }
 }
 
-void relay_tell(int *told, const Plan *out, const Plan *plan, Stream *stream) {
-    tell<<<1, THREADS, 0, cuda_stream(stream)>>>(told, *out, *plan);
+void relay_tell(int *told, const Plan *out, Stream *stream) {
+    tell<<<1, THREADS, 0, cuda_stream(stream)>>>(told, *out);
     CUDA_LAUNCHED();
 }
 

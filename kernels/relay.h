@@ -30,6 +30,11 @@ typedef struct {
  * rank. plan: the router's, built; experts: of each rank. */
 void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *stream);
 
+/* In place of relay_ranks and plan_build, where every token has a place for every rank and nothing is sorted: writes
+ * row (N,K) = rank*N + n for the first entry of token n with that rank, -1 for its others; entry (R*N), offset (R+1)
+ * and expert. out: padded, with a capacity of N. */
+void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream);
+
 /* note (out->rows, width): of each row of `out`, built from relay_ranks. */
 void relay_write(RelayNote *note, const Plan *out, const Plan *plan, int experts, int width, Stream *stream);
 
@@ -41,10 +46,10 @@ void relay_read(Plan *in, const RelayNote *note, Stream *stream);
 void relay_weight_backward(acc_t *dweight, const acc_t *back, const Plan *out, const Plan *plan, int experts, int width,
                            Stream *stream);
 
-/* told (E+R) = demand (E) of the router's plan, then rows (R) of `out` for each rank: what every rank tells all. */
-void relay_tell(int *told, const Plan *out, const Plan *plan, Stream *stream);
+/* told (R) = rows of `out` for each rank. */
+void relay_tell(int *told, const Plan *out, Stream *stream);
 
-/* demand (E) = the sum over `world` ranks' told (world, stride). */
+/* demand (E) = the sum over `world` ranks' told (world, stride), which begin with their demand. */
 void relay_demand(int *demand, const int *told, int world, int stride, int E, Stream *stream);
 
 /* Of a soft plan, whose rows are sorted by expert already: a sparse plan in which each row is a token with that one

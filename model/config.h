@@ -20,7 +20,8 @@ typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
 typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
 typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
 typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER } Freeze;
-typedef enum { EXCHANGE_FLAT, EXCHANGE_BUCKETED, EXCHANGE_DEDUP, EXCHANGE_PADDED } ExchangeWay;
+typedef enum { EXCHANGE_FLAT, EXCHANGE_BUCKETED, EXCHANGE_DEDUP, EXCHANGE_PADDED, EXCHANGE_P2P } ExchangeWay;
+enum { EXCHANGE_MOST_PARTS = 8 };
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORMS, RECOMPUTE_EXPERTS } Recompute;
 
 enum {
@@ -77,6 +78,9 @@ typedef struct {
     int exchange;        /* ExchangeWay */
     double patience;     /* seconds that a rank waits for another */
     int wire, wire_back; /* WireType of the forward's rows, of the backward's */
+    int exchange_chunks; /* parts of a batch that travel one by one */
+    int overlap;         /* whether they do while the experts work on others */
+    int peer_memory;     /* whether ranks that can copy rows into each other's memory do */
     int exchange_rows;   /* of a padded message; 0: as many as there can be */
     /* output */
     char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT], export_gguf[CONFIG_TEXT];

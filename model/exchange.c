@@ -1,5 +1,5 @@
-/* See exchange.h. Read exchange_plan first, then exchange_dispatch and exchange_combine. Called by moe.c; messages are
- * kernels/comm.h's. */
+/* See exchange.h. Read exchange_plan first, then exchange_dispatch_begin, send_back and sum_returned. Called by moe.c;
+ * messages are kernels/comm.h's. */
 #include "exchange.h"
 
 #include <stdlib.h>
@@ -7,12 +7,23 @@
 #include "../kernels/check.h"
 #include "../kernels/comm.h"
 #include "../kernels/dispatch.h"
+#include "../kernels/peers.h"
 #include "../kernels/permute.h"
 #include "router.h"
 
 enum { FORWARD, BACKWARD }; /* legs of the wire */
 
 /* ---- options ---- */
+
+/* Whether messages have a size that nobody has to learn. */
+static bool of_fixed_size(int way) {
+    return way == EXCHANGE_PADDED || way == EXCHANGE_P2P;
+}
+
+/* Whether a token travels once to a rank, however many of its experts are there. */
+static bool one_row_per_rank(int way) {
+    return way == EXCHANGE_DEDUP || way == EXCHANGE_P2P;
+}
 
 void exchange_check(const Config *config) {
     const ModelConfig *m = &config->model;
@@ -32,11 +43,27 @@ void exchange_check(const Config *config) {
     CHECK(m->capacity_factor == 0,
           "--capacity-factor %g with %d ranks: a capacity counts the tokens of all of them; take 0, or start one rank",
           m->capacity_factor, ranks);
+    CHECK(t->exchange_chunks == 1 || !of_fixed_size(t->exchange),
+          "--exchange-chunks %d with --exchange %s: its rows have places for a whole batch; take 1, or dedup",
+          t->exchange_chunks, t->exchange == EXCHANGE_P2P ? "p2p" : "padded");
     CHECK(!t->dump_routing[0], "--dump-routing writes the tokens of one rank, and %d were started", ranks);
 }
 
 bool exchange_recordable(const Config *config) {
-    return config->train.ep == 1 || config->train.exchange == EXCHANGE_PADDED;
+    return config->train.ep == 1 || of_fixed_size(config->train.exchange);
+}
+
+void exchange_open(const Config *config, const Arena *arena) {
+    char why[128];
+    if (comm_ranks(GROUP_EXPERTS) > 1 && arena->shared) {
+        bool open = peers_open(arena->base, arena->bytes, why, sizeof why);
+        CHECK(open || config->train.exchange != EXCHANGE_P2P, "--exchange p2p: %s; take another way, such as dedup",
+              why);
+    }
+}
+
+void exchange_close(void) {
+    peers_close();
 }
 
 /* ---- memory ---- */
@@ -61,85 +88,126 @@ static void reserve_plan(Plan *plan, Arena *arena) {
 
 /* Rows of a message to one rank at most: a token has no more choices than experts there. Where the size is fixed,
  * --exchange-rows if that is less. */
-static int rows_per_rank(const Exchange *x, const Config *config) {
-    const Plan *plan = x->plan;
+static int rows_per_rank(const Exchange *x, const Plan *plan, const Config *config) {
     int choices = plan->K < x->experts ? plan->K : x->experts, asked = config->train.exchange_rows;
-    int most = plan->N * (x->way == EXCHANGE_DEDUP ? 1 : choices);
+    int most = plan->N * (one_row_per_rank(x->way) ? 1 : choices);
     return x->way == EXCHANGE_PADDED && asked > 0 && asked < most ? asked : most;
 }
 
-/* Rows that leave a rank at most. Choices of one token may be for the same rank, so it is not plan_rows of the ranks.
- */
+/* Rows that leave a rank at most. Choices of one token may be for the same rank, so it is not rows_per_rank of the
+ * ranks. */
 static int rows_out(const Exchange *x, const Plan *plan, int per_rank) {
-    int per_token = x->way == EXCHANGE_DEDUP && x->ranks < plan->K ? x->ranks : plan->K;
-    return x->way == EXCHANGE_PADDED ? x->ranks * per_rank : plan->N * per_token;
+    int per_token = one_row_per_rank(x->way) && x->ranks < plan->K ? x->ranks : plan->K;
+    return of_fixed_size(x->way) ? x->ranks * per_rank : plan->N * per_token;
 }
 
 /* The sizes of the plans on both sides of the wire. */
-static void size_plans(Exchange *x, const Config *config) {
-    const Plan *plan = x->plan;
-    bool fixed = x->way == EXCHANGE_PADDED, once = x->way == EXCHANGE_DEDUP;
-    int per_rank = rows_per_rank(x, config);
-    x->width = once ? plan->K : 1;
-    x->out = (Plan){.N = plan->N, .E = x->ranks, .K = plan->K};
-    x->out.layout = fixed ? LAYOUT_PADDED : LAYOUT_COMPACT;
-    x->out.capacity = fixed ? per_rank : 0;
-    x->out.rows = rows_out(x, plan, per_rank);
-    x->in = (Plan){.N = x->ranks * per_rank, .E = x->experts, .K = x->width};
-    x->in.layout = config->model.layout == LAYOUT_BLOCK ? LAYOUT_BLOCK : LAYOUT_COMPACT;
-    x->in.rows = plan_rows(x->in.N, x->experts, x->width, 0, x->in.layout);
+static void size_plans(const Exchange *x, ExchangePart *part, const Config *config) {
+    const Plan *plan = &part->plan;
+    bool fixed = of_fixed_size(x->way);
+    int per_rank = rows_per_rank(x, plan, config);
+    part->out = (Plan){.N = plan->N, .E = x->ranks, .K = plan->K};
+    part->out.layout = fixed ? LAYOUT_PADDED : LAYOUT_COMPACT;
+    part->out.capacity = fixed ? per_rank : 0;
+    part->out.rows = rows_out(x, plan, per_rank);
+    part->in = (Plan){.N = x->ranks * per_rank, .E = x->experts, .K = x->width};
+    part->in.layout = config->model.layout == LAYOUT_BLOCK ? LAYOUT_BLOCK : LAYOUT_COMPACT;
+    part->in.rows = plan_rows(part->in.N, x->experts, x->width, 0, part->in.layout);
+}
+
+/* The caller's. */
+static int *counts_of(int count) {
+    int *counts = calloc(count, sizeof(int));
+    CHECK(counts, "out of memory for %d counts of rows", count);
+    return counts;
+}
+
+/* Part p of the layer's tokens, whose rows come after those of the parts before it. */
+static void reserve_part(Exchange *x, int p, const Config *config, Arena *arena) {
+    ExchangePart *part = &x->part[p];
+    const ExchangePart *before = p > 0 ? part - 1 : NULL;
+    int64_t tokens = x->plan->N;
+    *part = (ExchangePart){.first = (int)(tokens * p / x->parts), .plan = *x->plan};
+    part->plan.N = (int)(tokens * (p + 1) / x->parts) - part->first;
+    part->out_row = before ? before->out_row + before->out.rows : 0;
+    part->in_row = before ? before->in_row + before->in.N : 0;
+    part->send = counts_of(x->ranks + 1);
+    part->receive = counts_of(x->ranks + 1);
+    part->their_send = counts_of(x->ranks + 1);
+    part->their_receive = counts_of(x->ranks + 1);
+    part->moved = x->beside ? stream_mark_open() : NULL;
+    size_plans(x, part, config);
+    reserve_plan(&part->out, arena);
+    reserve_plan(&part->in, arena);
 }
 
 static void grow(size_t *size, size_t needed) {
     *size = needed > *size ? needed : *size;
 }
 
+/* What the parts need together. Returns the most rows that the experts get of one. */
+static int reserve_parts(Exchange *x, const Config *config, ExchangeSize *size, Arena *arena) {
+    size_t out_rows = 0, in_rows = 0, most = 0;
+    x->width = one_row_per_rank(x->way) ? x->plan->K : 1;
+    for (int p = 0; p < x->parts; p++) {
+        reserve_part(x, p, config, arena);
+        out_rows += x->part[p].out.rows;
+        in_rows += x->part[p].in.N;
+        grow(&most, x->part[p].in.rows);
+    }
+    arena_reserve(arena, (void **)&x->kept, in_rows * x->C * sizeof(real_t), MEMORY_ACTIVATIONS);
+    size->copies |= x->way == EXCHANGE_BUCKETED;
+    for (int leg = 0; leg < 2; leg++) {
+        grow(&size->row_bytes, x->wire[leg] == WIRE_SAME ? 0 : wire_row_bytes(x->wire[leg], x->C));
+    }
+    grow(&size->out_rows, out_rows);
+    grow(&size->in_rows, in_rows);
+    grow(&size->out_notes, out_rows * x->width);
+    grow(&size->in_notes, in_rows * x->width);
+    return (int)most;
+}
+
 int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *config, int layer, const int64_t *step,
                      ExchangeSize *size, Arena *arena) {
+    const TrainConfig *t = &config->train;
     int world = comm_ranks(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS), E = plan->E;
-    *x = (Exchange){.way = config->train.exchange, .ranks = ranks, .E = E, .C = config->model.dim, .layer = layer};
+    *x = (Exchange){.way = t->exchange, .ranks = ranks, .E = E, .C = config->model.dim, .layer = layer, .parts = 1};
     x->experts = E / ranks;
     x->step = step;
-    x->wire[FORWARD] = config->train.wire;
-    x->wire[BACKWARD] = config->train.wire_back;
+    x->wire[FORWARD] = t->wire;
+    x->wire[BACKWARD] = t->wire_back;
     x->plan = plan;
+    if (ranks > 1 && plan->slots == 0) { /* slots are in the order of their experts: a part would be for few ranks */
+        x->parts = t->exchange_chunks < plan->N ? t->exchange_chunks : plan->N;
+    }
+    x->beside = x->parts > 1 && t->overlap;
     if (world > 1) {
-        size_t told = (size_t)world * (E + ranks);
-        x->host_told = calloc(told, sizeof(int));
-        CHECK(x->host_told, "out of memory for the counts of %d ranks", world);
+        int told = world * (E + x->parts * ranks);
+        x->host_told = counts_of(told);
         arena_reserve(arena, (void **)&x->told, told * sizeof(int), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&x->demand_of_all, E * sizeof(int), MEMORY_ACTIVATIONS);
     }
     if (ranks == 1) {
         return plan_rows;
     }
-    x->send = calloc(ranks + 1, sizeof(int));
-    x->receive = calloc(ranks + 1, sizeof(int));
-    CHECK(x->send && x->receive, "out of memory for the counts of %d ranks", ranks);
+    arena->shared |= x->way == EXCHANGE_P2P || (t->peer_memory && device_runs_ahead());
     if (plan->slots > 0) {
         x->slots = (Plan){.N = plan_rows, .E = E, .K = 1, .rows = plan_rows};
         reserve_plan(&x->slots, arena);
         x->plan = &x->slots;
     }
-    size_plans(x, config);
-    reserve_plan(&x->out, arena);
-    reserve_plan(&x->in, arena);
-    arena_reserve(arena, (void **)&x->kept, (size_t)x->in.N * x->C * sizeof(real_t), MEMORY_ACTIVATIONS);
-    size->copies |= x->way == EXCHANGE_BUCKETED;
-    for (int leg = 0; leg < 2; leg++) {
-        grow(&size->row_bytes, x->wire[leg] == WIRE_SAME ? 0 : wire_row_bytes(x->wire[leg], x->C));
-    }
-    grow(&size->out_rows, x->out.rows);
-    grow(&size->in_rows, x->in.N);
-    grow(&size->out_notes, (size_t)x->out.rows * x->width);
-    grow(&size->in_notes, (size_t)x->in.N * x->width);
-    return x->in.rows;
+    return reserve_parts(x, config, size, arena);
 }
 
 void exchange_free(Exchange *x) {
     free(x->host_told);
-    free(x->send);
-    free(x->receive);
+    for (int p = 0; p < x->parts; p++) {
+        free(x->part[p].send);
+        free(x->part[p].receive);
+        free(x->part[p].their_send);
+        free(x->part[p].their_receive);
+        stream_mark_close(x->part[p].moved);
+    }
 }
 
 void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C, Arena *arena) {
@@ -164,110 +232,225 @@ bool exchange_travels(const Exchange *x) {
     return x->ranks > 1;
 }
 
-/* What follows moves data between ranks; part: for the line that a rank says which waits in vain. */
-static void begin(const Exchange *x, const char *part, Profile *profile, Stream *stream) {
+/* The stream on which rows travel. */
+static Stream *wire_stream(const Exchange *x, Stream *stream) {
+    return x->beside ? device_second_stream() : stream;
+}
+
+/* What follows moves data between ranks, when all that is queued is done; what: for the line that a rank says which
+ * waits in vain. */
+static void begin_wire(const Exchange *x, const char *what, Profile *profile, Stream *stream) {
     profile_stage(profile, STAGE_EXCHANGE, stream);
-    comm_at(*x->step, x->layer, part);
+    comm_at(*x->step, x->layer, what);
+    stream_follow(wire_stream(x, stream), stream);
 }
 
-/* Rows of `out` to the ranks they are for. */
-static void there(const Exchange *x, void *arrived, const void *home, size_t row_bytes, Stream *stream) {
-    comm_exchange(GROUP_EXPERTS, arrived, x->receive, home, x->send, row_bytes, stream);
+/* Waits for what has been queued to travel. */
+static void end_wire(const Exchange *x, Profile *profile, Stream *stream) {
+    profile_stage(profile, STAGE_EXCHANGE, stream);
+    stream_follow(stream, wire_stream(x, stream));
 }
 
-/* What was made of them, back. */
-static void back(const Exchange *x, void *home, const void *arrived, size_t row_bytes, Stream *stream) {
-    comm_exchange(GROUP_EXPERTS, home, x->send, arrived, x->receive, row_bytes, stream);
+/* One end of the wire, for one part: where rows are, also as they travel; how many are for, or from, each rank, and
+ * where these begin with that rank. For p2p: row r is there if one of there (.., each), r's, is not -1; NULL: all. */
+typedef struct {
+    real_t *rows;
+    char *wire;
+    const int *first, *theirs, *there;
+    int each;
+} End;
+
+static End home_end(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, WireType type) {
+    real_t *rows = s->home + part->out_row * x->C;
+    char *packed = (char *)s->home_wire + part->out_row * wire_row_bytes(type, x->C);
+    char *wire = type == WIRE_SAME ? (char *)rows : packed;
+    return (End){rows, wire, part->send, part->their_receive, part->out.entry, 1};
 }
 
-/* Rows there, or back, in the type of that leg. */
-static void rows_there(const Exchange *x, ExchangeScratch *s, real_t *arrived, int leg, Stream *stream) {
-    WireType type = x->wire[leg];
-    size_t bytes = wire_row_bytes(type, x->C);
-    if (type == WIRE_SAME) {
-        there(x, arrived, s->home, bytes, stream);
-        return;
+/* arrived: where the rows of all parts arrive, or are sent back from. */
+static End far_end(const Exchange *x, const ExchangePart *part, const ExchangeScratch *s, real_t *arrived,
+                   WireType type) {
+    real_t *rows = arrived + part->in_row * x->C;
+    char *packed = (char *)s->arrived_wire + part->in_row * wire_row_bytes(type, x->C);
+    char *wire = type == WIRE_SAME ? (char *)rows : packed;
+    return (End){rows, wire, part->receive, part->their_send, part->in.row, x->width};
+}
+
+/* What is as long as the notes of each row, `each` bytes a note. */
+static End home_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each) {
+    return (End){NULL, (char *)notes + part->out_row * x->width * each, part->send, part->their_receive, NULL, 0};
+}
+
+static End far_notes(const Exchange *x, const ExchangePart *part, void *notes, size_t each) {
+    char *wire = (char *)notes + part->in_row * x->width * each;
+    return (End){NULL, wire, part->receive, part->their_send, part->in.row, x->width};
+}
+
+static void pack(const Exchange *x, End end, WireType type, Stream *stream) {
+    if (type != WIRE_SAME) {
+        wire_pack(end.wire, end.rows, type, end.first[x->ranks], x->C, stream);
     }
-    wire_pack(s->home_wire, s->home, type, x->send[x->ranks], x->C, stream);
-    there(x, s->arrived_wire, s->home_wire, bytes, stream);
-    wire_unpack(arrived, s->arrived_wire, type, x->receive[x->ranks], x->C, stream);
 }
 
-static void rows_back(const Exchange *x, ExchangeScratch *s, int leg, Stream *stream) {
-    WireType type = x->wire[leg];
-    size_t bytes = wire_row_bytes(type, x->C);
-    if (type == WIRE_SAME) {
-        back(x, s->home, s->arrived, bytes, stream);
-        return;
+static void unpack(const Exchange *x, End end, WireType type, Stream *stream) {
+    if (type != WIRE_SAME) {
+        wire_unpack(end.rows, end.wire, type, end.first[x->ranks], x->C, stream);
     }
-    wire_pack(s->arrived_wire, s->arrived, type, x->receive[x->ranks], x->C, stream);
-    back(x, s->home_wire, s->arrived_wire, bytes, stream);
-    wire_unpack(s->home, s->home_wire, type, x->send[x->ranks], x->C, stream);
+}
+
+static PeerRows places_of(const Exchange *x, End to, size_t row_bytes) {
+    return peers_rows(to.wire, x->part[0].out.capacity, row_bytes);
+}
+
+/* Rows of one end to the other. */
+static void move(const Exchange *x, End to, End from, size_t row_bytes, Stream *stream) {
+    if (x->way == EXCHANGE_P2P) {
+        peers_put(places_of(x, to, row_bytes), from.wire, row_bytes, from.there, from.each, stream);
+    } else {
+        comm_exchange(GROUP_EXPERTS, to.wire, to.first, from.wire, from.first, from.theirs, row_bytes,
+                      wire_stream(x, stream));
+    }
+}
+
+/* All that was moved since the last time is where it is for. */
+static void settle(const Exchange *x, Stream *stream) {
+    if (x->way == EXCHANGE_P2P) {
+        peers_meet(false, stream);
+    }
+}
+
+/* Whether dispatch and combine store rows where they are for. */
+static bool stores_itself(const Exchange *x, WireType type) {
+    return x->way == EXCHANGE_P2P && type == WIRE_SAME;
 }
 
 /* ---- the plans ---- */
 
-/* All ranks tell all others how many of their choices each expert has, and how many rows they send to each rank. */
-static void tell(Exchange *x, Stream *stream) {
-    int world = comm_ranks(GROUP_WORLD), stride = x->E + (exchange_travels(x) ? x->ranks : 0);
-    int *mine = x->told + (size_t)comm_rank(GROUP_WORLD) * stride;
-    if (exchange_travels(x)) {
-        relay_tell(mine, &x->out, x->plan, stream);
-    } else {
-        device_copy(mine, x->plan->demand, x->E * sizeof(int), stream);
-    }
-    comm_gather(GROUP_WORLD, x->told, mine, stride * sizeof(int), stream);
-    relay_demand(x->demand_of_all, x->told, world, stride, x->E, stream);
-    x->demand = x->demand_of_all;
+static int told_stride(const Exchange *x) {
+    return x->E + (exchange_travels(x) ? x->parts * x->ranks : 0);
 }
 
-/* How many rows go to, and come from, each rank of the group. */
-static void count_rows(Exchange *x, Stream *stream) {
-    int world = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_EXPERTS), stride = x->E + x->ranks;
-    const int *group = x->host_told + (size_t)(comm_rank(GROUP_WORLD) - me) * stride + x->E;
-    bool fixed = x->way == EXCHANGE_PADDED;
-    if (!fixed) {
-        host_from_device(x->host_told, x->told, (size_t)world * stride * sizeof(int), stream);
+/* All ranks tell all others how many of their choices each expert has, and how many rows they send to each rank. */
+static void tell(Exchange *x, Stream *stream) {
+    int stride = told_stride(x), ranks = comm_ranks(GROUP_WORLD);
+    int *mine = x->told + (size_t)comm_rank(GROUP_WORLD) * stride;
+    device_copy(mine, x->plan->demand, x->E * sizeof(int), stream);
+    for (int p = 0; exchange_travels(x) && !of_fixed_size(x->way) && p < x->parts; p++) {
+        relay_tell(mine + x->E + p * x->ranks, &x->part[p].out, stream);
     }
+    if (x->way == EXCHANGE_P2P && ranks == x->ranks) {
+        peers_put_all(x->told, mine, stride * sizeof(int), stream);
+    } else {
+        comm_gather(GROUP_WORLD, x->told, mine, stride * sizeof(int), stream);
+    }
+}
+
+/* Rows that rank s of the group sends to rank r. */
+static int rows_between(const Exchange *x, int p, int s, int r) {
+    int first = comm_rank(GROUP_WORLD) - comm_rank(GROUP_EXPERTS);
+    return of_fixed_size(x->way) ? x->part[p].out.capacity
+                                 : x->host_told[(size_t)(first + s) * told_stride(x) + x->E + p * x->ranks + r];
+}
+
+/* Who sends how many rows to whom. */
+static void count_rows(Exchange *x, int p) {
+    ExchangePart *part = &x->part[p];
+    int me = comm_rank(GROUP_EXPERTS);
     for (int r = 0; r < x->ranks; r++) {
-        x->send[r + 1] = x->send[r] + (fixed ? x->out.capacity : group[(size_t)me * stride + r]);
-        x->receive[r + 1] = x->receive[r] + (fixed ? x->out.capacity : group[(size_t)r * stride + me]);
+        part->send[r + 1] = part->send[r] + rows_between(x, p, me, r);
+        part->receive[r + 1] = part->receive[r] + rows_between(x, p, r, me);
+        part->their_send[r] = part->their_receive[r] = 0;
+        for (int before = 0; before < me; before++) {
+            part->their_send[r] += rows_between(x, p, r, before);
+            part->their_receive[r] += rows_between(x, p, before, r);
+        }
     }
-    x->in.N = x->receive[x->ranks];
+    part->in.N = part->receive[x->ranks];
+}
+
+/* Which rows leave, from what the router chose. */
+static void plan_leaving(Exchange *x, Stream *stream) {
+    if (x->plan == &x->slots) {
+        relay_slots(&x->slots, stream);
+        plan_build(&x->slots, stream);
+    }
+    for (int p = 0; p < x->parts; p++) {
+        ExchangePart *part = &x->part[p];
+        size_t first = (size_t)part->first * x->plan->K;
+        part->plan.expert = x->plan->expert + first;
+        part->plan.weight = part->out.weight = x->plan->weight + first;
+        part->plan.row = x->plan->row + first;
+        if (x->way == EXCHANGE_P2P) {
+            relay_places(&part->out, &part->plan, x->experts, stream);
+            continue;
+        }
+        relay_ranks(&part->out, &part->plan, x->experts, one_row_per_rank(x->way), stream);
+        plan_build(&part->out, stream);
+    }
+}
+
+/* Which rows arrive, from the notes that say so. */
+static void plan_arriving(Exchange *x, ExchangeScratch *scratch, Profile *profile, Stream *stream) {
+    size_t note = sizeof(RelayNote);
+    for (int p = 0; p < x->parts; p++) {
+        ExchangePart *part = &x->part[p];
+        End home = home_notes(x, part, scratch->home_note, note);
+        relay_write((RelayNote *)home.wire, &part->out, &part->plan, x->experts, x->width, stream);
+    }
+    begin_wire(x, "notes", profile, stream);
+    for (int p = 0; p < x->parts; p++) {
+        ExchangePart *part = &x->part[p];
+        move(x, far_notes(x, part, scratch->arrived_note, note), home_notes(x, part, scratch->home_note, note),
+             x->width * note, stream);
+    }
+    settle(x, stream);
+    end_wire(x, profile, stream);
+    profile_stage(profile, STAGE_PERMUTE, stream);
+    for (int p = 0; p < x->parts; p++) {
+        ExchangePart *part = &x->part[p];
+        relay_read(&part->in, (RelayNote *)far_notes(x, part, scratch->arrived_note, note).wire, stream);
+        plan_build(&part->in, stream);
+    }
+}
+
+/* How many rows go from whom to whom: learned, or known. */
+static void count_all(Exchange *x, Stream *stream) {
+    if (!of_fixed_size(x->way)) {
+        size_t told = (size_t)comm_ranks(GROUP_WORLD) * told_stride(x);
+        host_from_device(x->host_told, x->told, told * sizeof(int), stream);
+    }
+    for (int p = 0; p < x->parts; p++) {
+        count_rows(x, p);
+    }
 }
 
 void exchange_plan(Exchange *x, ExchangeScratch *scratch, Profile *profile, Stream *stream) {
+    int world = comm_ranks(GROUP_WORLD);
     x->demand = x->plan->demand;
-    if (exchange_travels(x)) {
-        profile_stage(profile, STAGE_PERMUTE, stream);
-        if (x->plan == &x->slots) {
-            relay_slots(&x->slots, stream);
-            plan_build(&x->slots, stream);
-        }
-        x->out.weight = x->plan->weight;
-        relay_ranks(&x->out, x->plan, x->experts, x->way == EXCHANGE_DEDUP, stream);
-        plan_build(&x->out, stream);
-    }
-    if (comm_ranks(GROUP_WORLD) > 1) {
-        begin(x, "counts", profile, stream);
-        tell(x, stream);
+    if (world == 1) {
+        return;
     }
     if (exchange_travels(x)) {
-        count_rows(x, stream);
-        relay_write(scratch->home_note, &x->out, x->plan, x->experts, x->width, stream);
-        there(x, scratch->arrived_note, scratch->home_note, x->width * sizeof(RelayNote), stream);
         profile_stage(profile, STAGE_PERMUTE, stream);
-        relay_read(&x->in, scratch->arrived_note, stream);
-        plan_build(&x->in, stream);
+        plan_leaving(x, stream);
     }
+    profile_stage(profile, STAGE_EXCHANGE, stream);
+    comm_at(*x->step, x->layer, "counts");
+    tell(x, stream);
+    if (exchange_travels(x)) {
+        count_all(x, stream);
+        plan_arriving(x, scratch, profile, stream);
+    }
+    relay_demand(x->demand_of_all, x->told, world, told_stride(x), x->E, stream);
+    x->demand = x->demand_of_all;
 }
 
-const Plan *exchange_experts(const Exchange *x) {
-    return exchange_travels(x) ? &x->in : x->plan;
+const Plan *exchange_experts(const Exchange *x, int p) {
+    return exchange_travels(x) ? &x->part[p].in : x->plan;
 }
 
 const Plan *exchange_measured(const Exchange *x) {
-    return exchange_travels(x) ? &x->out : x->plan;
+    return exchange_travels(x) && x->way == EXCHANGE_PADDED ? &x->part[0].out : x->plan;
 }
 
 /* ---- rows, forward and back ---- */
@@ -277,85 +460,170 @@ static RowSource hand_out(const Exchange *x, const Plan *plan, real_t *to, const
     if (plan->slots > 0) {
         return (RowSource){tokens, NULL, 0};
     }
-    if (x->way == EXCHANGE_BUCKETED && plan == &x->in) {
+    if (x->way == EXCHANGE_BUCKETED && exchange_travels(x)) {
         dispatch_copy(to, tokens, plan, x->C, stream);
         return (RowSource){to, NULL, 0};
     }
     return dispatch_forward(to, tokens, plan, x->C, stream);
 }
 
-RowSource exchange_dispatch(const Exchange *x, ExchangeScratch *scratch, real_t *to, const real_t *tokens, bool keep,
-                            Profile *profile, Stream *stream) {
-    real_t *arrived = keep ? x->kept : scratch->arrived;
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    if (exchange_travels(x)) {
-        dispatch_copy(scratch->home, tokens, &x->out, x->C, stream);
-        begin(x, keep ? "dispatch" : "combine backward", profile, stream);
-        rows_there(x, scratch, arrived, keep ? FORWARD : BACKWARD, stream);
-        profile_stage(profile, STAGE_DISPATCH, stream);
-        tokens = arrived;
-    }
-    return hand_out(x, exchange_experts(x), to, tokens, stream);
+/* Where the rows of all parts arrive. */
+static real_t *arrived_rows(const Exchange *x, const ExchangeScratch *scratch, bool keep) {
+    return keep ? x->kept : scratch->arrived;
 }
 
-RowSource exchange_dispatch_again(const Exchange *x, real_t *to, const real_t *tokens, Profile *profile,
-                                  Stream *stream) {
+void exchange_dispatch_begin(const Exchange *x, ExchangeScratch *scratch, const real_t *tokens, bool keep,
+                             Profile *profile, Stream *stream) {
+    WireType type = x->wire[keep ? FORWARD : BACKWARD];
+    real_t *arrived = arrived_rows(x, scratch, keep);
+    for (int p = 0; exchange_travels(x) && p < x->parts; p++) {
+        const ExchangePart *part = &x->part[p];
+        End home = home_end(x, part, scratch, type), far = far_end(x, part, scratch, arrived, type);
+        const real_t *leaving = tokens + (size_t)part->first * x->C;
+        size_t row_bytes = wire_row_bytes(type, x->C);
+        const char *what = keep ? "dispatch" : "combine backward";
+        profile_stage(profile, STAGE_DISPATCH, stream);
+        if (stores_itself(x, type)) {
+            begin_wire(x, what, profile, stream);
+            dispatch_put(places_of(x, far, row_bytes), leaving, &part->out, x->C, stream);
+        } else {
+            dispatch_copy(home.rows, leaving, &part->out, x->C, stream);
+            pack(x, home, type, stream);
+            begin_wire(x, what, profile, stream);
+            move(x, far, home, row_bytes, stream);
+        }
+        settle(x, stream);
+        stream_mark(part->moved, wire_stream(x, stream));
+    }
+}
+
+RowSource exchange_dispatch(const Exchange *x, int p, ExchangeScratch *scratch, real_t *to, const real_t *tokens,
+                            bool keep, Profile *profile, Stream *stream) {
+    const ExchangePart *part = &x->part[p];
+    if (exchange_travels(x)) {
+        WireType type = x->wire[keep ? FORWARD : BACKWARD];
+        End far = far_end(x, part, scratch, arrived_rows(x, scratch, keep), type);
+        profile_stage(profile, STAGE_EXCHANGE, stream);
+        stream_wait(stream, part->moved);
+        profile_stage(profile, STAGE_DISPATCH, stream);
+        unpack(x, far, type, stream);
+        tokens = far.rows;
+    }
     profile_stage(profile, STAGE_DISPATCH, stream);
-    return hand_out(x, exchange_experts(x), to, exchange_travels(x) ? x->kept : tokens, stream);
+    return hand_out(x, exchange_experts(x, p), to, tokens, stream);
+}
+
+RowSource exchange_dispatch_again(const Exchange *x, int p, real_t *to, const real_t *tokens, Profile *profile,
+                                  Stream *stream) {
+    bool travels = exchange_travels(x);
+    profile_stage(profile, STAGE_DISPATCH, stream);
+    return hand_out(x, exchange_experts(x, p), to, travels ? x->kept + x->part[p].in_row * x->C : tokens, stream);
+}
+
+static void sum_rows(real_t *to, const real_t *rows, const Plan *plan, bool weighted, int accumulate, int C,
+                     Stream *stream) {
+    if (weighted) {
+        combine_forward(to, rows, plan, C, accumulate, stream);
+    } else {
+        dispatch_backward(to, rows, plan, C, accumulate, stream);
+    }
+}
+
+/* Sums of experts' rows (weighted or not) of the rows that came in part p, and these on their way back. */
+static void send_back(const Exchange *x, int p, ExchangeScratch *scratch, const real_t *rows, bool weighted, int leg,
+                      const char *what, Profile *profile, Stream *stream) {
+    const ExchangePart *part = &x->part[p];
+    WireType type = x->wire[leg];
+    size_t row_bytes = wire_row_bytes(type, x->C);
+    End far = far_end(x, part, scratch, scratch->arrived, type), home = home_end(x, part, scratch, type);
+    if (stores_itself(x, type)) {
+        begin_wire(x, what, profile, stream);
+        combine_put(places_of(x, home, row_bytes), rows, &part->in, weighted, x->C, stream);
+    } else {
+        sum_rows(far.rows, rows, &part->in, weighted, 0, x->C, stream);
+        pack(x, far, type, stream);
+        begin_wire(x, what, profile, stream);
+        move(x, home, far, row_bytes, stream);
+    }
+    settle(x, stream);
+    stream_mark(part->moved, wire_stream(x, stream));
+}
+
+/* to (N,C), of all tokens, = the sums, weighted or not, of the rows that came back, added to it or not. */
+static void sum_returned(const Exchange *x, ExchangeScratch *scratch, real_t *to, bool weighted, int accumulate,
+                         int leg, Stage stage, Profile *profile, Stream *stream) {
+    for (int p = 0; p < x->parts; p++) {
+        const ExchangePart *part = &x->part[p];
+        real_t *tokens = to + (size_t)part->first * x->C;
+        End home = home_end(x, part, scratch, x->wire[leg]);
+        profile_stage(profile, STAGE_EXCHANGE, stream);
+        stream_wait(stream, part->moved);
+        profile_stage(profile, stage, stream);
+        unpack(x, home, x->wire[leg], stream);
+        sum_rows(tokens, home.rows, &part->out, weighted, accumulate, x->C, stream);
+    }
 }
 
 /* What a row carries several choices of comes back as their weighted sum; a single one is weighted at home. */
-void exchange_combine(const Exchange *x, ExchangeScratch *scratch, real_t *y, const real_t *rows, Profile *profile,
-                      Stream *stream) {
+void exchange_combine(const Exchange *x, int p, ExchangeScratch *scratch, real_t *y, const real_t *made,
+                      Profile *profile, Stream *stream) {
     profile_stage(profile, STAGE_COMBINE, stream);
-    if (!exchange_travels(x)) {
-        if (x->plan->slots == 0) { /* rows of a soft plan are y themselves */
-            combine_forward(y, rows, x->plan, x->C, 0, stream);
-        }
-        return;
-    }
-    bool weighted_there = x->way == EXCHANGE_DEDUP;
-    if (weighted_there) {
-        combine_forward(scratch->arrived, rows, &x->in, x->C, 0, stream);
-    } else {
-        dispatch_backward(scratch->arrived, rows, &x->in, x->C, 0, stream);
-    }
-    begin(x, "combine", profile, stream);
-    rows_back(x, scratch, FORWARD, stream);
-    profile_stage(profile, STAGE_COMBINE, stream);
-    if (weighted_there) {
-        dispatch_backward(y, scratch->home, &x->out, x->C, 0, stream);
-    } else {
-        combine_forward(y, scratch->home, &x->out, x->C, 0, stream);
+    if (exchange_travels(x)) {
+        send_back(x, p, scratch, made, one_row_per_rank(x->way), FORWARD, "combine", profile, stream);
+    } else if (x->plan->slots == 0) { /* rows of a soft plan are y themselves */
+        combine_forward(y, made, x->plan, x->C, 0, stream);
     }
 }
 
-void exchange_dispatch_backward(const Exchange *x, ExchangeScratch *scratch, real_t *dx, const real_t *drows,
-                                int accumulate, Profile *profile, Stream *stream) {
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    if (!exchange_travels(x)) {
-        if (x->plan->slots == 0) {
-            dispatch_backward(dx, drows, x->plan, x->C, accumulate, stream);
-        }
-        return;
+void exchange_combine_end(const Exchange *x, ExchangeScratch *scratch, real_t *y, Profile *profile, Stream *stream) {
+    if (exchange_travels(x)) {
+        sum_returned(x, scratch, y, !one_row_per_rank(x->way), 0, FORWARD, STAGE_COMBINE, profile, stream);
     }
-    dispatch_backward(scratch->arrived, drows, &x->in, x->C, 0, stream);
-    begin(x, "dispatch backward", profile, stream);
-    rows_back(x, scratch, BACKWARD, stream);
-    profile_stage(profile, STAGE_DISPATCH, stream);
-    dispatch_backward(dx, scratch->home, &x->out, x->C, accumulate, stream);
 }
 
-void exchange_weight_backward(const Exchange *x, ExchangeScratch *scratch, acc_t *dweight, const acc_t *drow_weight,
+/* The weights' gradients of the rows that came in part p, on their way back. */
+static void send_weights_back(const Exchange *x, int p, ExchangeScratch *scratch, const acc_t *drow_weight,
                               Profile *profile, Stream *stream) {
-    if (!exchange_travels(x)) {
+    const ExchangePart *part = &x->part[p];
+    End home = home_notes(x, part, scratch->home_dweight, sizeof(acc_t));
+    End far = far_notes(x, part, scratch->arrived_dweight, sizeof(acc_t));
+    plan_weight_backward((acc_t *)far.wire, drow_weight, &part->in, stream);
+    begin_wire(x, "weights backward", profile, stream);
+    move(x, home, far, x->width * sizeof(acc_t), stream);
+}
+
+void exchange_backward(const Exchange *x, int p, ExchangeScratch *scratch, real_t *dx, acc_t *dweight,
+                       const real_t *drows, const acc_t *drow_weight, int accumulate, Profile *profile,
+                       Stream *stream) {
+    profile_stage(profile, STAGE_DISPATCH, stream);
+    if (exchange_travels(x)) {
+        if (dweight) {
+            send_weights_back(x, p, scratch, drow_weight, profile, stream);
+            profile_stage(profile, STAGE_DISPATCH, stream);
+        }
+        send_back(x, p, scratch, drows, false, BACKWARD, "dispatch backward", profile, stream);
+        return;
+    }
+    if (x->plan->slots == 0) {
+        dispatch_backward(dx, drows, x->plan, x->C, accumulate, stream);
+    }
+    if (dweight) {
         profile_stage(profile, STAGE_ROUTE, stream);
         plan_weight_backward(dweight, drow_weight, x->plan, stream);
+    }
+}
+
+void exchange_backward_end(const Exchange *x, ExchangeScratch *scratch, real_t *dx, acc_t *dweight, int accumulate,
+                           Profile *profile, Stream *stream) {
+    if (!exchange_travels(x)) {
         return;
     }
-    plan_weight_backward(scratch->arrived_dweight, drow_weight, &x->in, stream);
-    begin(x, "weights backward", profile, stream);
-    back(x, scratch->home_dweight, scratch->arrived_dweight, x->width * sizeof(acc_t), stream);
+    sum_returned(x, scratch, dx, false, accumulate, BACKWARD, STAGE_DISPATCH, profile, stream);
     profile_stage(profile, STAGE_ROUTE, stream);
-    relay_weight_backward(dweight, scratch->home_dweight, &x->out, x->plan, x->experts, x->width, stream);
+    for (int p = 0; dweight && p < x->parts; p++) {
+        const ExchangePart *part = &x->part[p];
+        End home = home_notes(x, part, scratch->home_dweight, sizeof(acc_t));
+        relay_weight_backward(dweight + (size_t)part->first * x->plan->K, (acc_t *)home.wire, &part->out, &part->plan,
+                              x->experts, x->width, stream);
+    }
 }

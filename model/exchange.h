@@ -25,12 +25,21 @@
  *                weighted, and returns one row
  *     padded     as flat, in messages of a fixed size: nobody has to wait for the counts. What does not fit is dropped
  *                and counted (--exchange-rows)
+ *     p2p        as dedup, but nothing is sent: the dispatch and the combine themselves store each row in the memory of
+ *                the rank that it is for (kernels/peers.h), where every token of every rank has a place. Nobody counts
  *
  * What is said about the rows travels once, in the forward (relay.h); the way back and the backward need nothing. By
  * linearity the backward of the way there is the way back, and the other way round; the gate's gradient comes back as
  * one number per choice.
  *
  * On the wire rows may have fewer bits than where they are computed with (--wire, --wire-back; kernels/wire.h).
+ *
+ * Tokens may go in parts (--exchange-chunks): while the experts work on one, the rows of the next are on their way, on
+ * a stream of their own (--overlap 0: on the same one, with the same bits). dW1 and dW2 are added up part by part, so
+ * another number of parts gives other roundings.
+ *
+ *     wire       there 0 | there 1                   | back 0               | back 1
+ *     experts              rows of 0                 | rows of 1            |          sums
  *
  * A group of one rank moves and copies nothing: `in` is the router's plan.
  */
@@ -43,24 +52,37 @@
 #include "../kernels/wire.h"
 #include "config.h"
 
+/* Some of a layer's tokens, which travel together. */
+typedef struct {
+    int first;              /* of the layer's tokens; plan.N follow */
+    Plan plan;              /* what the router chose for them, in its arrays */
+    Plan out, in;           /* of the rows that leave, of those that have arrived */
+    size_t out_row, in_row; /* the part's first one of the rows that leave, and of those that arrive, of all parts */
+    /* (ranks+1) host, owned: the part's first row for, and from, each rank of the group; and that rank's first row
+     * from, and for, this one */
+    int *send, *receive, *their_receive, *their_send;
+    StreamMark *moved; /* when its rows were last where they travelled to; NULL where they travel in turn */
+} ExchangePart;
+
 /* One layer's; saved by the forward for its backward. */
 typedef struct {
     int way;             /* ExchangeWay */
     int ranks, E, C;     /* ranks of the group */
     int experts;         /* of this rank */
     int width;           /* notes with each row (relay.h) */
+    bool beside;         /* whether rows travel beside the work on others, not in turn with it */
     WireType wire[2];    /* of rows in the forward, and in the backward */
     int layer;           /* this and the step: for the line of a rank that waits in vain */
     const int64_t *step; /* optimizer steps done */
     Plan *plan;          /* what is exchanged: the router's plan, or slots where that is a soft one */
     Plan slots;          /* a soft plan's rows as tokens, each with its one expert */
-    Plan out, in;        /* of the rows that leave, of those that have arrived */
-    int *told;           /* (world, E + ranks) device: each rank's demand, and rows for each rank */
-    int *host_told;      /* the same on the host, owned */
-    int *send, *receive; /* (ranks+1) host, owned: first row for, and from, each rank of the group */
-    const int *demand;   /* (E) device: entries of all ranks that chose each expert */
-    int *demand_of_all;  /* what it points to where there are several ranks */
-    real_t *kept;        /* (in rows, C) the tokens' rows as they arrived, for the backward; NULL with one rank */
+    int parts;
+    ExchangePart part[EXCHANGE_MOST_PARTS];
+    real_t *kept;   /* (in rows of all parts, C) as they arrived, for the backward; NULL with one rank */
+    int *told;      /* (world, E + parts*ranks) device: each rank's demand, then of each part its rows for each rank */
+    int *host_told; /* the same on the host, owned */
+    const int *demand;  /* (E) device: entries of all ranks that chose each expert */
+    int *demand_of_all; /* what it points to where there are several ranks */
 } Exchange;
 
 /* Buffers that all layers take turns in; NULL with one rank. */
@@ -78,6 +100,11 @@ typedef struct {
     bool copies;      /* whether some way writes out the experts' rows, on every device */
 } ExchangeSize;
 
+/* Opens the arena, committed, to the ranks of the group where they can and may store in it, and closes it. With `p2p` a
+ * line says why they cannot. Collective. */
+void exchange_open(const Config *config, const Arena *arena);
+void exchange_close(void);
+
 /* Refuses what cannot be spread over these ranks: one line for each. After comm_form_groups. */
 void exchange_check(const Config *config);
 
@@ -85,42 +112,58 @@ void exchange_check(const Config *config);
 bool exchange_recordable(const Config *config);
 
 /* Reserves for a layer, whose plan has its sizes, at most plan_rows rows, the same on all ranks; step must outlive it.
- * Returns how many rows this rank's experts can get at most. */
+ * Returns how many rows this rank's experts can get at most of one part; of all, `parts` times as many. */
 int exchange_reserve(Exchange *exchange, Plan *plan, int plan_rows, const Config *config, int layer,
                      const int64_t *step, ExchangeSize *size, Arena *arena);
 void exchange_free(Exchange *exchange);
 void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C, Arena *arena);
 
-/* Whether rows leave this rank. */
+/* Whether rows leave this rank. Where they do not, there is one part. */
 bool exchange_travels(const Exchange *exchange);
 
 /* After plan_build of the layer's plan: all ranks tell each other their counts; fills demand, out and in. But for
- * `padded` the host waits for the counts here, and nowhere else. */
+ * `padded` and `p2p` the host waits for the counts here, and nowhere else. */
 void exchange_plan(Exchange *exchange, ExchangeScratch *scratch, Profile *profile, Stream *stream);
 
-/* The plan of the rows that this rank's experts work on: their offsets and weights. */
-const Plan *exchange_experts(const Exchange *exchange);
+/* The plan of a part's rows that this rank's experts work on: their offsets and weights. */
+const Plan *exchange_experts(const Exchange *exchange, int part);
 
 /* The plan that says what was dropped on the way, for plan_measure. */
 const Plan *exchange_measured(const Exchange *exchange);
 
-/* Tokens (N,C) to their experts' rows, wherever those are: returns where the experts find them, in `to` (rows, C) if
- * they are written out. keep: for exchange_dispatch_again, which does without the wire. */
-RowSource exchange_dispatch(const Exchange *exchange, ExchangeScratch *scratch, real_t *to, const real_t *tokens,
-                            bool keep, Profile *profile, Stream *stream);
-RowSource exchange_dispatch_again(const Exchange *exchange, real_t *to, const real_t *tokens, Profile *profile,
-                                  Stream *stream);
-
-/* y (N,C) = the weighted sum of what the experts made, rows (rows, C), of each token. */
-void exchange_combine(const Exchange *exchange, ExchangeScratch *scratch, real_t *y, const real_t *rows,
+/* Forward, of tokens (N,C) to y (N,C):
+ *
+ *     exchange_dispatch_begin(x, s, tokens, true, ..);
+ *     for each part p:  rows = exchange_dispatch(x, p, s, to, tokens, true, ..);   the experts: rows to made
+ *                       exchange_combine(x, p, s, y, made, ..);
+ *     exchange_combine_end(x, s, y, ..);
+ *
+ * Rows are found where exchange_dispatch says, in `to` (rows, C) if they are written out; made (rows, C) may be
+ * overwritten by the next part. keep: for exchange_dispatch_again, which does without the wire. y is the weighted sum
+ * of what the experts made of each token. */
+void exchange_dispatch_begin(const Exchange *exchange, ExchangeScratch *scratch, const real_t *tokens, bool keep,
+                             Profile *profile, Stream *stream);
+RowSource exchange_dispatch(const Exchange *exchange, int part, ExchangeScratch *scratch, real_t *to,
+                            const real_t *tokens, bool keep, Profile *profile, Stream *stream);
+RowSource exchange_dispatch_again(const Exchange *exchange, int part, real_t *to, const real_t *tokens,
+                                  Profile *profile, Stream *stream);
+void exchange_combine(const Exchange *exchange, int part, ExchangeScratch *scratch, real_t *y, const real_t *made,
                       Profile *profile, Stream *stream);
+void exchange_combine_end(const Exchange *exchange, ExchangeScratch *scratch, real_t *y, Profile *profile,
+                          Stream *stream);
 
-/* dx (N,C) = the sum of drows (rows, C) of each token; added to dx when accumulate is 1. */
-void exchange_dispatch_backward(const Exchange *exchange, ExchangeScratch *scratch, real_t *dx, const real_t *drows,
-                                int accumulate, Profile *profile, Stream *stream);
-
-/* dweight (N,K) from drow_weight (rows). */
-void exchange_weight_backward(const Exchange *exchange, ExchangeScratch *scratch, acc_t *dweight,
-                              const acc_t *drow_weight, Profile *profile, Stream *stream);
+/* Backward, from dy (N,C) to dx (N,C) and dweight (N,K):
+ *
+ *     exchange_dispatch_begin(x, s, dy, false, ..);
+ *     for each part p:  dy_rows = exchange_dispatch(x, p, s, .., dy, false, ..);   the experts: to drows, drow_weight
+ *                       exchange_backward(x, p, s, drows, drow_weight, ..);
+ *     exchange_backward_end(x, s, dx, dweight, ..);
+ *
+ * dx is the sum of drows (rows, C) of each token, added to dx when accumulate is 1; dweight comes from drow_weight
+ * (rows); both NULL where there are no weights. */
+void exchange_backward(const Exchange *exchange, int part, ExchangeScratch *scratch, real_t *dx, acc_t *dweight,
+                       const real_t *drows, const acc_t *drow_weight, int accumulate, Profile *profile, Stream *stream);
+void exchange_backward_end(const Exchange *exchange, ExchangeScratch *scratch, real_t *dx, acc_t *dweight,
+                           int accumulate, Profile *profile, Stream *stream);
 
 #endif

@@ -168,7 +168,8 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
     size_t rows = moe->experts.rows, width = experts_a_width(moe->experts);
     bool keep = config->train.recompute != RECOMPUTE_EXPERTS;
     if (keep) {
-        arena_reserve(arena, (void **)&moe->a, rows * width * sizeof(real_t), MEMORY_ACTIVATIONS);
+        size_t parts = moe->router ? moe->exchange.parts : 1;
+        arena_reserve(arena, (void **)&moe->a, parts * rows * width * sizeof(real_t), MEMORY_ACTIVATIONS);
     }
     size->a_again |= !keep;
     grow(&size->h, rows * moe->experts.H);
@@ -283,6 +284,11 @@ static real_t *a_of(real_t *kept, MoeScratch *scratch) {
     return kept ? kept : scratch->a;
 }
 
+/* Where those of a part of the tokens are kept (exchange.h); NULL where none are. */
+static real_t *kept_a(const MoeLayer *moe, int part) {
+    return moe->a ? moe->a + (size_t)part * moe->experts.rows * experts_a_width(moe->experts) : NULL;
+}
+
 /* The forward's pre-activations, made again where they were not kept. */
 static const real_t *a_again(const real_t *kept, MoeScratch *scratch, RowSource x, const real_t *w1, const int *offset,
                              ExpertShape shape, Stream *stream) {
@@ -297,11 +303,16 @@ static const real_t *a_again(const real_t *kept, MoeScratch *scratch, RowSource 
 static void sparse_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, Profile *profile,
                            Stream *stream) {
     const Exchange *exchange = &moe->exchange;
-    RowSource rows = exchange_dispatch(exchange, &scratch->exchange, scratch->in_rows, x, true, profile, stream);
-    profile_stage(profile, STAGE_EXPERTS, stream);
-    experts_forward(scratch->out_rows, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2,
-                    exchange_experts(exchange)->offset, moe->experts, 0, stream);
-    exchange_combine(exchange, &scratch->exchange, y, scratch->out_rows, profile, stream);
+    ExchangeScratch *wire = &scratch->exchange;
+    exchange_dispatch_begin(exchange, wire, x, true, profile, stream);
+    for (int p = 0; p < exchange->parts; p++) {
+        RowSource rows = exchange_dispatch(exchange, p, wire, scratch->in_rows, x, true, profile, stream);
+        profile_stage(profile, STAGE_EXPERTS, stream);
+        experts_forward(scratch->out_rows, a_of(kept_a(moe, p), scratch), scratch->h, rows, moe->w1, moe->w2,
+                        exchange_experts(exchange, p)->offset, moe->experts, 0, stream);
+        exchange_combine(exchange, p, wire, y, scratch->out_rows, profile, stream);
+    }
+    exchange_combine_end(exchange, wire, y, profile, stream);
 }
 
 /* Where a soft plan's rows stand: where experts have theirs, unless experts are on other ranks. */
@@ -309,19 +320,22 @@ static real_t *slots_in(const MoeScratch *scratch, real_t *rows_of_experts) {
     return scratch->slot_rows ? scratch->slot_rows : rows_of_experts;
 }
 
-/* The same by way of a soft plan: its slots are what the exchange takes for tokens. */
+/* The same by way of a soft plan: its slots, in one part, are what the exchange takes for tokens. */
 static void soft_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, Profile *profile,
                          Stream *stream) {
     const Exchange *exchange = &moe->exchange;
+    ExchangeScratch *wire = &scratch->exchange;
     real_t *slots = slots_in(scratch, scratch->in_rows);
     real_t *made = exchange_travels(exchange) ? scratch->out_rows : moe->out_rows;
     profile_stage(profile, STAGE_DISPATCH, stream);
     soft_dispatch_forward(slots, x, &moe->plan, moe->C, stream);
-    RowSource rows = exchange_dispatch(exchange, &scratch->exchange, scratch->in_rows, slots, true, profile, stream);
+    exchange_dispatch_begin(exchange, wire, slots, true, profile, stream);
+    RowSource rows = exchange_dispatch(exchange, 0, wire, scratch->in_rows, slots, true, profile, stream);
     profile_stage(profile, STAGE_EXPERTS, stream);
-    experts_forward(made, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2, exchange_experts(exchange)->offset,
-                    moe->experts, 0, stream);
-    exchange_combine(exchange, &scratch->exchange, moe->out_rows, made, profile, stream);
+    experts_forward(made, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2,
+                    exchange_experts(exchange, 0)->offset, moe->experts, 0, stream);
+    exchange_combine(exchange, 0, wire, moe->out_rows, made, profile, stream);
+    exchange_combine_end(exchange, wire, moe->out_rows, profile, stream);
     soft_combine_forward(y, moe->out_rows, &moe->plan, moe->C, 0, stream);
 }
 
@@ -356,16 +370,16 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     }
 }
 
-/* The gradients inside the experts: scratch->din_rows, drow_weight where there are weights, dw1 and dw2. rows: what
- * they read. */
-static void inside_backward(MoeLayer *moe, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
+/* The gradients inside the experts, of one part's rows: scratch->din_rows, drow_weight where there are weights; dw1 and
+ * dw2, which the parts add up. rows: what the experts read. */
+static void inside_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
                             const acc_t *row_weight, int add_dw, Profile *profile, Stream *stream) {
-    const int *offset = exchange_experts(&moe->exchange)->offset;
+    const int *offset = exchange_experts(&moe->exchange, part)->offset;
     profile_stage(profile, STAGE_EXPERTS, stream);
-    const real_t *a = a_again(moe->a, scratch, rows, moe->w1, offset, moe->experts, stream);
+    const real_t *a = a_again(kept_a(moe, part), scratch, rows, moe->w1, offset, moe->experts, stream);
     experts_backward(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, moe->dw1, moe->dw2, scratch->h,
-                     scratch->da, dy_rows, rows, a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0, add_dw,
-                     stream);
+                     scratch->da, dy_rows, rows, a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0,
+                     add_dw || part > 0, stream);
 }
 
 /* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
@@ -373,17 +387,19 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
                           Profile *profile, Stream *stream) {
     const Plan *plan = &moe->plan;
     const Exchange *exchange = &moe->exchange;
+    ExchangeScratch *wire = &scratch->exchange;
     real_t *dmade = slots_in(scratch, scratch->dy_rows), *dslots = slots_in(scratch, scratch->din_rows);
     profile_stage(profile, STAGE_COMBINE, stream);
     soft_combine_backward(dmade, scratch->dweight, dy, moe->out_rows, plan, moe->C, stream);
-    RowSource dy_rows =
-        exchange_dispatch(exchange, &scratch->exchange, scratch->dy_rows, dmade, false, profile, stream);
+    exchange_dispatch_begin(exchange, wire, dmade, false, profile, stream);
+    RowSource dy_rows = exchange_dispatch(exchange, 0, wire, scratch->dy_rows, dmade, false, profile, stream);
     profile_stage(profile, STAGE_DISPATCH, stream);
     real_t *slots = slots_in(scratch, scratch->in_rows);
     soft_dispatch_forward(slots, x, plan, moe->C, stream); /* again: cheaper than keeping it for every layer */
-    RowSource rows = exchange_dispatch_again(exchange, scratch->in_rows, slots, profile, stream);
-    inside_backward(moe, scratch, dy_rows, rows, NULL, add_dw, profile, stream);
-    exchange_dispatch_backward(exchange, &scratch->exchange, dslots, scratch->din_rows, 0, profile, stream);
+    RowSource rows = exchange_dispatch_again(exchange, 0, scratch->in_rows, slots, profile, stream);
+    inside_backward(moe, 0, scratch, dy_rows, rows, NULL, add_dw, profile, stream);
+    exchange_backward(exchange, 0, wire, dslots, NULL, scratch->din_rows, NULL, 0, profile, stream);
+    exchange_backward_end(exchange, wire, dslots, NULL, 0, profile, stream);
     soft_dispatch_backward(dx, scratch->dmix, dslots, x, plan, moe->C, moe->shared.H > 0, stream);
 }
 
@@ -392,12 +408,18 @@ static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, cons
                             int add_dw, Profile *profile, Stream *stream) {
     const Exchange *exchange = &moe->exchange;
     ExchangeScratch *wire = &scratch->exchange;
+    int add_dx = moe->shared.H > 0;
     /* The backward of combine is a dispatch of dy; the experts' input again is cheaper than kept for every layer. */
-    RowSource dy_rows = exchange_dispatch(exchange, wire, scratch->dy_rows, dy, false, profile, stream);
-    RowSource rows = exchange_dispatch_again(exchange, scratch->in_rows, x, profile, stream);
-    inside_backward(moe, scratch, dy_rows, rows, exchange_experts(exchange)->row_weight, add_dw, profile, stream);
-    exchange_dispatch_backward(exchange, wire, dx, scratch->din_rows, moe->shared.H > 0, profile, stream);
-    exchange_weight_backward(exchange, wire, scratch->dweight, scratch->drow_weight, profile, stream);
+    exchange_dispatch_begin(exchange, wire, dy, false, profile, stream);
+    for (int p = 0; p < exchange->parts; p++) {
+        RowSource dy_rows = exchange_dispatch(exchange, p, wire, scratch->dy_rows, dy, false, profile, stream);
+        RowSource rows = exchange_dispatch_again(exchange, p, scratch->in_rows, x, profile, stream);
+        inside_backward(moe, p, scratch, dy_rows, rows, exchange_experts(exchange, p)->row_weight, add_dw, profile,
+                        stream);
+        exchange_backward(exchange, p, wire, dx, scratch->dweight, scratch->din_rows, scratch->drow_weight, add_dx,
+                          profile, stream);
+    }
+    exchange_backward_end(exchange, wire, dx, scratch->dweight, add_dx, profile, stream);
 }
 
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,

@@ -190,7 +190,7 @@ static void check_exchange(Group group, Rows rows, size_t row_bytes) {
         fill_bytes(from + (size_t)from_first[r] * row_bytes, member(group, me), member(group, r), bytes);
     }
     void *device_from = to_device(from, out), *device_to = to_device(to, in);
-    comm_exchange(group, device_to, to_first, device_from, from_first, row_bytes, NULL);
+    comm_exchange(group, device_to, to_first, device_from, from_first, NULL, row_bytes, NULL);
     from_device(from, out, device_from);
     from_device(to, in, device_to);
     for (int r = 0; r < ranks; r++) {
@@ -288,9 +288,9 @@ static void huge(int unused) {
     }
     void *device = to_device(array, bytes);
     if (me == 0) {
-        comm_exchange(GROUP_WORLD, NULL, none, device, to_other, row_bytes, NULL);
+        comm_exchange(GROUP_WORLD, NULL, none, device, to_other, NULL, row_bytes, NULL);
     } else {
-        comm_exchange(GROUP_WORLD, device, from_other, NULL, none, row_bytes, NULL);
+        comm_exchange(GROUP_WORLD, device, from_other, NULL, none, NULL, row_bytes, NULL);
     }
     from_device(array, bytes, device);
     check_bytes(array, 0, 1, bytes, "huge");
@@ -326,7 +326,7 @@ static void two_expected(int sent) {
     comm_barrier();
     comm_set_patience(2);
     comm_at(7, -1, "combine");
-    comm_exchange(GROUP_WORLD, to, to_first, from, from_first, 8, NULL);
+    comm_exchange(GROUP_WORLD, to, to_first, from, from_first, NULL, 8, NULL);
     comm_barrier();
 }
 
@@ -337,7 +337,7 @@ static void none_expected(int sent) {
     for (int r = 0; r <= MAX_RANKS; r++) {
         all_to_0[r] = r > 0 ? sent : 0;
     }
-    comm_exchange(GROUP_WORLD, to, none, from, comm_rank(GROUP_WORLD) == 1 ? all_to_0 : none, 1, NULL);
+    comm_exchange(GROUP_WORLD, to, none, from, comm_rank(GROUP_WORLD) == 1 ? all_to_0 : none, NULL, 1, NULL);
     comm_barrier();
 }
 

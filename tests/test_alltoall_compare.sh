@@ -90,4 +90,14 @@ test_without_peer() {
     check "the peer was started" test ! -e calls
 }
 
+test_without_gpu() {
+    sides
+    printf '#!/bin/sh\nexit 1\n' >bin/nvidia-smi
+    chmod +x bin/nvidia-smi
+    PATH=$PWD/bin:$PATH timeout 20 "$EXPERIMENTS/alltoall_compare.sh" bin/ours lines >out 2>err
+    status=$?
+    ends 1
+    check "stderr does not ask for -n: $(cat err)" grep -q 'no GPU is here: give the number of ranks, -n' err
+}
+
 run_tests "$@"

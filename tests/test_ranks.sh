@@ -100,7 +100,7 @@ test_layouts() {
 }
 
 test_every_way_of_exchange() {
-    for way in bucketed dedup padded; do
+    for way in bucketed dedup padded p2p; do
         everywhere --exchange $way
         rm -rf one ranks_*
     done
@@ -109,16 +109,34 @@ test_every_way_of_exchange() {
 # More choices than ranks: several of a token's experts are on one rank.
 test_many_choices() {
     WAYS=("4 2")
-    for way in flat dedup padded; do
+    for way in flat dedup padded p2p; do
         everywhere --exchange $way --top-k 5
         rm -rf one ranks_*
     done
 }
 
-test_dedup_with_soft_and_chain() {
-    everywhere --exchange dedup --router soft --allow-leak
+test_one_row_per_rank_with_soft_and_chain() {
+    for kind in dedup p2p; do
+        everywhere --exchange $kind --router soft --allow-leak
+        rm -rf one ranks_*
+        everywhere --exchange $kind --router coe --chain-steps 2
+        rm -rf one ranks_*
+    done
+}
+
+# 64 tokens of a rank in 3 parts that are not alike; more parts than a batch has tokens.
+test_chunks() {
+    WAYS=("2 2" "4 2")
+    for kind in flat bucketed dedup; do
+        everywhere --exchange $kind --exchange-chunks 3 --top-k 3
+        on 4 "${SHAPE[@]}" --exchange $kind --exchange-chunks 3 --top-k 3 --ep 2 --overlap 0 --out in_turn
+        succeeds
+        same_figures ranks_4_2 in_turn
+        rm -rf one ranks_* in_turn
+    done
+    everywhere --exchange dedup --exchange-chunks 2 --router coe --chain-steps 2 --shared-experts 1
     rm -rf one ranks_*
-    everywhere --exchange dedup --router coe --chain-steps 2
+    everywhere --exchange dedup --exchange-chunks 2 --router soft --allow-leak
 }
 
 # Rounded on the way: close, and the closer the more bits there are; fp32 is what the CPU computes with.
@@ -238,6 +256,7 @@ test_refusals() {
     refused_on 2 'batch 3 is not divisible by 2 ranks' --batch 3
     refused_on 2 'expert-choice looks at all tokens' --router expert-choice --allow-leak
     refused_on 2 'capacity-factor' --capacity-factor 1.25
+    refused_on 2 'exchange-chunks 2 with --exchange padded' --ep 2 --exchange padded --exchange-chunks 2
     refuses 'ep 2' --ep 2
 }
 

@@ -33,16 +33,16 @@ by tests/test_torch_alltoall.sh. Read next: torch_gpu.py.
 """
 import argparse
 import collections
-import datetime
 import gc
 import json
-import os
 import statistics
 import sys
 import time
 
 import torch
 import torch.distributed as dist
+
+from torch_ranks import join, most_of_ranks
 
 Shape = collections.namedtuple("Shape", "E k H T seed")
 Batch = collections.namedtuple("Batch", "x chosen weight")  # (T,H) fp16, (T,k) int32, (T,k) float32
@@ -324,11 +324,6 @@ def make_exchange(version, batch, scale):
 
 # ---- timing
 
-def most_of_ranks(values):
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
 class Clock:
     """The two timings of a call that all ranks make, in microseconds."""
 
@@ -429,24 +424,6 @@ def bench(name, shape, version, clock, args):
 
 # ---- the program
 
-def join(args):
-    """Takes its rank from what started it, torchrun or mpirun, and is alone otherwise. Returns the device."""
-    env = os.environ
-    env.setdefault("RANK", env.get("OMPI_COMM_WORLD_RANK", "0"))
-    env.setdefault("WORLD_SIZE", env.get("OMPI_COMM_WORLD_SIZE", "1"))
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env["MASTER_PORT"] = str(args.port or env.get("MASTER_PORT", 29500))
-    local = int(env.get("LOCAL_RANK", env.get("OMPI_COMM_WORLD_LOCAL_RANK", env["RANK"])))
-    if args.device == "cuda" and local >= torch.cuda.device_count():
-        sys.exit("torch_alltoall.py: rank %s has no GPU: %d are here, and each rank needs its own" %
-                 (env["RANK"], torch.cuda.device_count()))
-    device = torch.device(args.device, local if args.device == "cuda" else None)
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=300))
-    return device
-
-
 def parse_shape(text):
     try:
         E, k, H, T = (int(number) for number in text.split(","))
@@ -522,7 +499,7 @@ def main():
     shapes.update({"%d,%d,%d,%d" % shape[:4]: shape for shape in args.shape})
     if args.seed is not None:
         shapes = {name: shape._replace(seed=args.seed) for name, shape in shapes.items()}
-    clock = Clock(join(args))
+    clock = Clock(join(args.device, args.port))
     complete = [bench_versions(name, shape, clock, args) for name, shape in shapes.items()]
     dist.destroy_process_group()
     sys.exit(0 if all(complete) else 1)

@@ -4,30 +4,45 @@
 Layer: router (float32 softmax, top-K, renormalised) + permutation + experts + combine + balance loss, forward and
 backward, weights and data in bf16. Training step: the model of this project (RMSNorm, RoPE, QK-norm, no biases, SwiGLU
 experts, tied head), bf16 with float32 master weights, clipping, fused AdamW. Experts are written in several ways
-(WAYS), each also through torch.compile, with and without CUDA graphs; the fastest that runs is the peer.
+(WAYS), each also through torch.compile: as a whole (+compile), with CUDA graphs (+graphs), or block by block (+blocks),
+which takes a fraction of the time to compile. The fastest that runs is the peer.
 
     python3 experiments/baselines/torch_gpu.py layer tiny olmoe       one JSON line per layer configuration and way
     python3 experiments/baselines/torch_gpu.py train d12 tiny-byte    .. per model and way
     python3 experiments/baselines/torch_gpu.py dispatch 16384,4096,128,2
-    options: --ways grouped,grouped+compile,grouped+graphs,loop,scatter   --weights rounded,copies   --repeats N
-             --seconds S: after so many nothing further is begun
+    mpirun -n 4 python3 experiments/baselines/torch_gpu.py train d12  or torchrun --nproc-per-node 4 ..
+    options: --ways grouped,grouped+compile,grouped+blocks,grouped+graphs,loop,scatter   --weights rounded,copies
+             --repeats N   --seconds S: after so many nothing further is begun
+    and of several ranks: --modes weak,strong   --buckets MIB,MIB   --port N: a free one, for mpirun
 
-Medians of event times after a warm-up; normal random data. Called by experiments/gpu_compare.sh. Read next:
-torch_cpu.py.
+Several ranks, a GPU to each, train one model: DistributedDataParallel averages the gradients while the backward runs,
+then each rank clips and moves all weights. weak: each rank has the model's batch; strong: they share it. Gradients
+travel as they are: float32, or bf16 with bf16 copies of the weights. What is compiled as a whole is cut where a bucket
+of gradients is full (--buckets); compiled blocks hand over their gradients one by one. CUDA graphs are left out. Rank 0
+prints the lines: tokens of all ranks, by the time of the slowest rank.
+
+Medians of event times after a warm-up; normal random data. Called by experiments/gpu_compare.sh and scaling_compare.sh.
+Read next: torch_ranks.py, torch_cpu.py.
 """
 import argparse
 import gc
+import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
+from functools import partial
 
 START = time.monotonic()  # loading PyTorch takes seconds, which count
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+import torch_ranks
 
 LAYERS = {  # tokens T, width C, expert width H, experts E, per token K, activation
     "course-mid": (16384, 1024, 4096, 8, 2, "gelu"),
@@ -44,9 +59,9 @@ MODELS = {
     "tiny": dict(L=6, C=512, NH=8, T=512, H=1024, E=8, K=2, V=8192, B=64),
     "tiny-byte": dict(L=4, C=256, NH=4, T=256, H=512, E=8, K=2, V=256, B=64),
 }
-WAYS = ["grouped", "grouped+compile", "grouped+graphs", "loop", "scatter"]
+WAYS = ["grouped", "grouped+compile", "grouped+blocks", "grouped+graphs", "loop", "scatter"]
 EPS, ROPE_BASE, AUX_COEF, Z_COEF, CLIP, LR = 1e-6, 10000.0, 0.01, 0.001, 1.0, 3e-4
-DEVICE = "cuda"
+DEVICE = "cuda"  # of several ranks each has its own, the current one
 
 
 class MoE(nn.Module):
@@ -152,16 +167,19 @@ class Model(nn.Module):
         for block in self.blocks:
             x, b, s = block(x, self.cos, self.sin)
             balance, z = balance + b, z + s
+        return self.head(x, weight, targets) + (AUX_COEF * balance + Z_COEF * z) / len(self.blocks)
+
+    def head(self, x, weight, targets):
         hidden = F.rms_norm(x, (x.shape[-1],), self.norm.to(x.dtype), EPS)
-        loss = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
-        return loss + (AUX_COEF * balance + Z_COEF * z) / len(self.blocks)
+        return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
 
 
 class Step:
-    """One training step. master: the model's parameters are bf16 copies of float32 ones that the optimizer moves;
-    otherwise they are float32 and are rounded where they are used."""
+    """One training step of a rank, on m["B"] sequences of its own. master: the model's parameters are bf16 copies of
+    float32 ones that the optimizer moves; otherwise they are float32 and are rounded where they are used. bucket: of
+    several ranks, MiB of gradients that are averaged at once; None: there is one rank."""
 
-    def __init__(self, m, way, master):
+    def __init__(self, m, way, master, rank=0, bucket=None):
         torch.manual_seed(1)
         base = way.split("+")[0]
         self.model = Model(m, base, torch.bfloat16 if master else torch.float32)
@@ -170,9 +188,14 @@ class Step:
         groups = [{"params": [p for p in self.owned if p.dim() > 1], "weight_decay": 0.1},
                   {"params": [p for p in self.owned if p.dim() == 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, fused=True)
-        self.forward = compiled(self.model, way)
+        if way.endswith("+blocks"):
+            torch._dynamo.config.optimize_ddp = False  # blocks are not to be cut further
+            self.model.head = torch.compile(self.model.head)
+            for block in self.model.blocks:
+                block.compile()
+        self.forward = compiled(self.model if bucket is None else averaging(self.model, bucket), way)
         self.master = master
-        generator = torch.Generator(device=DEVICE).manual_seed(2)
+        generator = torch.Generator(device=DEVICE).manual_seed(2 + rank)
         text = torch.multinomial(1.0 / (torch.arange(m["V"], device=DEVICE) + 2.7), m["B"] * (m["T"] + 1), True,
                                  generator=generator).view(m["B"], -1)
         self.tokens, self.targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
@@ -192,6 +215,12 @@ class Step:
                 torch._foreach_copy_(self.params, self.owned)
         for p in self.params:
             p.grad = None
+
+
+def averaging(model, bucket):
+    """The model, whose backward leaves the mean of the ranks' gradients. The buffers are constants."""
+    return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket, gradient_as_bucket_view=True,
+                                               static_graph=True, broadcast_buffers=False)
 
 
 def compiled(function, way):
@@ -245,19 +274,21 @@ def bench_layer(name, way, repeats):
     result("layer", name, way, times, tflops=round(flops / statistics.median(times) / 1e9, 1))
 
 
-def bench_train(name, way, repeats, args):
-    m = MODELS[name]
-    for weights in args.weights.split(","):
-        master = weights == "copies"
-        torch.cuda.reset_peak_memory_stats()
-        step = Step(m, way, master)
-        times = milliseconds(step, 8, repeats)
-        tokens = m["B"] * m["T"]
-        result("model", name, way + (", bf16 copies" if master else ", rounded in use"), times,
-               tok_s=round(1e3 * tokens / statistics.median(times)))
-        del step
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
+def bench_train(name, way, repeats, mode="weak", weights="rounded", bucket=None):
+    rank, ranks, _ = torch_ranks.who()
+    m = dict(MODELS[name])
+    if mode == "strong":
+        if m["B"] % ranks:
+            raise ValueError("a batch of %d is not to be shared by %d ranks" % (m["B"], ranks))
+        m["B"] //= ranks
+    step = Step(m, way, weights == "copies", rank, bucket)
+    times = milliseconds(step, 8, repeats)
+    if ranks > 1:  # sorted ones: the largest median, not each step's largest time, which may be another rank's
+        times = torch_ranks.most_of_ranks(torch.tensor(times, dtype=torch.float64, device=DEVICE)).tolist()
+    if rank == 0:
+        result("model", name, way + (", bf16 copies" if weights == "copies" else ", rounded in use"), times,
+               tok_s=round(1e3 * ranks * m["B"] * m["T"] / statistics.median(times)), ranks=ranks, mode=mode,
+               **({} if bucket is None else {"bucket_mib": bucket}))
 
 
 def bench_dispatch(shape, repeats):
@@ -282,40 +313,80 @@ def bench_dispatch(shape, repeats):
     result("dispatch", shape, "compile", times, gb_s=round(gbs), copy_gb_s=round((256 << 20) / copy / 1e6))
 
 
-def main():
-    p = argparse.ArgumentParser(description="time PyTorch's MoE layer or training step on a GPU")
+def measurements(args):
+    """In their order: what each is called, and what makes it."""
+    table = {"layer": LAYERS, "train": MODELS}.get(args.kind)
+    for name in args.names or table or ["16384,4096,128,2", "32768,2048,64,8"]:
+        if args.kind == "dispatch":
+            yield "%s compile" % name, partial(bench_dispatch, name, args.repeats)
+            continue
+        for way in args.ways:
+            if args.kind == "layer" and not way.endswith("+blocks"):
+                yield "%s %s" % (name, way), partial(bench_layer, name, way, args.repeats)
+            elif args.kind == "train" and way != "scatter":
+                for mode, weights, bucket in itertools.product(args.modes, args.weights.split(","), args.buckets):
+                    yield ("%s %s %s %s" % (name, way, weights, mode),
+                           partial(bench_train, name, way, args.repeats, mode, weights, bucket))
+
+
+def late(seconds, ranks):
+    """Whether the time is over: of several ranks for all once it is for one."""
+    over = time.monotonic() - START > seconds
+    return bool(torch_ranks.most_of_ranks(torch.tensor(float(over), device=DEVICE)).item()) if ranks > 1 else over
+
+
+def arguments(ranks):
+    p = argparse.ArgumentParser(description="time PyTorch's MoE layer or training step on a GPU, or steps on several")
     p.add_argument("kind", choices=["layer", "train", "dispatch"])
     p.add_argument("names", nargs="*")
-    p.add_argument("--ways", default="")
+    p.add_argument("--ways", default=",".join(WAYS))
     p.add_argument("--weights", default="rounded,copies",
                    help="of a training step: float32 rounded where used, bf16 copies beside float32, or both")
+    p.add_argument("--modes", default="weak", help="of several ranks: each has the model's batch (weak), or they share "
+                   "it (strong), or both: weak,strong")
+    p.add_argument("--buckets", default="25", help="of several ranks: MiB of gradients that are averaged at once, or "
+                   "several such numbers")
+    p.add_argument("--port", type=int,
+                   help="a free one of rank 0's machine, for mpirun; default: MASTER_PORT (torchrun sets it) or 29500")
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--seconds", type=float, default=math.inf, help="begin nothing further after so many")
     args = p.parse_args()
+    if ranks > 1 and args.kind != "train":
+        p.error("%s is of one rank; %d were started" % (args.kind, ranks))
+    if not set(args.modes.split(",")) <= {"weak", "strong"}:
+        p.error("--modes %s: choose from weak,strong" % args.modes)
+    args.ways = [way for way in args.ways.split(",") if ranks == 1 or not way.endswith("+graphs")]
+    args.modes = args.modes.split(",") if ranks > 1 else ["weak"]
+    args.buckets = [float(mib) for mib in args.buckets.split(",")] if ranks > 1 else [None]
+    return args
+
+
+def main():
+    rank, ranks, _ = torch_ranks.who()
+    args = arguments(ranks)
     if not torch.cuda.is_available():
         sys.exit("torch_gpu.py: PyTorch sees no GPU: run it on a machine with one")
     torch.set_float32_matmul_precision("high")
-    table = {"layer": LAYERS, "train": MODELS}.get(args.kind)
-    for name in args.names or table or ["16384,4096,128,2", "32768,2048,64,8"]:
-        for way in ["compile"] if args.kind == "dispatch" else args.ways.split(",") if args.ways else WAYS:
-            if way == "scatter" and args.kind == "train":
-                continue
-            if time.monotonic() - START > args.seconds:
-                print("%s %s: not begun, %g s are over" % (name, way, args.seconds), file=sys.stderr)
-                continue
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                if args.kind == "dispatch":
-                    bench_dispatch(name, args.repeats)
-                elif args.kind == "layer":
-                    bench_layer(name, way, args.repeats)
-                else:
-                    bench_train(name, way, args.repeats, args)
-            except Exception as error:  # a way that this installation lacks is no peer; say so and go on
-                print("%s %s: left out (%s)" % (name, way, str(error).strip().split("\n")[0][:160]), file=sys.stderr)
-            torch._dynamo.reset()
-            gc.collect()  # modules and graphs refer to each other: the next peak is to be its own
-            torch.cuda.empty_cache()
+    if ranks > 1:
+        torch_ranks.join("cuda", args.port, seconds=180)  # others may still compile
+    for called, measure in measurements(args):
+        if late(args.seconds, ranks):
+            if rank == 0:
+                print("%s: not begun, %g s are over" % (called, args.seconds), file=sys.stderr)
+            continue
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            measure()
+        except Exception as error:  # a way that this installation lacks is no peer, on any rank: say so and go on
+            print("%s: left out (%s)" % (called, str(error).strip().split("\n")[0][:160]), file=sys.stderr, flush=True)
+            if ranks > 1 and isinstance(error, torch.cuda.OutOfMemoryError):
+                os._exit(1)  # others may have had enough, and wait for this rank
+        torch._dynamo.reset()
+        torch._dynamo.config.optimize_ddp = True
+        gc.collect()  # modules and graphs refer to each other: the next peak is to be its own
+        torch.cuda.empty_cache()
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

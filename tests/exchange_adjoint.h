@@ -9,9 +9,10 @@
 #include "exchange_expect.h"
 #include "exchange_expected.h"
 
-/* sum_r weight[r] <a[r], b[r]> over the rows of this rank's experts; weight NULL: 1. */
-static inline double dot_rows(const Layer *layer, RowSource a, const real_t *b, const acc_t *weight) {
-    const Plan *plan = exchange_experts(&layer->exchange);
+/* sum_r weight[r] <a[r], b[r]> over the rows of a part that this rank's experts have; without weights: 1. */
+static inline double dot_rows(const Layer *layer, int part, RowSource a, const real_t *b, bool weighted) {
+    const Plan *plan = exchange_experts(&layer->exchange, part);
+    const acc_t *weight = weighted ? plan->row_weight : NULL;
     int H = layer->shape.H;
     double sum = 0;
     for (int r = 0; r < plan->offset[plan->E]; r++) {
@@ -47,33 +48,69 @@ static inline void check_adjoint(const Layer *layer, const char *what, double le
            what, all[0], all[1], tolerance);
 }
 
-static inline void check_adjoints(Layers *layers, Layer *layer) {
-    const Shape *s = &layer->shape;
+/* What the experts of this rank are said to have made of a part's rows. */
+static inline const real_t *made_up(Layers *layers, const Layer *layer, int part) {
+    uint64_t key = random_key(comm_rank(GROUP_WORLD), RANDOM_TEST, 100 + part);
+    fill_rows(layers->made, layer->mode.values, key, layers->rows, layer->shape.H, 1);
+    return layers->made;
+}
+
+/* u: what the experts made, of all parts; v: dy. */
+static inline void check_adjoint_of_combine(Layers *layers, Layer *layer, Side rows, Side tokens, size_t terms) {
     Exchange *x = &layer->exchange;
     ExchangeScratch *wire = &layers->wire;
-    const acc_t *weight = exchange_experts(x)->row_weight;
-    size_t numbers = (size_t)s->N * s->H, terms = (size_t)layers->rows * s->H + numbers;
+    double right = 0;
+    for (int p = 0; p < x->parts; p++) {
+        exchange_combine(x, p, wire, layer->y, made_up(layers, layer, p), NULL, NULL);
+    }
+    exchange_combine_end(x, wire, layer->y, NULL, NULL);
+    exchange_dispatch_begin(x, wire, layer->dy, false, NULL, NULL);
+    for (int p = 0; p < x->parts; p++) {
+        RowSource back = exchange_dispatch(x, p, wire, layers->dy_in, layer->dy, false, NULL, NULL);
+        right += dot_rows(layer, p, back, made_up(layers, layer, p), true);
+    }
+    double left = dot(layer->y, layer->dy, layer->shape.N * layer->shape.H);
+    check_adjoint(layer, "combine", left, right, rows, tokens, terms);
+}
+
+/* u: the tokens; v: the gradients that come out of the experts, of all parts. */
+static inline void check_adjoint_of_dispatch(Layers *layers, Layer *layer, Side rows, Side tokens, size_t terms) {
+    Exchange *x = &layer->exchange;
+    ExchangeScratch *wire = &layers->wire;
+    double left = 0;
+    exchange_dispatch_begin(x, wire, layer->x, true, NULL, NULL);
+    for (int p = 0; p < x->parts; p++) {
+        RowSource there = exchange_dispatch(x, p, wire, layers->rows_in, layer->x, true, NULL, NULL);
+        const real_t *v = made_up(layers, layer, p);
+        left += dot_rows(layer, p, there, v, false);
+        exchange_backward(x, p, wire, layer->dx, NULL, v, NULL, 0, NULL, NULL);
+    }
+    exchange_backward_end(x, wire, layer->dx, NULL, 0, NULL, NULL);
+    double right = dot(layer->dx, layer->x, layer->shape.N * layer->shape.H);
+    check_adjoint(layer, "dispatch", left, right, rows, tokens, terms);
+}
+
+static inline void check_adjoints(Layers *layers, Layer *layer) {
+    const Shape *s = &layer->shape;
+    const Exchange *x = &layer->exchange;
+    size_t numbers = (size_t)s->N * s->H, terms = numbers;
     uint64_t mine = comm_rank(GROUP_WORLD);
     ValueKind kind = layer->mode.values;
-    real_t *u = layers->made, *v = layer->dy;
+    Side rows = {(double)s->N * s->K, 0, FORWARD};
     layer_plan(layers, layer);
-    fill_rows(u, kind, random_key(mine, RANDOM_TEST, 100), layers->rows, s->H, 1);
-    fill_rows(v, kind, random_key(mine, RANDOM_TEST, 101), s->N, s->H, 1);
-    fill_rows(layer->x, kind, random_key(mine, RANDOM_TEST, 102), s->N, s->H, 1);
-    Side rows = {(double)s->N * s->K, dot_rows(layer, (RowSource){u, NULL, 0}, u, NULL), FORWARD};
-    Side tokens = {s->N, dot(v, v, (int)numbers), BACKWARD};
-
-    exchange_combine(x, wire, layer->y, u, NULL, NULL);
-    RowSource back = exchange_dispatch(x, wire, layers->dy_in, v, false, NULL, NULL);
-    check_adjoint(layer, "combine", dot(layer->y, v, (int)numbers), dot_rows(layer, back, u, weight), rows, tokens,
-                  terms);
-
+    fill_rows(layer->dy, kind, random_key(mine, RANDOM_TEST, 90), s->N, s->H, 1);
+    fill_rows(layer->x, kind, random_key(mine, RANDOM_TEST, 91), s->N, s->H, 1);
+    for (int p = 0; p < x->parts; p++) {
+        const Plan *plan = exchange_experts(x, p);
+        const real_t *made = made_up(layers, layer, p);
+        rows.squares += dot_rows(layer, p, (RowSource){made, NULL, 0}, made, false);
+        terms += (size_t)plan->offset[plan->E] * s->H;
+    }
+    Side tokens = {s->N, dot(layer->dy, layer->dy, (int)numbers), BACKWARD};
+    check_adjoint_of_combine(layers, layer, rows, tokens, terms);
     rows.leg = BACKWARD;
     tokens = (Side){s->N, dot(layer->x, layer->x, (int)numbers), FORWARD};
-    RowSource there = exchange_dispatch(x, wire, layers->rows_in, layer->x, true, NULL, NULL);
-    exchange_dispatch_backward(x, wire, layer->dx, u, 0, NULL, NULL);
-    check_adjoint(layer, "dispatch", dot_rows(layer, there, u, NULL), dot(layer->dx, layer->x, (int)numbers), rows,
-                  tokens, terms);
+    check_adjoint_of_dispatch(layers, layer, rows, tokens, terms);
 }
 
 /* dweight by differences. y is linear in the weights and a token's y in its own alone, so one step of any length gives

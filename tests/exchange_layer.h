@@ -16,8 +16,8 @@
  *     layer_alone(&layers, layer);                                     ..layer->alone_y, ..
  *     layers_close(&layers);
  *
- * What all layers take turns in is overwritten with NaN before every forward and every backward. CPU alone. Read next:
- * exchange_tokens.h, exchange_passes.h.
+ * What all layers take turns in is overwritten with NaN before every forward and every backward, unless `as_left`: then
+ * nobody waits for the others but in the exchange. CPU alone. Read next: exchange_tokens.h, exchange_passes.h.
  */
 #ifndef TESTS_EXCHANGE_LAYER_H
 #define TESTS_EXCHANGE_LAYER_H
@@ -38,6 +38,7 @@ typedef struct {
     const char *options;
     bool row_per_rank; /* a row carries all that a token wants of a rank; else each choice has a row */
     bool fixed;        /* messages are of one size, --exchange-rows if given: what does not fit is dropped */
+    bool messages;     /* rows are sent; else stored where they are for, which nobody counts */
 } Way;
 
 /* Which experts a token may choose, and which tokens choose. */
@@ -96,6 +97,7 @@ typedef struct {
     real_t *rows_in, *made, *dy_in, *din; /* (rows, H) what experts read, made, read of dy, and their dx */
     acc_t *drow_weight;                   /* (rows) */
     void *packed;                         /* (rows) as the wire packs them, for `alone` */
+    bool as_left;                         /* whether buffers stay as the layer before left them */
     int count;
     Layer layer[LAYERS];
 } Layers;
@@ -171,9 +173,11 @@ static inline void layers_open(Layers *layers, const Shape *shapes, const char *
     reserve(&layers->arena, &layers->packed, layers->rows, wire_row_bytes(WIRE_FP32, layers->H));
     exchange_reserve_scratch(&layers->wire, layers->size, layers->H, &layers->arena);
     arena_commit(&layers->arena);
+    exchange_open(&layers->layer[0].config, &layers->arena);
 }
 
 static inline void layers_close(Layers *layers) {
+    exchange_close();
     for (int l = 0; l < layers->count; l++) {
         exchange_free(&layers->layer[l].exchange);
     }

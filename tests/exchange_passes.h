@@ -98,16 +98,22 @@ static inline void overwrite(void *array, int byte, size_t bytes) {
     }
 }
 
-/* NaN wherever layers take turns; notes of experts that nobody has. */
-static inline void poison(Layers *layers) {
+/* NaN where the rows of parts take turns. */
+static inline void poison_experts(Layers *layers) {
+    real_t *of_rows[] = {layers->rows_in, layers->made, layers->dy_in, layers->din};
+    for (size_t i = 0; i < sizeof of_rows / sizeof *of_rows; i++) {
+        overwrite(of_rows[i], 0xff, (size_t)layers->rows * layers->H * sizeof(real_t));
+    }
+    overwrite(layers->drow_weight, 0xff, layers->rows * sizeof(acc_t));
+}
+
+/* NaN wherever layers take turns; notes of experts that nobody has. Before the first of the others stores anything
+ * there, all have done so. */
+static inline void poison_scratch(Layers *layers) {
     const ExchangeSize *size = &layers->size;
     ExchangeScratch *wire = &layers->wire;
     size_t row = layers->H * sizeof(real_t);
-    real_t *of_rows[] = {layers->rows_in, layers->made, layers->dy_in, layers->din};
-    for (size_t i = 0; i < sizeof of_rows / sizeof *of_rows; i++) {
-        overwrite(of_rows[i], 0xff, layers->rows * row);
-    }
-    overwrite(layers->drow_weight, 0xff, layers->rows * sizeof(acc_t));
+    poison_experts(layers);
     overwrite(wire->home, 0xff, size->out_rows * row);
     overwrite(wire->arrived, 0xff, size->in_rows * row);
     overwrite(wire->home_wire, 0xff, size->out_rows * size->row_bytes);
@@ -116,10 +122,21 @@ static inline void poison(Layers *layers) {
     overwrite(wire->arrived_note, 0x7f, size->in_notes * sizeof(RelayNote));
     overwrite(wire->home_dweight, 0xff, size->out_notes * sizeof(acc_t));
     overwrite(wire->arrived_dweight, 0xff, size->in_notes * sizeof(acc_t));
+    comm_barrier();
+}
+
+/* The same before a forward, which also replaces what it kept for its backward. */
+static inline void poison(Layers *layers, Layer *layer) {
+    const Exchange *x = &layer->exchange;
+    const ExchangePart *last = &x->part[x->parts - 1];
+    overwrite(x->kept, 0xff, (last->in_row + last->in.N) * x->C * sizeof(real_t));
+    poison_scratch(layers);
 }
 
 static inline void layer_plan(Layers *layers, Layer *layer) {
-    poison(layers);
+    if (!layers->as_left) {
+        poison(layers, layer);
+    }
     plan_build(&layer->plan, NULL);
     exchange_plan(&layer->exchange, &layers->wire, NULL, NULL);
 }
@@ -127,10 +144,16 @@ static inline void layer_plan(Layers *layers, Layer *layer) {
 /* y of a plan that is made. */
 static inline void layer_run(Layers *layers, Layer *layer) {
     Exchange *x = &layer->exchange;
-    RowSource rows = exchange_dispatch(x, &layers->wire, layers->rows_in, layer->x, true, NULL, NULL);
+    ExchangeScratch *wire = &layers->wire;
     memset(layer->y, 0xff, (size_t)layer->shape.N * layer->shape.H * sizeof(real_t));
-    experts_make(layers, layer, rows, exchange_experts(x), first_expert(layer));
-    exchange_combine(x, &layers->wire, layer->y, layers->made, NULL, NULL);
+    exchange_dispatch_begin(x, wire, layer->x, true, NULL, NULL);
+    for (int p = 0; p < x->parts; p++) {
+        RowSource rows = exchange_dispatch(x, p, wire, layers->rows_in, layer->x, true, NULL, NULL);
+        experts_make(layers, layer, rows, exchange_experts(x, p), first_expert(layer));
+        exchange_combine(x, p, wire, layer->y, layers->made, NULL, NULL);
+        poison_experts(layers);
+    }
+    exchange_combine_end(x, wire, layer->y, NULL, NULL);
 }
 
 static inline void layer_forward(Layers *layers, Layer *layer) {
@@ -141,16 +164,23 @@ static inline void layer_forward(Layers *layers, Layer *layer) {
 static inline void layer_backward(Layers *layers, Layer *layer) {
     Exchange *x = &layer->exchange;
     ExchangeScratch *wire = &layers->wire;
-    const Plan *plan = exchange_experts(x);
-    size_t numbers = (size_t)layer->shape.N * layer->shape.H;
-    poison(layers);
-    RowSource dy = exchange_dispatch(x, wire, layers->dy_in, layer->dy, false, NULL, NULL);
-    RowSource rows = exchange_dispatch_again(x, layers->rows_in, layer->x, NULL, NULL);
-    experts_make(layers, layer, rows, plan, first_expert(layer));
-    experts_differentiate(layers, layer, dy, plan, first_expert(layer));
-    memcpy(layer->dx, layer->before, numbers * sizeof(real_t));
-    exchange_dispatch_backward(x, wire, layer->dx, layers->din, layer->mode.accumulate, NULL, NULL);
-    exchange_weight_backward(x, wire, layer->dweight, layers->drow_weight, NULL, NULL);
+    int accumulate = layer->mode.accumulate, first = first_expert(layer);
+    if (!layers->as_left) {
+        poison_scratch(layers);
+    }
+    memcpy(layer->dx, layer->before, (size_t)layer->shape.N * layer->shape.H * sizeof(real_t));
+    memset(layer->dweight, 0xff, (size_t)layer->shape.N * layer->shape.K * sizeof(acc_t));
+    exchange_dispatch_begin(x, wire, layer->dy, false, NULL, NULL);
+    for (int p = 0; p < x->parts; p++) {
+        RowSource dy = exchange_dispatch(x, p, wire, layers->dy_in, layer->dy, false, NULL, NULL);
+        RowSource rows = exchange_dispatch_again(x, p, layers->rows_in, layer->x, NULL, NULL);
+        experts_make(layers, layer, rows, exchange_experts(x, p), first);
+        experts_differentiate(layers, layer, dy, exchange_experts(x, p), first);
+        exchange_backward(x, p, wire, layer->dx, layer->dweight, layers->din, layers->drow_weight, accumulate, NULL,
+                          NULL);
+        poison_experts(layers);
+    }
+    exchange_backward_end(x, wire, layer->dx, layer->dweight, accumulate, NULL, NULL);
 }
 
 /* What the wire makes of the rows of one rank, where they would travel. */
@@ -168,7 +198,7 @@ static inline void layer_alone(Layers *layers, Layer *layer) {
     Plan *plan = &layer->alone;
     int H = layer->shape.H;
     size_t numbers = (size_t)layer->shape.N * H;
-    poison(layers);
+    poison_experts(layers);
     plan_build(plan, NULL);
     dispatch_copy(layers->rows_in, layer->x, plan, H, NULL);
     dispatch_copy(layers->dy_in, layer->dy, plan, H, NULL);

@@ -29,10 +29,10 @@
 
 /* A line here gets all tests. */
 static const Way ways[] = {
-    {"--exchange flat", .row_per_rank = false, .fixed = false},
-    {"--exchange bucketed", .row_per_rank = false, .fixed = false},
-    {"--exchange dedup", .row_per_rank = true, .fixed = false},
-    {"--exchange padded", .row_per_rank = false, .fixed = true},
+    {"--exchange flat", .row_per_rank = false, .fixed = false, .messages = true},
+    {"--exchange bucketed", .row_per_rank = false, .fixed = false, .messages = true},
+    {"--exchange dedup", .row_per_rank = true, .fixed = false, .messages = true},
+    {"--exchange padded", .row_per_rank = false, .fixed = true, .messages = true},
 };
 
 /* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all

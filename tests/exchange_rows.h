@@ -19,9 +19,8 @@ static inline void fill_tags(Layer *layer) {
 }
 
 /* Row r is that of the entry, with its weight, as far as the wire is wide enough for tags. */
-static inline void check_row(const Layer *layer, const real_t *row, int r, int rank, int entry) {
+static inline void check_row(const Layer *layer, const Plan *plan, const real_t *row, int r, int rank, int entry) {
     const Shape *s = &layer->shape;
-    const Plan *plan = exchange_experts(&layer->exchange);
     acc_t weight = layer->weight[(size_t)rank * s->N * s->K + entry];
     EXPECT(plan->entry[r] >= 0, "row %d is padding, expected token %d of rank %d", r, entry / s->K, rank);
     EXPECT(plan->row_weight[r] == weight, "row %d has weight %g, expected %g", r, (double)plan->row_weight[r],
@@ -33,16 +32,21 @@ static inline void check_row(const Layer *layer, const real_t *row, int r, int r
     }
 }
 
-/* Expert e's rows, here its i-th: the entries of all ranks that chose it, by rank and token, then zeros. */
-static inline void check_rows_of_expert(const Layer *layer, RowSource rows, int i, int e) {
-    const Plan *plan = exchange_experts(&layer->exchange);
-    int entries = layer->shape.N * layer->shape.K, H = layer->shape.H, r = plan->offset[i];
+/* Where the tokens of a part begin: as many in each, but for one. All of them where nothing travels. */
+static inline int first_token(const Layer *layer, int part) {
+    return layer->shape.N * part / layer->exchange.parts;
+}
+
+/* Expert e's rows of a part, here its i-th: the entries of all ranks that chose it, by rank and token, then zeros. */
+static inline void check_rows_of_expert(const Layer *layer, int part, RowSource rows, int i, int e) {
+    const Plan *plan = exchange_experts(&layer->exchange, part);
+    int K = layer->shape.K, entries = layer->shape.N * K, H = layer->shape.H, r = plan->offset[i];
     int first = comm_rank(GROUP_WORLD) - comm_rank(GROUP_EXPERTS), ranks = layer->exchange.ranks;
     for (int rank = first; rank < first + ranks; rank++) {
-        for (int entry = 0; entry < entries; entry++) {
+        for (int entry = first_token(layer, part) * K; entry < first_token(layer, part + 1) * K; entry++) {
             if (layer->expert[rank * entries + entry] == e) {
                 EXPECT(r < plan->offset[i + 1], "expert %d has too few rows", e);
-                check_row(layer, row_at(rows, r, H), r, rank, entry);
+                check_row(layer, plan, row_at(rows, r, H), r, rank, entry);
                 r++;
             }
         }
@@ -70,6 +74,17 @@ static inline void check_demand(const Layer *layer) {
     }
 }
 
+/* What leaves a rank for another in one part. */
+static inline void check_sent_rows(const Layer *layer, int p, int to) {
+    const Plan *out = &layer->exchange.part[p].out;
+    int expected = rows_of_tokens(layer, comm_rank(GROUP_WORLD), to, first_token(layer, p), first_token(layer, p + 1));
+    int rows = 0;
+    for (int r = out->offset[to]; r < out->offset[to + 1]; r++) {
+        rows += out->entry[r] >= 0;
+    }
+    EXPECT(rows == expected, "part %d has %d rows for rank %d, expected %d", p, rows, to, expected);
+}
+
 /* What this rank sends, and what it has to drop: rows. */
 static inline void check_sent(const Layer *layer) {
     const Exchange *x = &layer->exchange;
@@ -82,9 +97,10 @@ static inline void check_sent(const Layer *layer) {
         counted += measured->demand[e] - measured->count[e];
     }
     EXPECT(counted == dropped, "%d rows are counted as dropped, expected %d", counted, dropped);
-    for (int rank = 0; exchange_travels(x) && rank < x->ranks; rank++) {
-        EXPECT(x->out.count[rank] == rows_between(layer, me, rank), "%d rows for rank %d, expected %d",
-               x->out.count[rank], rank, rows_between(layer, me, rank));
+    for (int p = 0; exchange_travels(x) && p < x->parts; p++) {
+        for (int rank = 0; rank < x->ranks; rank++) {
+            check_sent_rows(layer, p, rank);
+        }
     }
 }
 
@@ -98,8 +114,10 @@ static inline size_t bytes_of_row(const Layer *layer, Leg leg) {
     return type == WIRE_SAME ? bytes : (bytes + 15) / 16 * 16;
 }
 
-/* Since `before` rows went to the other ranks' experts, or back to where they came from, in one call. */
-static inline void check_traffic(const Layer *layer, const char *what, CommCount before, bool back, size_t row_bytes) {
+/* Since `before` rows went to the other ranks' experts, or back to where they came from, in so many calls for each
+ * part. */
+static inline void check_traffic(const Layer *layer, const char *what, CommCount before, bool back, size_t row_bytes,
+                                 int calls) {
     CommCount now = comm_count();
     int ranks = layer->exchange.ranks, me = comm_rank(GROUP_EXPERTS), first = comm_rank(GROUP_WORLD) - me, rows = 0;
     for (int rank = 0; rank < ranks; rank++) {
@@ -108,8 +126,11 @@ static inline void check_traffic(const Layer *layer, const char *what, CommCount
                                       : rows_between(layer, first + me, rank);
         rows += rank == me ? 0 : there;
     }
-    long long bytes = (long long)(rows * row_bytes), sent = now.bytes - before.bytes;
-    EXPECT(now.calls - before.calls == (ranks > 1), "%s takes %d calls", what, (int)(now.calls - before.calls));
+    bool sends = ranks > 1 && layer->way->messages;
+    long long bytes = sends ? (long long)(rows * row_bytes) : 0, sent = now.bytes - before.bytes;
+    calls *= sends ? layer->exchange.parts : 0;
+    EXPECT(now.calls - before.calls == calls, "%s takes %d calls, expected %d", what, (int)(now.calls - before.calls),
+           calls);
     EXPECT(sent == bytes, "%s sends %lld bytes, expected %lld", what, sent, bytes);
 }
 
@@ -118,37 +139,63 @@ static inline void check_transfers(Layers *layers, Layer *layer) {
     Exchange *x = &layer->exchange;
     ExchangeScratch *wire = &layers->wire;
     size_t forward = bytes_of_row(layer, FORWARD), backward = bytes_of_row(layer, BACKWARD);
+    size_t of_weights = (layer->way->row_per_rank ? layer->shape.K : 1) * sizeof(acc_t);
     CommCount before = comm_count();
-    RowSource rows = exchange_dispatch(x, wire, layers->rows_in, layer->x, true, NULL, NULL);
-    check_traffic(layer, "dispatch", before, false, forward);
-    experts_make(layers, layer, rows, exchange_experts(x), first_expert(layer));
+    exchange_dispatch_begin(x, wire, layer->x, true, NULL, NULL);
+    check_traffic(layer, "dispatch", before, false, forward, 1);
     before = comm_count();
-    exchange_combine(x, wire, layer->y, layers->made, NULL, NULL);
-    check_traffic(layer, "combine", before, true, forward);
+    for (int p = 0; p < x->parts; p++) {
+        RowSource rows = exchange_dispatch(x, p, wire, layers->rows_in, layer->x, true, NULL, NULL);
+        experts_make(layers, layer, rows, exchange_experts(x, p), first_expert(layer));
+        exchange_combine(x, p, wire, layer->y, layers->made, NULL, NULL);
+    }
+    exchange_combine_end(x, wire, layer->y, NULL, NULL);
+    check_traffic(layer, "combine", before, true, forward, 1);
     before = comm_count();
-    RowSource dy = exchange_dispatch(x, wire, layers->dy_in, layer->dy, false, NULL, NULL);
-    check_traffic(layer, "combine's backward", before, false, backward);
-    experts_differentiate(layers, layer, dy, exchange_experts(x), first_expert(layer));
+    exchange_dispatch_begin(x, wire, layer->dy, false, NULL, NULL);
+    check_traffic(layer, "combine's backward", before, false, backward, 1);
     before = comm_count();
-    exchange_dispatch_backward(x, wire, layer->dx, layers->din, 0, NULL, NULL);
-    check_traffic(layer, "dispatch's backward", before, true, backward);
-    before = comm_count();
-    exchange_weight_backward(x, wire, layer->dweight, layers->drow_weight, NULL, NULL);
-    check_traffic(layer, "the weights' backward", before, true,
-                  (layer->way->row_per_rank ? layer->shape.K : 1) * sizeof(acc_t));
+    for (int p = 0; p < x->parts; p++) {
+        RowSource dy = exchange_dispatch(x, p, wire, layers->dy_in, layer->dy, false, NULL, NULL);
+        experts_make(layers, layer, dy, exchange_experts(x, p), first_expert(layer));
+        experts_differentiate(layers, layer, dy, exchange_experts(x, p), first_expert(layer));
+        exchange_backward(x, p, wire, layer->dx, layer->dweight, layers->din, layers->drow_weight, 0, NULL, NULL);
+    }
+    exchange_backward_end(x, wire, layer->dx, layer->dweight, 0, NULL, NULL);
+    check_traffic(layer, "dispatch's backward", before, true, backward + of_weights, 2);
+}
+
+/* What is said about the rows takes one call for the counts, and with messages one for each part. */
+static inline void check_planning(Layers *layers, Layer *layer) {
+    const Exchange *x = &layer->exchange;
+    int world = comm_ranks(GROUP_WORLD);
+    poison(layers, layer);
+    plan_build(&layer->plan, NULL);
+    CommCount before = comm_count();
+    exchange_plan(&layer->exchange, &layers->wire, NULL, NULL);
+    int calls = (int)(comm_count().calls - before.calls), expected = world > 1;
+    if (layer->way->messages) {
+        expected += exchange_travels(x) ? x->parts : 0;
+    } else if (world == x->ranks) {
+        expected = 0;
+    }
+    EXPECT(calls == expected, "the plan takes %d calls, expected %d", calls, expected);
 }
 
 static inline void check_dispatch(Layers *layers, Layer *layer, Mode mode) {
+    Exchange *x = &layer->exchange;
     layer_values(layer, mode);
     fill_tags(layer);
-    layer_plan(layers, layer);
-    Exchange *x = &layer->exchange;
-    RowSource rows = exchange_dispatch(x, &layers->wire, layers->rows_in, layer->x, true, NULL, NULL);
-    for (int i = 0; i < x->experts; i++) {
-        check_rows_of_expert(layer, rows, i, first_expert(layer) + i);
+    check_planning(layers, layer);
+    exchange_dispatch_begin(x, &layers->wire, layer->x, true, NULL, NULL);
+    for (int p = 0; p < x->parts; p++) {
+        RowSource rows = exchange_dispatch(x, p, &layers->wire, layers->rows_in, layer->x, true, NULL, NULL);
+        for (int i = 0; i < x->experts; i++) {
+            check_rows_of_expert(layer, p, rows, i, first_expert(layer) + i);
+        }
+        EXPECT(exchange_experts(x, p)->E == layer->shape.E / x->ranks, "%d experts are here, expected %d",
+               exchange_experts(x, p)->E, layer->shape.E / x->ranks);
     }
-    EXPECT(exchange_experts(x)->E == layer->shape.E / x->ranks, "%d experts are here, expected %d",
-           exchange_experts(x)->E, layer->shape.E / x->ranks);
     check_demand(layer);
     check_sent(layer);
     check_transfers(layers, layer);

@@ -73,13 +73,17 @@ static inline void drop(Layer *layer, int rank) {
     }
 }
 
-/* Rows that one rank of the world has for one of its group. */
-static inline int rows_between(const Layer *layer, int from, int to) {
-    int entries = layer->shape.N * layer->shape.K, rows = 0;
-    for (int i = from * entries; i < (from + 1) * entries; i++) {
+/* Rows of the tokens first .. end-1 that one rank of the world has for one of its group. */
+static inline int rows_of_tokens(const Layer *layer, int from, int to, int first, int end) {
+    int K = layer->shape.K, token = from * layer->shape.N, rows = 0;
+    for (int i = (token + first) * K; i < (token + end) * K; i++) {
         rows += layer->expert[i] >= 0 && layer->expert[i] / layer->exchange.experts == to && leader(layer, i) == i;
     }
     return rows;
+}
+
+static inline int rows_between(const Layer *layer, int from, int to) {
+    return rows_of_tokens(layer, from, to, 0, layer->shape.N);
 }
 
 /* All ranks' choices, new ones in every step. */

@@ -89,7 +89,7 @@ static inline int first_expert(const Layer *layer) {
     return comm_rank(GROUP_EXPERTS) * layer->exchange.experts;
 }
 
-enum { OVERWRITE_MOST = 1 << 20 };
+enum { OVERWRITE_MOST = 1 << 18 };
 
 /* All of a small array, the beginning of a large one: what is used of it is there. */
 static inline void overwrite(void *array, int byte, size_t bytes) {

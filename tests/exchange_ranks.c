@@ -33,6 +33,7 @@ static const Way ways[] = {
     {"--exchange bucketed", .row_per_rank = false, .fixed = false, .messages = true},
     {"--exchange dedup", .row_per_rank = true, .fixed = false, .messages = true},
     {"--exchange padded", .row_per_rank = false, .fixed = true, .messages = true},
+    {"--exchange p2p", .row_per_rank = true, .fixed = false, .messages = false},
 };
 
 /* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all
@@ -198,8 +199,10 @@ static void adjoint(int count, char **arguments) {
 
 /* ---- several layers, several steps */
 
-/* All forwards, then all backwards, as in training; steps with many tokens and with few follow each other. */
+/* All forwards, then all backwards, as in training; steps with many tokens and with few follow each other. In every
+ * other one ranks run ahead of others as far as the exchange lets them. */
 static void check_step(Layers *layers, int64_t step) {
+    layers->as_left = step % 2 == 1;
     for (int l = 0; l < layers->count; l++) {
         Layer *layer = &layers->layer[l];
         layer->shape.choice = step % 3 == 1 ? CHOICE_ALL : CHOICE_FEWER;

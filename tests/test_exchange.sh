@@ -32,13 +32,14 @@ cut_to() {
     done
 }
 
-# on_all_counts ARGUMENT...: without mpirun, then on 2 and 4 ranks.
+# on_all_counts ARGUMENT...: without mpirun, then on 2 and 4 ranks. Four have a thread each, or they would wait for
+# cores more than they work.
 on_all_counts() {
     alone "$@"
     all_ranks_expect 1
     needs_mpi || return
     for count in 2 4; do
-        ranks $count "$@"
+        OMP_NUM_THREADS=$((4 / count)) ranks $count "$@"
         all_ranks_expect $count
     done
 }

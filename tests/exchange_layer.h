@@ -39,6 +39,7 @@ typedef struct {
     bool row_per_rank; /* a row carries all that a token wants of a rank; else each choice has a row */
     bool fixed;        /* messages are of one size, --exchange-rows if given: what does not fit is dropped */
     bool messages;     /* rows are sent; else stored where they are for, which nobody counts */
+    int parts;         /* --exchange-chunks; 0: not in parts */
 } Way;
 
 /* Which experts a token may choose, and which tokens choose. */

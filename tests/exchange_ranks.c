@@ -27,13 +27,19 @@
 #include "exchange_results.h"
 #include "exchange_rows.h"
 
-/* A line here gets all tests. */
+/* A line here gets all tests, one in parts some of them; see `takes_turn`. */
 static const Way ways[] = {
     {"--exchange flat", .row_per_rank = false, .fixed = false, .messages = true},
     {"--exchange bucketed", .row_per_rank = false, .fixed = false, .messages = true},
     {"--exchange dedup", .row_per_rank = true, .fixed = false, .messages = true},
     {"--exchange padded", .row_per_rank = false, .fixed = true, .messages = true},
     {"--exchange p2p", .row_per_rank = true, .fixed = false, .messages = false},
+    {"--exchange flat --exchange-chunks 2", .messages = true, .parts = 2},
+    {"--exchange flat --exchange-chunks 3", .messages = true, .parts = 3},
+    {"--exchange bucketed --exchange-chunks 2", .messages = true, .parts = 2},
+    {"--exchange bucketed --exchange-chunks 3 --overlap 0", .messages = true, .parts = 3},
+    {"--exchange dedup --exchange-chunks 2", .row_per_rank = true, .messages = true, .parts = 2},
+    {"--exchange dedup --exchange-chunks 3", .row_per_rank = true, .messages = true, .parts = 3},
 };
 
 /* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all
@@ -51,6 +57,13 @@ enum { WAYS = sizeof ways / sizeof *ways, WIRES = sizeof wires / sizeof *wires }
 
 static int wires_of(int ep) {
     return ep > 1 ? WIRES : 1;
+}
+
+/* Whether a shape is for this way and this one of `count` wires. The ways in parts are many, and take turns: a shape
+ * gets each of them with one wire, or where there are few some of them. */
+static bool takes_turn(int way, int shape, int wire, int count) {
+    int turns = count > 3 ? count : 3;
+    return ways[way].parts == 0 || (way + shape) % turns == wire;
 }
 
 static const Mode modes_of_values[] = {
@@ -92,6 +105,32 @@ static void check_mode_backwards(Layers *layers, Layer *layer, int mode) {
     }
 }
 
+/* Rows are moved, weighted and added up as they are in one part. */
+static void check_as_in_one_part(Layers *layers, Layer *layer, int ep, const char *options, int mode) {
+    const Shape *s = &layer->shape;
+    size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K;
+    int parts = exchange_travels(&layer->exchange) ? layer->way->parts : 1;
+    Layers of_one;
+    Layer *one = &of_one.layer[0];
+    char in_one[192];
+    snprintf(in_one, sizeof in_one, "%s --exchange-chunks 1", options);
+    layers_open(&of_one, s, (const char *[]){in_one}, 1, ep, layer->way);
+    layer_choose(one, layer->step);
+    layer_values(one, modes_of_values[mode]);
+    layer_forward(&of_one, one);
+    layer_backward(&of_one, one);
+    layer_values(layer, modes_of_values[mode]);
+    layer_forward(layers, layer);
+    layer_backward(layers, layer);
+    EXPECT(one->exchange.parts == 1, "%d parts, expected 1", one->exchange.parts);
+    EXPECT(layer->exchange.parts == (parts < s->N ? parts : s->N), "%d parts of %d tokens, expected %d",
+           layer->exchange.parts, s->N, parts);
+    same_bits("in parts: y", layer->y, one->y, numbers);
+    same_bits("in parts: dx", layer->dx, one->dx, numbers);
+    same_bits("in parts: dweight", layer->dweight, one->dweight, entries);
+    layers_close(&of_one);
+}
+
 static void check_shape(const char *name, Shape s, int ep, const Way *way, const char *options, bool backwards) {
     Layers layers;
     Layer *layer = &layers.layer[0];
@@ -102,6 +141,10 @@ static void check_shape(const char *name, Shape s, int ep, const Way *way, const
     for (int m = 0; m < MODES; m++) {
         say_where(name, layer, options, modes_of_values[m].name);
         (backwards ? check_mode_backwards : check_mode)(&layers, layer, m);
+    }
+    if (way->parts > 0 && !backwards) {
+        say_where(name, layer, options, "as in one part");
+        check_as_in_one_part(&layers, layer, ep, options, SIGNED_SCALE);
     }
     layers_close(&layers);
 }
@@ -120,7 +163,9 @@ static void check_shapes(int count, char **arguments, int first_wire, int end_wi
         s.seed = (uint64_t)seed;
         for (int way = 0; way < WAYS; way++) {
             for (int wire = first_wire; wire < end_wire; wire++) {
-                check_shape(arguments[i], s, ep, &ways[way], wires[wire], false);
+                if (takes_turn(way, i, wire - first_wire, end_wire - first_wire)) {
+                    check_shape(arguments[i], s, ep, &ways[way], wires[wire], false);
+                }
             }
         }
     }
@@ -144,6 +189,7 @@ static const struct {
 } odd[] = {
     {"few tokens", {8, 2, 16, 5, 1, CHOICE_FEWER}, ""},
     {"one token", {8, 2, 16, 1, 2, CHOICE_ALL}, ""},
+    {"two tokens", {8, 2, 16, 2, 20, CHOICE_ALL}, ""},
     {"one choice", {8, 1, 16, 9, 3, CHOICE_ALL}, ""},
     {"every expert", {8, 8, 16, 9, 4, CHOICE_ALL}, ""},
     {"experts choose", {8, 8, 16, 9, 5, CHOICE_SOME}, ""},
@@ -171,7 +217,9 @@ static void check_odd_shape(size_t i, int ep, bool backwards) {
         for (int wire = 0; wire < wires_of(ep); wire++) {
             char options[128];
             snprintf(options, sizeof options, "%s %s", odd[i].options, wires[wire]);
-            check_shape(odd[i].name, s, ep, &ways[way], options, backwards);
+            if (takes_turn(way, (int)i, wire, wires_of(ep))) {
+                check_shape(odd[i].name, s, ep, &ways[way], options, backwards);
+            }
         }
     }
 }
@@ -243,7 +291,9 @@ static void steps(int count, char **arguments) {
             for (int l = 0; l < LAYERS; l++) {
                 options[l] = wires[(wire + l) % WIRES];
             }
-            steps_of(&ways[way], options, ep);
+            if (takes_turn(way, 0, wire, wires_of(ep))) {
+                steps_of(&ways[way], options, ep);
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *str
     }
 }
 
-void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream) {
+void relay_places(Plan *out, PeerRows notes, const Plan *plan, int experts, Stream *stream) {
     int N = plan->N, K = plan->K;
     relay_ranks(out, plan, experts, 1, stream);
     for (int r = 0; r <= out->E; r++) {
@@ -29,6 +29,14 @@ void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream) {
         out->row[i] = out->expert[i] < 0 ? -1 : out->expert[i] * N + i / K;
         if (out->row[i] >= 0) {
             out->entry[out->row[i]] = i;
+        }
+    }
+    for (int r = 0; r < out->E * N; r++) {
+        RelayNote *note = peers_row(&notes, r, K * sizeof *note);
+        for (int j = 0; j < K; j++) {
+            int i = r % N * K + j;
+            bool goes = plan->row[i] >= 0 && plan->expert[i] / experts == r / N;
+            note[j] = goes ? (RelayNote){plan->expert[i] % experts, plan->weight[i]} : (RelayNote){-1, 0};
         }
     }
 }

@@ -13,9 +13,12 @@ __device__ static inline int rank_of(const Plan &plan, int i, int experts) {
     return plan.row[i] < 0 ? -1 : plan.expert[i] / experts;
 }
 
-/* The ranks of token n's entries, in their order. */
-__device__ static inline void find_ranks(const Plan &out, const Plan &plan, int n, int experts, int once) {
-    int K = plan.K;
+/* A token looks through its own entries, in their order. */
+__global__ static void ranks_of_tokens(Plan out, Plan plan, int experts, int once) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x, K = plan.K;
+    if (n >= plan.N) {
+        return;
+    }
     for (int j = 0; j < K; j++) {
         int i = n * K + j, rank = rank_of(plan, i, experts);
         for (int before = n * K; once && before < i; before++) {
@@ -25,42 +28,39 @@ __device__ static inline void find_ranks(const Plan &out, const Plan &plan, int 
     }
 }
 
-__global__ static void ranks_of_tokens(Plan out, Plan plan, int experts, int once) {
-    int n = blockIdx.x * blockDim.x + threadIdx.x;
-    if (n < plan.N) {
-        find_ranks(out, plan, n, experts, once);
-    }
-}
-
 void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *stream) {
     ranks_of_tokens<<<ceil_div(plan->N, THREADS), THREADS, 0, cuda_stream(stream)>>>(*out, *plan, experts, once);
     CUDA_LAUNCHED();
 }
 
-__global__ static void places_of_tokens(Plan out, Plan plan, int experts) {
-    int n = blockIdx.x * blockDim.x + threadIdx.x, N = plan.N, K = plan.K;
-    if (n <= out.E) {
-        out.offset[n] = n * N;
+/* A thread for each place: token n's for a rank. It writes what concerns the token's entries with that rank; the first
+ * rank's also those that take no part. */
+__global__ static void write_places(Plan out, PeerRows notes, Plan plan, int experts) {
+    int place = blockIdx.x * blockDim.x + threadIdx.x, N = plan.N, K = plan.K;
+    if (place <= out.E) {
+        out.offset[place] = place * N;
     }
-    if (n >= N) {
+    if (place >= out.E * N) {
         return;
     }
-    find_ranks(out, plan, n, experts, 1);
-    for (int r = 0; r < out.E; r++) {
-        out.entry[r * N + n] = -1;
-    }
-    for (int i = n * K; i < (n + 1) * K; i++) {
-        int rank = out.expert[i];
-        out.row[i] = rank < 0 ? -1 : rank * N + n;
-        if (rank >= 0) {
-            out.entry[rank * N + n] = i;
+    int mine = place / N, carrier = -1;
+    RelayNote *note = (RelayNote *)peers_row(&notes, place, K * sizeof(RelayNote));
+    for (int j = 0; j < K; j++) {
+        int i = place % N * K + j, rank = rank_of(plan, i, experts);
+        bool goes = rank == mine, first = goes && carrier < 0;
+        note[j] = goes ? RelayNote{plan.expert[i] % experts, plan.weight[i]} : RelayNote{-1, 0};
+        carrier = first ? i : carrier;
+        if (goes || (rank < 0 && mine == 0)) {
+            out.row[i] = first ? place : -1;
+            out.expert[i] = first ? mine : -1;
         }
     }
+    out.entry[place] = carrier;
 }
 
-void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream) {
-    int threads = plan->N > out->E ? plan->N : out->E + 1;
-    places_of_tokens<<<ceil_div(threads, THREADS), THREADS, 0, cuda_stream(stream)>>>(*out, *plan, experts);
+void relay_places(Plan *out, PeerRows notes, const Plan *plan, int experts, Stream *stream) {
+    int threads = out->E * plan->N + 1;
+    write_places<<<ceil_div(threads, THREADS), THREADS, 0, cuda_stream(stream)>>>(*out, notes, *plan, experts);
     CUDA_LAUNCHED();
 }
 

@@ -19,6 +19,7 @@
 #ifndef KERNELS_RELAY_H
 #define KERNELS_RELAY_H
 
+#include "peers.h"
 #include "plan.h"
 
 typedef struct {
@@ -30,10 +31,11 @@ typedef struct {
  * rank. plan: the router's, built; experts: of each rank. */
 void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *stream);
 
-/* In place of relay_ranks and plan_build, where every token has a place for every rank and nothing is sorted: writes
- * row (N,K) = rank*N + n for the first entry of token n with that rank, -1 for its others; entry (R*N), offset (R+1)
- * and expert. out: padded, with a capacity of N. */
-void relay_places(Plan *out, const Plan *plan, int experts, Stream *stream);
+/* In place of relay_ranks, plan_build and relay_write, where every token has a place for every rank and nothing is
+ * sorted: writes row (N,K) = rank*N + n for the first entry of token n with that rank, -1 for its others; entry (R*N),
+ * offset (R+1) and expert; and the notes (N places of K notes) of all places, straight into the memory of their rank.
+ * out: padded, with a capacity of N. */
+void relay_places(Plan *out, PeerRows notes, const Plan *plan, int experts, Stream *stream);
 
 /* note (out->rows, width): of each row of `out`, built from relay_ranks. */
 void relay_write(RelayNote *note, const Plan *out, const Plan *plan, int experts, int width, Stream *stream);

@@ -167,6 +167,11 @@ static int reserve_parts(Exchange *x, const Config *config, ExchangeSize *size, 
     return (int)most;
 }
 
+/* Numbers that each rank tells all others. */
+static int told_stride(const Exchange *x) {
+    return x->E + (exchange_travels(x) && !of_fixed_size(x->way) ? x->parts * x->ranks : 0);
+}
+
 int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *config, int layer, const int64_t *step,
                      ExchangeSize *size, Arena *arena) {
     const TrainConfig *t = &config->train;
@@ -182,7 +187,7 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     }
     x->beside = x->parts > 1 && t->overlap;
     if (world > 1) {
-        int told = world * (E + x->parts * ranks);
+        int told = world * told_stride(x);
         x->host_told = counts_of(told);
         arena_reserve(arena, (void **)&x->told, told * sizeof(int), MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&x->demand_of_all, E * sizeof(int), MEMORY_ACTIVATIONS);
@@ -326,19 +331,19 @@ static bool stores_itself(const Exchange *x, WireType type) {
 
 /* ---- the plans ---- */
 
-static int told_stride(const Exchange *x) {
-    return x->E + (exchange_travels(x) ? x->parts * x->ranks : 0);
-}
-
 /* All ranks tell all others how many of their choices each expert has, and how many rows they send to each rank. */
 static void tell(Exchange *x, Stream *stream) {
-    int stride = told_stride(x), ranks = comm_ranks(GROUP_WORLD);
-    int *mine = x->told + (size_t)comm_rank(GROUP_WORLD) * stride;
-    device_copy(mine, x->plan->demand, x->E * sizeof(int), stream);
-    for (int p = 0; exchange_travels(x) && !of_fixed_size(x->way) && p < x->parts; p++) {
-        relay_tell(mine + x->E + p * x->ranks, &x->part[p].out, stream);
+    int stride = told_stride(x), world = comm_ranks(GROUP_WORLD);
+    const int *mine = x->plan->demand;
+    if (stride > x->E) {
+        int *told = x->told + (size_t)comm_rank(GROUP_WORLD) * stride;
+        device_copy(told, mine, x->E * sizeof(int), stream);
+        for (int p = 0; p < x->parts; p++) {
+            relay_tell(told + x->E + p * x->ranks, &x->part[p].out, stream);
+        }
+        mine = told;
     }
-    if (x->way == EXCHANGE_P2P && ranks == x->ranks) {
+    if (x->way == EXCHANGE_P2P && world == x->ranks) {
         peers_put_all(x->told, mine, stride * sizeof(int), stream);
     } else {
         comm_gather(GROUP_WORLD, x->told, mine, stride * sizeof(int), stream);
@@ -369,7 +374,7 @@ static void count_rows(Exchange *x, int p) {
 }
 
 /* Which rows leave, from what the router chose. */
-static void plan_leaving(Exchange *x, Stream *stream) {
+static void plan_leaving(Exchange *x, ExchangeScratch *scratch, Stream *stream) {
     if (x->plan == &x->slots) {
         relay_slots(&x->slots, stream);
         plan_build(&x->slots, stream);
@@ -381,34 +386,36 @@ static void plan_leaving(Exchange *x, Stream *stream) {
         part->plan.weight = part->out.weight = x->plan->weight + first;
         part->plan.row = x->plan->row + first;
         if (x->way == EXCHANGE_P2P) {
-            relay_places(&part->out, &part->plan, x->experts, stream);
-            continue;
+            PeerRows notes = peers_rows(scratch->arrived_note, part->plan.N, x->width * sizeof(RelayNote));
+            relay_places(&part->out, notes, &part->plan, x->experts, stream);
+        } else {
+            relay_ranks(&part->out, &part->plan, x->experts, one_row_per_rank(x->way), stream);
+            plan_build(&part->out, stream);
         }
-        relay_ranks(&part->out, &part->plan, x->experts, one_row_per_rank(x->way), stream);
-        plan_build(&part->out, stream);
     }
+}
+
+/* The notes of a part to where its rows will be. */
+static void move_notes(const Exchange *x, const ExchangePart *part, ExchangeScratch *scratch, Stream *stream) {
+    End home = home_notes(x, part, scratch->home_note, sizeof(RelayNote));
+    End far = far_notes(x, part, scratch->arrived_note, sizeof(RelayNote));
+    relay_write((RelayNote *)home.wire, &part->out, &part->plan, x->experts, x->width, stream);
+    stream_follow(wire_stream(x, stream), stream);
+    move(x, far, home, x->width * sizeof(RelayNote), stream);
 }
 
 /* Which rows arrive, from the notes that say so. */
 static void plan_arriving(Exchange *x, ExchangeScratch *scratch, Profile *profile, Stream *stream) {
-    size_t note = sizeof(RelayNote);
-    for (int p = 0; p < x->parts; p++) {
-        ExchangePart *part = &x->part[p];
-        End home = home_notes(x, part, scratch->home_note, note);
-        relay_write((RelayNote *)home.wire, &part->out, &part->plan, x->experts, x->width, stream);
-    }
     begin_wire(x, "notes", profile, stream);
-    for (int p = 0; p < x->parts; p++) {
-        ExchangePart *part = &x->part[p];
-        move(x, far_notes(x, part, scratch->arrived_note, note), home_notes(x, part, scratch->home_note, note),
-             x->width * note, stream);
+    for (int p = 0; x->way != EXCHANGE_P2P && p < x->parts; p++) {
+        move_notes(x, &x->part[p], scratch, stream);
     }
     settle(x, stream);
     end_wire(x, profile, stream);
     profile_stage(profile, STAGE_PERMUTE, stream);
     for (int p = 0; p < x->parts; p++) {
         ExchangePart *part = &x->part[p];
-        relay_read(&part->in, (RelayNote *)far_notes(x, part, scratch->arrived_note, note).wire, stream);
+        relay_read(&part->in, (RelayNote *)far_notes(x, part, scratch->arrived_note, sizeof(RelayNote)).wire, stream);
         plan_build(&part->in, stream);
     }
 }
@@ -432,7 +439,7 @@ void exchange_plan(Exchange *x, ExchangeScratch *scratch, Profile *profile, Stre
     }
     if (exchange_travels(x)) {
         profile_stage(profile, STAGE_PERMUTE, stream);
-        plan_leaving(x, stream);
+        plan_leaving(x, scratch, stream);
     }
     profile_stage(profile, STAGE_EXCHANGE, stream);
     comm_at(*x->step, x->layer, "counts");

@@ -351,9 +351,11 @@ static void test_one_at_a_time(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_places),      cmocka_unit_test(test_places_by_hand), cmocka_unit_test(test_dispatch_put),
-        cmocka_unit_test(test_combine_put), cmocka_unit_test(test_reach),          cmocka_unit_test(test_put),
-        cmocka_unit_test(test_put_all),     cmocka_unit_test(test_one_at_a_time),
+        cmocka_unit_test(test_one_at_a_time), /* first: a process forks best before it has threads */
+        cmocka_unit_test(test_places),        cmocka_unit_test(test_places_by_hand),
+        cmocka_unit_test(test_dispatch_put),  cmocka_unit_test(test_combine_put),
+        cmocka_unit_test(test_reach),         cmocka_unit_test(test_put),
+        cmocka_unit_test(test_put_all),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

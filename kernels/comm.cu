@@ -12,7 +12,7 @@
  *
  * These are the bits of comm.c. NCCL's own reductions add in an order that depends on size and wiring.
  *
- * One rank calls nothing of NCCL, and without NCCL (no USE_NCCL) there is only one. Called by model/exchange.c,
+ * One rank calls nothing of NCCL, and without NCCL (no USE_NCCL) there is only one. Called by model/exchange_wire.c,
  * model/transformer.c, model/optimizer.c and device.cu. Read next: open_communicator, sum_part.
  */
 #include "cuda.cuh"

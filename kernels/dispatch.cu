@@ -5,7 +5,7 @@
  * once however many experts it goes to; summing, the rows of a token are all on their way before the first is used.
  * Columns go in packs of 16 bytes, or one at a time where rows do not begin at such addresses.
  *
- * Called by model/exchange.c. Read next: experts.cu.
+ * Called by model/exchange_rows.c. Read next: experts.cu.
  */
 #include "cuda.cuh"
 

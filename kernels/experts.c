@@ -150,11 +150,11 @@ static void weight_gradient(acc_t *dw, const real_t *left, const real_t *right, 
     block_multiply(dw + (size_t)first * N, N, left + first, 1, M, right, N, 1, count, N, rows, add);
 }
 
-void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da,
-                      RowSource dy_source, RowSource source, const real_t *a, const acc_t *row_weight, const real_t *w1,
-                      const real_t *w2, const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream) {
-    assert(!source.entry && !dy_source.entry && "the CPU's dispatch writes rows out");
-    const real_t *x = source.x, *dy = dy_source.x;
+void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy_source, const real_t *a,
+                           const acc_t *row_weight, const real_t *w1, const real_t *w2, const int *offset,
+                           ExpertShape shape, int add_dx, Stream *stream) {
+    assert(!dy_source.entry && "the CPU's dispatch writes rows out");
+    const real_t *dy = dy_source.x;
     size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
     int size = piece_rows(offset[shape.E]);
     int pieces = count_pieces(offset, shape.E, size);
@@ -173,7 +173,13 @@ void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, re
         }
         block_multiply(p_dx, C, p_da, A, 1, w1 + p.expert * A * C, C, 1, p.rows, C, A, add_dx);
     }
+}
 
+void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy_source,
+                              RowSource source, const int *offset, ExpertShape shape, int add_dw, Stream *stream) {
+    assert(!source.entry && !dy_source.entry && "the CPU's dispatch writes rows out");
+    const real_t *x = source.x, *dy = dy_source.x;
+    size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
     int blocks1 = (A + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
     int blocks2 = (C + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
     int blocks = blocks1 + blocks2;

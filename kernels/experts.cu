@@ -69,16 +69,21 @@ void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, 
     BY(path, up(a, h, x, w1, g))
 }
 
-void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, RowSource dy,
-                      RowSource x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
-                      const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream) {
+void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy, const real_t *a,
+                           const acc_t *row_weight, const real_t *w1, const real_t *w2, const int *offset,
+                           ExpertShape shape, int add_dx, Stream *stream) {
     Grouped g = {shape, offset, cuda_stream(stream)};
-    uintptr_t outputs = BITS(dx) | BITS(dw1) | BITS(dw2) | BITS(h) | BITS(da);
-    KernelPath path = choose_path(g, outputs | BITS(dy.x) | BITS(x.x) | BITS(a) | BITS(w1) | BITS(w2));
+    KernelPath path = choose_path(g, BITS(dx) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(a) | BITS(w1) | BITS(w2));
+    BY(path, hidden(h, da, drow_weight, dy, a, row_weight, w2, g))
+    BY(path, input(dx, da, w1, add_dx, g))
+}
+
+void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy, RowSource x,
+                              const int *offset, ExpertShape shape, int add_dw, Stream *stream) {
+    Grouped g = {shape, offset, cuda_stream(stream)};
+    KernelPath path = choose_path(g, BITS(dw1) | BITS(dw2) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(x.x));
     int A = experts_a_width(shape);
     RowSource da_rows = {da, NULL, 0}, h_rows = {h, NULL, 0};
-    BY(path, hidden(h, da, drow_weight, dy, a, row_weight, w2, g))
     BY(path, weight(dw2, dy, h_rows, shape.C, shape.H, add_dw, g))
     BY(path, weight(dw1, da_rows, x, A, shape.C, add_dw, g))
-    BY(path, input(dx, da, w1, add_dx, g))
 }

@@ -33,12 +33,26 @@ void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t 
 void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,
                            Stream *stream);
 
-/* dx (rows,C) overwritten, or added to when add_dx is 1; drow_weight (rows) overwritten, NULL with row_weight NULL (all
- * weights 1); dw1, dw2 overwritten, or added to when add_dw is 1: for an expert without rows the one means zeros, the
- * other that they keep their bits; h (rows,H) and da (rows, 2H or H) are scratch; dy: rows (rows,C), as x; row_weight
- * (rows); x, a, w1, w2, offset as in the forward. */
-void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da, RowSource dy,
-                      RowSource x, const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
-                      const int *offset, ExpertShape shape, int add_dx, int add_dw, Stream *stream);
+/* Backward in two halves, so that dx can leave before the weights' gradients are made:
+ *
+ * rows: dx (rows,C) overwritten, or added to when add_dx is 1; drow_weight (rows) overwritten, NULL with row_weight
+ * NULL (all weights 1); h (rows,H) and da (rows, 2H or H) are made for the other half; dy: rows (rows,C), as x;
+ * row_weight (rows); a, w1, w2, offset as in the forward.
+ * weights: dw1, dw2 overwritten, or added to when add_dw is 1: for an expert without rows the one means zeros, the
+ * other that they keep their bits; h, da from the first half; dy as there, x as in the forward. */
+void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy, const real_t *a,
+                           const acc_t *row_weight, const real_t *w1, const real_t *w2, const int *offset,
+                           ExpertShape shape, int add_dx, Stream *stream);
+void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy, RowSource x,
+                              const int *offset, ExpertShape shape, int add_dw, Stream *stream);
+
+/* Both. */
+static inline void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da,
+                                    RowSource dy, RowSource x, const real_t *a, const acc_t *row_weight,
+                                    const real_t *w1, const real_t *w2, const int *offset, ExpertShape shape,
+                                    int add_dx, int add_dw, Stream *stream) {
+    experts_backward_rows(dx, drow_weight, h, da, dy, a, row_weight, w1, w2, offset, shape, add_dx, stream);
+    experts_backward_weights(dw1, dw2, h, da, dy, x, offset, shape, add_dw, stream);
+}
 
 #endif

@@ -1,5 +1,5 @@
 /* Processes of one machine: the arena is a file in memory (memfd) that the others map too. Called by arena.c and
- * model/exchange.c. Read next: peers_open. */
+ * model/exchange.c, exchange_wire.c. Read next: peers_open. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* memfd_create */
 #endif
@@ -129,6 +129,23 @@ PeerRows peers_rows(const void *to, int places, size_t row_bytes) {
         rows.of[r] = (char *)peers_at(r, to) + (size_t)comm_rank(GROUP_EXPERTS) * (size_t)places * row_bytes;
     }
     return rows;
+}
+
+PeerRows peers_own_rows(void *from, int places, size_t row_bytes) {
+    PeerRows rows = {.places = places};
+    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
+        rows.of[r] = (char *)from + (size_t)r * (size_t)places * row_bytes;
+    }
+    return rows;
+}
+
+/* Each rank begins with another, so that none gets all at once. */
+void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, Stream *stream) {
+    int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
+    for (int i = 1; i <= ranks; i++) {
+        int r = (rank + i) % ranks;
+        device_copy(to.of[r], (const char *)from + (size_t)r * step, (size_t)to.places * row_bytes, stream);
+    }
 }
 
 void peers_put(PeerRows to, const void *from, size_t row_bytes, const int *there, int each, Stream *stream) {

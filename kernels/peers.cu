@@ -1,5 +1,5 @@
 /* GPUs of one machine: each process has the others' memory mapped (CUDA IPC), so kernels store in it, and copies go
- * there, over NVLink where there is one. Called by arena.c, comm.cu and model/exchange.c. Read next: peers_open,
+ * there, over NVLink where there is one. Called by arena.c, comm.cu and model/exchange_wire.c. Read next: peers_open,
  * meet_kernel. */
 #include "cuda.cuh"
 
@@ -122,6 +122,24 @@ PeerRows peers_rows(const void *to, int places, size_t row_bytes) {
         rows.of[r] = (char *)peers_at(r, to) + (size_t)comm_rank(GROUP_EXPERTS) * places * row_bytes;
     }
     return rows;
+}
+
+PeerRows peers_own_rows(void *from, int places, size_t row_bytes) {
+    PeerRows rows = {};
+    rows.places = places;
+    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
+        rows.of[r] = (char *)from + (size_t)r * (size_t)places * row_bytes;
+    }
+    return rows;
+}
+
+/* Each rank begins with another, so that none gets all at once. */
+void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, Stream *stream) {
+    int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
+    for (int i = 1; i <= ranks; i++) {
+        int r = (rank + i) % ranks;
+        device_copy(to.of[r], (const char *)from + (size_t)r * step, (size_t)to.places * row_bytes, stream);
+    }
 }
 
 /* A warp for each row, its lanes the row's words of type T. step: from row to row of `from`. */

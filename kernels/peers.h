@@ -47,6 +47,9 @@ typedef struct {
 /* The rows that each rank has from every other: to (ranks, places, row_bytes) in each rank's memory. */
 PeerRows peers_rows(const void *to, int places, size_t row_bytes);
 
+/* The same of this rank's own memory: from (ranks, places, row_bytes), of rows that were made for each rank. */
+PeerRows peers_own_rows(void *from, int places, size_t row_bytes);
+
 /* Where row r is. */
 #ifdef __CUDACC__
 __host__ __device__
@@ -59,6 +62,10 @@ __host__ __device__
 /* Stores rows (ranks*places, row_bytes) of `from`; but for row r only if one of there (.., each), r's, is not -1, where
  * `there` is not NULL. row_bytes: a multiple of 4. */
 void peers_put(PeerRows to, const void *from, size_t row_bytes, const int *there, int each, Stream *stream);
+
+/* All places, rows or not, by copies, which leave a GPU's multiprocessors to other work: those for rank r from
+ * from + r*step on, where step 0 means that all get the same. */
+void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, Stream *stream);
 
 /* all (ranks, bytes): mine (bytes) stored on every rank, this one too. bytes: a multiple of 4. */
 void peers_put_all(void *all, const void *mine, size_t bytes, Stream *stream);

@@ -1,5 +1,5 @@
 /* A thread for each token, note or entry, where relay.c has a loop over them. All numbers are copied or counted, none
- * added in an order that could matter. Called by model/exchange.c. */
+ * added in an order that could matter. Called by model/exchange_plan.c, exchange_rows.c. */
 #include "cuda.cuh"
 
 extern "C" {

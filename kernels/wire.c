@@ -1,5 +1,5 @@
 /* One conversion for all small floating-point formats, told apart by their bits of exponent and fraction. Called by
- * model/exchange.c. */
+ * model/exchange_wire.c. */
 #include "wire.h"
 
 #include <math.h>

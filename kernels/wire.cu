@@ -1,5 +1,5 @@
 /* A warp for each row, its lanes every 32nd number; for fp8 they find the largest together. Called by
- * model/exchange.c. */
+ * model/exchange_wire.c. */
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 

@@ -26,7 +26,8 @@
  *     padded     as flat, in messages of a fixed size: nobody has to wait for the counts. What does not fit is dropped
  *                and counted (--exchange-rows)
  *     p2p        as dedup, but nothing is sent: the dispatch and the combine themselves store each row in the memory of
- *                the rank that it is for (kernels/peers.h), where every token of every rank has a place. Nobody counts
+ *                the rank that it is for (kernels/peers.h), where every token of every rank has a place. Nobody counts.
+ *                Beside the experts' work all places are copied, whether there is a row in them or not
  *
  * What is said about the rows travels once, in the forward (relay.h); the way back and the backward need nothing. By
  * linearity the backward of the way there is the way back, and the other way round; the gate's gradient comes back as
@@ -88,6 +89,7 @@ typedef struct {
 /* Buffers that all layers take turns in; NULL with one rank. */
 typedef struct {
     real_t *home, *arrived;                /* (out rows, C), (in rows, C) */
+    real_t *made;                          /* (in rows, C) what is made of those that arrived, to go back */
     void *home_wire, *arrived_wire;        /* the same, packed; NULL where rows travel as they are */
     RelayNote *home_note, *arrived_note;   /* (out rows, width), (in rows, width) */
     acc_t *home_dweight, *arrived_dweight; /* likewise */
@@ -156,7 +158,7 @@ void exchange_combine_end(const Exchange *exchange, ExchangeScratch *scratch, re
  *
  *     exchange_dispatch_begin(x, s, dy, false, ..);
  *     for each part p:  dy_rows = exchange_dispatch(x, p, s, .., dy, false, ..);   the experts: to drows, drow_weight
- *                       exchange_backward(x, p, s, drows, drow_weight, ..);
+ *                       exchange_backward(x, p, s, drows, drow_weight, ..);                  .. and the experts' dW
  *     exchange_backward_end(x, s, dx, dweight, ..);
  *
  * dx is the sum of drows (rows, C) of each token, added to dx when accumulate is 1; dweight comes from drow_weight

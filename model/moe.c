@@ -370,16 +370,22 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
     }
 }
 
-/* The gradients inside the experts, of one part's rows: scratch->din_rows, drow_weight where there are weights; dw1 and
- * dw2, which the parts add up. rows: what the experts read. */
-static void inside_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
-                            const acc_t *row_weight, int add_dw, Profile *profile, Stream *stream) {
+/* The gradients inside the experts, of one part's rows: first scratch->din_rows, and drow_weight where there are
+ * weights; then dw1 and dw2, which the parts add up. rows: what the experts read. */
+static void rows_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
+                          const acc_t *row_weight, Profile *profile, Stream *stream) {
     const int *offset = exchange_experts(&moe->exchange, part)->offset;
     profile_stage(profile, STAGE_EXPERTS, stream);
     const real_t *a = a_again(kept_a(moe, part), scratch, rows, moe->w1, offset, moe->experts, stream);
-    experts_backward(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, moe->dw1, moe->dw2, scratch->h,
-                     scratch->da, dy_rows, rows, a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0,
-                     add_dw || part > 0, stream);
+    experts_backward_rows(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, scratch->h, scratch->da, dy_rows,
+                          a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0, stream);
+}
+
+static void weights_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
+                             int add_dw, Profile *profile, Stream *stream) {
+    profile_stage(profile, STAGE_EXPERTS, stream);
+    experts_backward_weights(moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows, rows,
+                             exchange_experts(&moe->exchange, part)->offset, moe->experts, add_dw || part > 0, stream);
 }
 
 /* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
@@ -397,8 +403,9 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
     real_t *slots = slots_in(scratch, scratch->in_rows);
     soft_dispatch_forward(slots, x, plan, moe->C, stream); /* again: cheaper than keeping it for every layer */
     RowSource rows = exchange_dispatch_again(exchange, 0, scratch->in_rows, slots, profile, stream);
-    inside_backward(moe, 0, scratch, dy_rows, rows, NULL, add_dw, profile, stream);
+    rows_backward(moe, 0, scratch, dy_rows, rows, NULL, profile, stream);
     exchange_backward(exchange, 0, wire, dslots, NULL, scratch->din_rows, NULL, 0, profile, stream);
+    weights_backward(moe, 0, scratch, dy_rows, rows, add_dw, profile, stream);
     exchange_backward_end(exchange, wire, dslots, NULL, 0, profile, stream);
     soft_dispatch_backward(dx, scratch->dmix, dslots, x, plan, moe->C, moe->shared.H > 0, stream);
 }
@@ -414,10 +421,10 @@ static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, cons
     for (int p = 0; p < exchange->parts; p++) {
         RowSource dy_rows = exchange_dispatch(exchange, p, wire, scratch->dy_rows, dy, false, profile, stream);
         RowSource rows = exchange_dispatch_again(exchange, p, scratch->in_rows, x, profile, stream);
-        inside_backward(moe, p, scratch, dy_rows, rows, exchange_experts(exchange, p)->row_weight, add_dw, profile,
-                        stream);
+        rows_backward(moe, p, scratch, dy_rows, rows, exchange_experts(exchange, p)->row_weight, profile, stream);
         exchange_backward(exchange, p, wire, dx, scratch->dweight, scratch->din_rows, scratch->drow_weight, add_dx,
                           profile, stream);
+        weights_backward(moe, p, scratch, dy_rows, rows, add_dw, profile, stream);
     }
     exchange_backward_end(exchange, wire, dx, scratch->dweight, add_dx, profile, stream);
 }

@@ -127,7 +127,7 @@ test_one_row_per_rank_with_soft_and_chain() {
 # 64 tokens of a rank in 3 parts that are not alike; more parts than a batch has tokens.
 test_chunks() {
     WAYS=("2 2" "4 2")
-    for kind in flat bucketed dedup; do
+    for kind in flat bucketed dedup p2p; do
         everywhere --exchange $kind --exchange-chunks 3 --top-k 3
         on 4 "${SHAPE[@]}" --exchange $kind --exchange-chunks 3 --top-k 3 --ep 2 --overlap 0 --out in_turn
         succeeds

@@ -2,7 +2,8 @@
  * ranks end when something goes wrong. test_comm.sh starts it, with and without mpirun, and looks at what comes out.
  *
  *     mpirun -n 4 build/comm_ranks results       each rank ends with the line "rank 2 of 4: all as expected"
- *     mpirun -n 4 build/comm_ranks asleep 3      see `failures` for all of these
+ *     mpirun -n 4 build/comm_ranks peers 100     stores in each other's memory (kernels/peers.h), so many rounds
+ *     mpirun -n 4 build/comm_ranks asleep 3      see the end of this file for all of these
  *     mpirun -n 2 build/comm_ranks huge          a message above 2^31 bytes; 10 GiB of memory
  *     mpirun -n 2 build/comm_ranks_cuda results  the same on two GPUs
  *
@@ -20,6 +21,7 @@
 #include "../kernels/check.h"
 #include "../kernels/comm.h"
 #include "../kernels/device.h"
+#include "../kernels/peers.h"
 #include "../kernels/random.h"
 
 enum { MAX_RANKS = 16, GUARD = 64, GUARD_BYTE = 0xa5 };
@@ -269,6 +271,144 @@ static void results(int unused) {
     printf("rank %d of %d: all as expected\n", comm_rank(GROUP_WORLD), ranks);
 }
 
+/* ---- memory that is open to others */
+
+/* An allocation large enough to be one of its own on a GPU; two areas of it take turns. */
+enum { OPEN_BYTES = 4 << 20, AREA_BYTES = 1 << 18 };
+
+static char *open_peers(void) {
+    char why[128];
+    char *memory = peers_allocate(OPEN_BYTES);
+    CHECK(memory, "out of memory on the device");
+    device_wait(NULL);
+    CHECK(peers_open(memory, OPEN_BYTES, why, sizeof why), "not open: %s", why);
+    CHECK(peers_reach(memory) && peers_reach(memory + OPEN_BYTES - 1) && !peers_reach(memory + OPEN_BYTES), "reach");
+    CHECK(peers_at(comm_rank(GROUP_EXPERTS), memory + 7) == memory + 7, "this rank's own memory is elsewhere");
+    return memory;
+}
+
+static void close_peers(char *memory) {
+    device_wait(NULL);
+    peers_close();
+    CHECK(!peers_reach(memory), "still open");
+    comm_barrier();
+    peers_release(memory, OPEN_BYTES);
+}
+
+/* Whether a rank has row `place` for another in a round. */
+static bool has_row(int round, int from, int to, int place) {
+    return (round + 3 * from + 5 * to + place) % 3 != 0;
+}
+
+static unsigned char byte_of_round(int round, int from, int to, size_t i) {
+    return (unsigned char)(byte_of(from, to, i) + round);
+}
+
+/* What this rank stores in a round: rows for each rank, and notes that say which of them are there, `each` a row. */
+static void make_rows(unsigned char *rows, int *there, int round, int places, size_t row_bytes, int each) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
+    for (int r = 0; r < ranks * places; r++) {
+        int to = member(GROUP_EXPERTS, r / places);
+        for (int j = 0; j < each; j++) {
+            there[r * each + j] = has_row(round, me, to, r % places) && j == r % each ? j : -1;
+        }
+        for (size_t i = 0; i < row_bytes; i++) {
+            rows[r * row_bytes + i] = byte_of_round(round, me, to, r % places * row_bytes + i);
+        }
+    }
+}
+
+/* What has arrived in an area that all places were GUARD_BYTE of. */
+static void check_arrived(const unsigned char *area, int round, int places, size_t row_bytes) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
+    for (size_t i = 0; i < ranks * places * row_bytes; i++) {
+        int r = (int)(i / row_bytes), from = member(GROUP_EXPERTS, r / places);
+        unsigned char expected = has_row(round, from, me, r % places)
+                                     ? byte_of_round(round, from, me, i - (size_t)(r / places) * places * row_bytes)
+                                     : GUARD_BYTE;
+        CHECK(area[i] == expected, "round %d: byte %zu of row %d from rank %d is %d, expected %d", round, i % row_bytes,
+              r % places, from, area[i], expected);
+    }
+    for (size_t i = ranks * places * row_bytes; i < AREA_BYTES; i++) {
+        CHECK(area[i] == GUARD_BYTE, "round %d: byte %zu behind the rows was overwritten", round, i);
+    }
+}
+
+/* Rounds of stores, one meeting each. What is read before a meeting may be overwritten after it: so what was read, and
+ * cleaned, before the meeting of one round is stored in by the next but one. */
+static void check_rounds(char *memory, int rounds, int places, size_t row_bytes, int each) {
+    int ranks = comm_ranks(GROUP_EXPERTS), rows = ranks * places;
+    size_t bytes = rows * row_bytes, flags = (size_t)rows * each * sizeof(int);
+    unsigned char *mine = guarded(bytes), *area = guarded(AREA_BYTES), *clean = guarded(AREA_BYTES);
+    int *there = malloc(flags), *device_there = device_allocate(flags);
+    void *device_mine = device_allocate(bytes);
+    CHECK(there && device_there && device_mine && bytes < AREA_BYTES, "out of memory");
+    memset(clean, GUARD_BYTE, AREA_BYTES);
+    device_from_host(memory, clean, AREA_BYTES, NULL);
+    device_from_host(memory + AREA_BYTES, clean, AREA_BYTES, NULL);
+    peers_meet(false, NULL);
+    for (int round = 0; round < rounds; round++) {
+        char *to = memory + (size_t)(round % 2) * AREA_BYTES;
+        make_rows(mine, there, round, places, row_bytes, each);
+        device_from_host(device_mine, mine, bytes, NULL);
+        device_from_host(device_there, there, flags, NULL);
+        peers_put(peers_rows(to, places, row_bytes), device_mine, row_bytes, device_there, each, NULL);
+        peers_meet(round % 3 == 2, NULL);
+        host_from_device(area, to, AREA_BYTES, NULL);
+        check_arrived(area, round, places, row_bytes);
+        device_from_host(to, clean, AREA_BYTES, NULL);
+    }
+    release(mine, bytes, "peers");
+    release(area, AREA_BYTES, "peers");
+    release(clean, AREA_BYTES, "peers");
+    free(there);
+    device_wait(NULL);
+    device_release(device_there, flags);
+    device_release(device_mine, bytes);
+}
+
+/* All tell all others something, from elsewhere and from its own place. */
+static void check_put_all(char *memory, size_t bytes, bool in_place) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
+    size_t place = (size_t)comm_rank(GROUP_EXPERTS) * bytes;
+    unsigned char *all = guarded(ranks * bytes), *mine = guarded(bytes);
+    fill_bytes(mine, me, 3, bytes);
+    device_from_host(memory, all, ranks * bytes + GUARD, NULL);
+    peers_meet(false, NULL);
+    char *elsewhere = to_device(mine, bytes);
+    if (in_place) {
+        device_copy(memory + place, elsewhere, bytes, NULL);
+    }
+    peers_put_all(memory, in_place ? memory + place : elsewhere, bytes, NULL);
+    peers_meet(false, NULL);
+    host_from_device(all, memory, ranks * bytes + GUARD, NULL);
+    for (int r = 0; r < ranks; r++) {
+        check_bytes(all + r * bytes, member(GROUP_EXPERTS, r), 3, bytes, "to all");
+    }
+    from_device(mine, bytes, elsewhere);
+    release(all, ranks * bytes, "to all");
+    release(mine, bytes, "to all");
+    peers_meet(false, NULL);
+}
+
+static void peers(int rounds) {
+    static const size_t row_bytes[] = {4, 20, 64, 1028};
+    for (int experts = 1; experts <= comm_ranks(GROUP_WORLD); experts++) {
+        if (comm_ranks(GROUP_WORLD) % experts != 0) {
+            continue;
+        }
+        form(experts);
+        char *memory = open_peers();
+        for (int i = 0; i < 4; i++) {
+            check_rounds(memory, rounds, 1 + 4 * i, row_bytes[i], 1 + i % 3);
+            check_put_all(memory, row_bytes[i], false);
+            check_put_all(memory, row_bytes[i], true);
+        }
+        close_peers(memory);
+    }
+    printf("rank %d of %d: all as expected\n", comm_rank(GROUP_WORLD), comm_ranks(GROUP_WORLD));
+}
+
 /* More calls than tags have numbers for. */
 static void many(int calls) {
     for (int i = 0; i < calls; i++) {
@@ -311,6 +451,22 @@ static void asleep(int sleeper) {
         sleep(60);
     }
     comm_sum(GROUP_WORLD, x, count, NULL);
+    device_wait(NULL);
+}
+
+/* The same in a meeting. */
+static void asleep_at_meeting(int sleeper) {
+    form(comm_ranks(GROUP_WORLD));
+    open_peers();
+    peers_meet(false, NULL);
+    device_wait(NULL);
+    comm_barrier();
+    comm_set_patience(2);
+    comm_at(12, 2, "dispatch");
+    if (comm_rank(GROUP_WORLD) == sleeper) {
+        sleep(60);
+    }
+    peers_meet(false, NULL);
     device_wait(NULL);
 }
 
@@ -372,7 +528,9 @@ static const struct {
     {"results", results},
     {"many", many},
     {"huge", huge},
+    {"peers", peers},
     {"asleep", asleep},
+    {"asleep_at_meeting", asleep_at_meeting},
     {"two_expected", two_expected},
     {"none_expected", none_expected},
     {"differ", differ},

@@ -2,437 +2,156 @@
  * several of mpirun's.
  *
  *     mpirun -n 4 build/exchange_ranks shapes 64,6,2048,4,1234 ..     E, K, H, tokens, seed of each; see `shapes`
+ *     mpirun -n 4 build/exchange_ranks wires 64,6,2048,4,1234 ..      the same with rows of fewer bits on the wire
  *     mpirun -n 4 build/exchange_ranks edges                          small shapes of every odd kind; see `modes`
  *     build/exchange_ranks_double adjoint                             the same in double
  *
  * What is expected is computed without the exchange: by a formula (closed_form, oracle), or by the plain dispatch and
- * combine of one rank, to the bit. `dedup` adds in another order, so its bits are compared where sums are exact. Each
- * rank ends with the line "rank 2 of 4: all as expected"; the first difference ends all of them with one that says
- * where it is. Read next: exchange_layer.h.
+ * combine of one rank, to the bit. With a row per rank sums have another order, so bits are compared where they are
+ * exact. What the wire rounds is allowed for by bounds that follow from its formats. Each rank ends with the line
+ * "rank 2 of 4: all as expected"; the first difference ends all of them with one that says where it is.
+ *
+ *     exchange_layer.h      a layer with experts that are simple enough to know what must come out
+ *     exchange_tokens.h     what its tokens choose and hold
+ *     exchange_passes.h     its forward and backward, and the same on one rank
+ *     exchange_expected.h   what must come out, by formula
+ *     exchange_rows.h       checks: where rows are, how many travel
+ *     exchange_results.h    checks: what comes out
+ *     exchange_adjoint.h    checks: what backwards must be
+ *     exchange_expect.h     how numbers are compared
  */
-#include <float.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "exchange_layer.h"
+#include "exchange_adjoint.h"
+#include "exchange_results.h"
+#include "exchange_rows.h"
 
-#include "../kernels/check.h"
+/* A line here gets all tests, one in parts some of them; see `takes_turn`. */
+static const Way ways[] = {
+    {"--exchange flat", .row_per_rank = false, .fixed = false, .messages = true},
+    {"--exchange bucketed", .row_per_rank = false, .fixed = false, .messages = true},
+    {"--exchange dedup", .row_per_rank = true, .fixed = false, .messages = true},
+    {"--exchange padded", .row_per_rank = false, .fixed = true, .messages = true},
+    {"--exchange p2p", .row_per_rank = true, .fixed = false, .messages = false},
+    {"--exchange flat --exchange-chunks 2", .messages = true, .parts = 2},
+    {"--exchange flat --exchange-chunks 3", .messages = true, .parts = 3},
+    {"--exchange bucketed --exchange-chunks 2", .messages = true, .parts = 2},
+    {"--exchange bucketed --exchange-chunks 3 --overlap 0", .messages = true, .parts = 3},
+    {"--exchange dedup --exchange-chunks 2", .row_per_rank = true, .messages = true, .parts = 2},
+    {"--exchange dedup --exchange-chunks 3", .row_per_rank = true, .messages = true, .parts = 3},
+};
 
-#ifdef REAL_DOUBLE
-#define REAL_EPSILON DBL_EPSILON
-#else
-#define REAL_EPSILON FLT_EPSILON
-#endif
+/* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all
+ * experts have no wire: for them the first. */
+static const char *const wires[] = {
+    "",
+    "--wire fp32 --wire-back bf16",
+    "--wire bf16 --wire-back fp16",
+    "--wire fp16 --wire-back fp8",
+    "--wire fp8",
+    "--wire-back fp32",
+};
 
-static char where[256]; /* what is looked at, for the line of a difference */
+enum { WAYS = sizeof ways / sizeof *ways, WIRES = sizeof wires / sizeof *wires };
 
-#define EXPECT(condition, format, ...) CHECK(condition, "%s: " format, where, __VA_ARGS__)
+static int wires_of(int ep) {
+    return ep > 1 ? WIRES : 1;
+}
 
-static const char *const ways[] = {"--exchange flat", "--exchange bucketed", "--exchange dedup", "--exchange padded"};
-
-enum { WAYS = sizeof ways / sizeof *ways };
+/* Whether a shape is for this way and this one of `count` wires. The ways in parts are many, and take turns: a shape
+ * gets each of them with one wire, or where there are few some of them. */
+static bool takes_turn(int way, int shape, int wire, int count) {
+    int turns = count > 3 ? count : 3;
+    return ways[way].parts == 0 || (way + shape) % turns == wire;
+}
 
 static const Mode modes_of_values[] = {
     {"the benchmark's experts", EXPERT_RANK_SCALE, VALUES_HALF, 0},
     {"scale per expert", EXPERT_SCALE, VALUES_SIGNED, 1},
     {"rotation per expert", EXPERT_ROTATION, VALUES_SIGNED, 0},
-    {"whole numbers", EXPERT_SCALE, VALUES_WHOLE, 1},
+    {"whole numbers, scale per expert", EXPERT_SCALE, VALUES_WHOLE, 1},
+    {"whole numbers, rotation per expert", EXPERT_ROTATION, VALUES_WHOLE, 0},
 };
 
-enum { MODES = sizeof modes_of_values / sizeof *modes_of_values, SIGNED_SCALE = 1 };
-
-/* ---- comparisons */
-
-static void same_bits(const char *what, const void *got, const void *expected, size_t count) {
-    const real_t *a = got, *b = expected;
-    for (size_t i = 0; i < count; i++) {
-        EXPECT(memcmp(&a[i], &b[i], sizeof *a) == 0, "%s %zu of %zu is %a, expected %a", what, i, count, (double)a[i],
-               (double)b[i]);
-    }
-}
-
-static void near(const char *what, int n, int h, double got, double expected, double tolerance) {
-    EXPECT(fabs(got - expected) <= tolerance, "%s of token %d, column %d is %.9g, expected %.9g within %.2g", what, n,
-           h, got, expected, tolerance);
-}
-
-/* ---- where rows are */
-
-/* A number for every element that any rank dispatches, in float exact. */
-static real_t tag(const Shape *s, int rank, int n, int h) {
-    return ((size_t)rank * s->N + n) * s->H + h + 1;
-}
-
-static void fill_tags(Layer *layer) {
-    const Shape *s = &layer->shape;
-    for (int i = 0; i < s->N * s->H; i++) {
-        layer->x[i] = tag(s, comm_rank(GROUP_WORLD), i / s->H, i % s->H);
-    }
-}
-
-/* Row r is that of the entry, with its weight. */
-static void check_row(const Layer *layer, const real_t *row, int r, int rank, int entry) {
-    const Shape *s = &layer->shape;
-    const Plan *plan = exchange_experts(&layer->exchange);
-    acc_t weight = layer->weight[(size_t)rank * s->N * s->K + entry];
-    EXPECT(plan->entry[r] >= 0, "row %d is padding, expected token %d of rank %d", r, entry / s->K, rank);
-    EXPECT(plan->row_weight[r] == weight, "row %d has weight %g, expected %g", r, (double)plan->row_weight[r],
-           (double)weight);
-    for (int h = 0; h < s->H; h++) {
-        EXPECT(row[h] == tag(s, rank, entry / s->K, h), "row %d, column %d has %g, expected token %d of rank %d", r, h,
-               (double)row[h], entry / s->K, rank);
-    }
-}
-
-/* Expert e's rows, here its i-th: the entries of all ranks that chose it, by rank and token, then zeros. */
-static void check_rows_of_expert(const Layer *layer, RowSource rows, int i, int e) {
-    const Plan *plan = exchange_experts(&layer->exchange);
-    int entries = layer->shape.N * layer->shape.K, H = layer->shape.H, r = plan->offset[i];
-    int first = comm_rank(GROUP_WORLD) - comm_rank(GROUP_EXPERTS), ranks = layer->exchange.ranks;
-    for (int rank = first; rank < first + ranks; rank++) {
-        for (int entry = 0; entry < entries; entry++) {
-            if (layer->expert[rank * entries + entry] == e) {
-                EXPECT(r < plan->offset[i + 1], "expert %d has too few rows", e);
-                check_row(layer, row_at(rows, r, H), r, rank, entry);
-                r++;
-            }
-        }
-    }
-    EXPECT(plan->count[i] == r - plan->offset[i], "expert %d counts %d entries, expected %d", e, plan->count[i],
-           r - plan->offset[i]);
-    for (; r < plan->offset[i + 1]; r++) {
-        const real_t *row = row_at(rows, r, H);
-        EXPECT(plan->entry[r] < 0 && plan->row_weight[r] == 0, "row %d of expert %d is not padding", r, e);
-        EXPECT(!row || dot(row, row, H) == 0, "padding row %d of expert %d is not zero", r, e);
-    }
-}
-
-/* demand: all ranks' entries, also those that were dropped. */
-static void check_demand(const Layer *layer) {
-    const Shape *s = &layer->shape;
-    int all = comm_ranks(GROUP_WORLD) * s->N * s->K;
-    for (int e = 0; e < s->E; e++) {
-        int demand = 0;
-        for (int i = 0; i < all; i++) {
-            demand += layer->chosen[i] == e;
-        }
-        EXPECT(layer->exchange.demand[e] == demand, "demand of expert %d is %d, expected %d", e,
-               layer->exchange.demand[e], demand);
-    }
-}
-
-/* Rows that this rank sends to a rank of the group: one for an entry, or for a token. */
-static int rows_for(const Layer *layer, int rank) {
-    const Shape *s = &layer->shape;
-    const int *expert = layer->expert + (size_t)comm_rank(GROUP_WORLD) * s->N * s->K;
-    int rows = 0;
-    for (int n = 0; n < s->N; n++) {
-        int entries = 0;
-        for (int j = 0; j < s->K; j++) {
-            int e = expert[n * s->K + j];
-            entries += e >= 0 && e / layer->exchange.experts == rank;
-        }
-        rows += layer->exchange.way == EXCHANGE_DEDUP ? entries > 0 : entries;
-    }
-    return rows;
-}
-
-/* What this rank sends, and what it has to drop. */
-static void check_sent(const Layer *layer) {
-    const Exchange *x = &layer->exchange;
-    const Plan *measured = exchange_measured(x);
-    int entries = layer->shape.N * layer->shape.K, me = comm_rank(GROUP_WORLD), dropped = 0, counted = 0;
-    for (int i = me * entries; i < (me + 1) * entries; i++) {
-        dropped += layer->chosen[i] != layer->expert[i];
-    }
-    for (int e = 0; e < measured->E; e++) {
-        counted += measured->demand[e] - measured->count[e];
-    }
-    EXPECT(counted == dropped, "%d entries are counted as dropped, expected %d", counted, dropped);
-    for (int rank = 0; exchange_travels(x) && rank < x->ranks; rank++) {
-        EXPECT(x->out.count[rank] == rows_for(layer, rank), "%d rows for rank %d, expected %d", x->out.count[rank],
-               rank, rows_for(layer, rank));
-    }
-}
-
-/* Rows that went to other ranks since `before`, in one call. */
-static void check_traffic(const Layer *layer, const char *what, CommCount before, const int *first) {
-    CommCount now = comm_count();
-    int ranks = layer->exchange.ranks, me = comm_rank(GROUP_EXPERTS), rows = 0;
-    for (int rank = 0; ranks > 1 && rank < ranks; rank++) {
-        rows += rank == me ? 0 : first[rank + 1] - first[rank];
-    }
-    long long bytes = (long long)rows * layer->shape.H * sizeof(real_t), sent = now.bytes - before.bytes;
-    EXPECT(now.calls - before.calls == (ranks > 1), "%s takes %d calls", what, (int)(now.calls - before.calls));
-    EXPECT(sent == bytes, "%s sends %lld bytes, expected %lld", what, sent, bytes);
-}
-
-/* A dispatch and a combine move rows and nothing else. */
-static void check_transfers(Layers *layers, Layer *layer) {
-    Exchange *x = &layer->exchange;
-    CommCount before = comm_count();
-    RowSource rows = exchange_dispatch(x, &layers->wire, layers->rows_in, layer->x, true, NULL, NULL);
-    check_traffic(layer, "dispatch", before, x->send);
-    experts_make(layers, layer, rows, exchange_experts(x), first_expert(layer));
-    before = comm_count();
-    exchange_combine(x, &layers->wire, layer->y, layers->made, NULL, NULL);
-    check_traffic(layer, "combine", before, x->receive);
-}
-
-static void check_dispatch(Layers *layers, Layer *layer) {
-    layer_values(layer, modes_of_values[SIGNED_SCALE]);
-    fill_tags(layer);
-    layer_plan(layers, layer);
-    Exchange *x = &layer->exchange;
-    RowSource rows = exchange_dispatch(x, &layers->wire, layers->rows_in, layer->x, true, NULL, NULL);
-    for (int i = 0; i < x->experts; i++) {
-        check_rows_of_expert(layer, rows, i, first_expert(layer) + i);
-    }
-    EXPECT(exchange_experts(x)->E == layer->shape.E / x->ranks, "%d experts are here, expected %d",
-           exchange_experts(x)->E, layer->shape.E / x->ranks);
-    check_demand(layer);
-    check_sent(layer);
-    check_transfers(layers, layer);
-}
-
-/* ---- what comes out */
-
-/* sum (H) = sum_j weight[n,j] f(row of token n), or with f' for gradients; size (H) = the sum of the terms' sizes. */
-static void closed_form(const Layer *layer, const real_t *rows, bool back, int n, double *sum, double *size) {
-    const Shape *s = &layer->shape;
-    int H = s->H, entries = s->N * s->K;
-    memset(sum, 0, H * sizeof *sum);
-    memset(size, 0, H * sizeof *size);
-    for (int i = comm_rank(GROUP_WORLD) * entries + n * s->K, end = i + s->K; i < end; i++) {
-        if (layer->expert[i] >= 0) {
-            Expert f = expert_of(layer, layer->expert[i]), g = back ? transposed(f, H) : f;
-            double factor = (double)layer->weight[i] * g.scale;
-            for (int h = 0; h < H; h++) {
-                double term = factor * rows[(size_t)n * H + (h + g.shift < H ? h + g.shift : h + g.shift - H)];
-                sum[h] += term;
-                size[h] += fabs(term);
-            }
-        }
-    }
-}
-
-/* y and dx of every token. A term is rounded at most twice before it is added to at most K others (and to `before`). */
-static void check_closed_form(const Layer *layer) {
-    const Shape *s = &layer->shape;
-    double *sum = malloc(s->H * sizeof *sum), *size = malloc(s->H * sizeof *size);
-    double epsilon = (s->K + 3) * REAL_EPSILON;
-    CHECK(sum && size, "out of memory");
-    for (int n = 0; n < s->N; n++) {
-        const real_t *y = layer->y + (size_t)n * s->H, *dx = layer->dx + (size_t)n * s->H;
-        closed_form(layer, layer->x, false, n, sum, size);
-        for (int h = 0; h < s->H; h++) {
-            near("y", n, h, y[h], sum[h], epsilon * size[h]);
-        }
-        closed_form(layer, layer->dy, true, n, sum, size);
-        for (int h = 0; h < s->H; h++) {
-            double before = layer->mode.accumulate ? layer->before[(size_t)n * s->H + h] : 0;
-            near("dx", n, h, dx[h], before + sum[h], epsilon * (size[h] + fabs(before)));
-        }
-    }
-    free(sum);
-    free(size);
-}
-
-/* y of one token as the benchmark's reference computes it: experts in ascending order, every result of half precision.
- */
-static void oracle(const Layer *layer, int n, float *y) {
-    const Shape *s = &layer->shape;
-    const int *expert = layer->expert + ((size_t)comm_rank(GROUP_WORLD) * s->N + n) * s->K;
-    const acc_t *weight = layer->plan.weight + (size_t)n * s->K;
-    memset(y, 0, s->H * sizeof *y);
-    for (int e = 0; e < s->E; e++) {
-        for (int j = 0; j < s->K; j++) {
-            for (int h = 0; expert[j] == e && h < s->H; h++) {
-                float made = half_rounded((float)layer->x[(size_t)n * s->H + h] * (1 + e / layer->exchange.experts));
-                float term = made * (float)weight[j];
-                y[h] = half_rounded(y[h] + term);
-            }
-        }
-    }
-}
-
-/* Within the tolerance that the benchmark allows. Rows here are float, the reference's are half: the tolerance has to
- * hold the reference's roundings alone, so this check is no sharper than the benchmark's. check_closed_form is. */
-static void check_oracle(const Layer *layer) {
-    const Shape *s = &layer->shape;
-    float *y = malloc(s->H * sizeof *y);
-    CHECK(y, "out of memory");
-    for (int n = 0; n < s->N; n++) {
-        oracle(layer, n, y);
-        for (int h = 0; h < s->H; h++) {
-            near("y by the oracle", n, h, layer->y[(size_t)n * s->H + h], y[h], 5e-3 + 1e-2 * fabs(y[h]));
-        }
-    }
-    free(y);
-}
-
-/* The bits of one rank, where they are promised. */
-static void check_alone(Layers *layers, Layer *layer) {
-    const Shape *s = &layer->shape;
-    size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K;
-    bool same_order = layer->exchange.way != EXCHANGE_DEDUP || layer->mode.values == VALUES_WHOLE;
-    layer_alone(layers, layer);
-    same_bits("dweight", layer->dweight, layer->alone_dweight, entries);
-    if (same_order) {
-        same_bits("y", layer->y, layer->alone_y, numbers);
-        same_bits("dx", layer->dx, layer->alone_dx, numbers);
-    }
-}
-
-static void check_results(Layers *layers, Layer *layer) {
-    check_alone(layers, layer);
-    check_closed_form(layer);
-    if (layer->mode.expert == EXPERT_RANK_SCALE) {
-        check_oracle(layer);
-    }
-}
-
-/* Once more gives the same bits; the first ones take the place of one rank's. */
-static void check_repeats(Layers *layers, Layer *layer) {
-    const Shape *s = &layer->shape;
-    size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K;
-    memcpy(layer->alone_y, layer->y, numbers * sizeof(real_t));
-    memcpy(layer->alone_dx, layer->dx, numbers * sizeof(real_t));
-    memcpy(layer->alone_dweight, layer->dweight, entries * sizeof(acc_t));
-    layer_forward(layers, layer);
-    layer_backward(layers, layer);
-    same_bits("the second time: y", layer->y, layer->alone_y, numbers);
-    same_bits("the second time: dx", layer->dx, layer->alone_dx, numbers);
-    same_bits("the second time: dweight", layer->dweight, layer->alone_dweight, entries);
-}
-
-/* ---- what backwards must be */
-
-/* Random numbers of [-1,1). */
-static void fill_random(real_t *x, size_t count, uint64_t stream) {
-    uint64_t key = random_key(comm_rank(GROUP_WORLD), RANDOM_TEST, 100 + stream);
-    for (size_t i = 0; i < count; i++) {
-        x[i] = value(VALUES_SIGNED, key, i);
-    }
-}
-
-/* sum_r weight[r] <a[r], b[r]> over the rows of this rank's experts; weight NULL: 1. */
-static double dot_rows(const Layer *layer, RowSource a, const real_t *b, const acc_t *weight) {
-    const Plan *plan = exchange_experts(&layer->exchange);
-    int H = layer->shape.H;
-    double sum = 0;
-    for (int r = 0; r < plan->offset[plan->E]; r++) {
-        if (plan->entry[r] >= 0) {
-            sum += (weight ? weight[r] : 1) * dot(row_at(a, r, H), b + (size_t)r * H, H);
-        }
-    }
-    return sum;
-}
-
-/* <A u, v> and <u, A' v> over all ranks. Each row belongs to one entry and weights are at most 1, so |A u| is at most
- * sqrt(K) |u|: rounding may change either side by (K + 2) epsilon sqrt(K) |u| |v|, and the sums, which are of double,
- * by their number of terms times its epsilon. */
-static void check_adjoint(const Layer *layer, const char *what, double left, double right, double u, double v,
-                          size_t terms) {
-    double all[] = {left, right, u, v, (double)terms};
-    comm_sum_host(all, 5);
-    double size = sqrt(layer->shape.K * all[2] * all[3]);
-    double tolerance = ((layer->shape.K + 2) * REAL_EPSILON + all[4] * DBL_EPSILON) * size;
-    EXPECT(fabs(all[0] - all[1]) <= tolerance, "the adjoint of %s: %.17g and %.17g, expected to agree within %.2g",
-           what, all[0], all[1], tolerance);
-}
-
-static void check_adjoints(Layers *layers, Layer *layer) {
-    Exchange *x = &layer->exchange;
-    ExchangeScratch *wire = &layers->wire;
-    const acc_t *weight = exchange_experts(x)->row_weight;
-    size_t rows = (size_t)layers->rows * layers->H, numbers = (size_t)layer->shape.N * layer->shape.H;
-    real_t *u = layers->made, *v = layer->dy;
-    layer_plan(layers, layer);
-    fill_random(u, rows, 0);
-    fill_random(v, numbers, 1);
-    fill_random(layer->x, numbers, 2);
-    double u_u = dot_rows(layer, (RowSource){u, NULL, 0}, u, NULL), v_v = dot(v, v, (int)numbers);
-
-    exchange_combine(x, wire, layer->y, u, NULL, NULL);
-    RowSource back = exchange_dispatch(x, wire, layers->dy_in, v, false, NULL, NULL);
-    check_adjoint(layer, "combine", dot(layer->y, v, (int)numbers), dot_rows(layer, back, u, weight), u_u, v_v,
-                  rows + numbers);
-
-    RowSource there = exchange_dispatch(x, wire, layers->rows_in, layer->x, true, NULL, NULL);
-    exchange_dispatch_backward(x, wire, layer->dx, u, 0, NULL, NULL);
-    check_adjoint(layer, "dispatch", dot_rows(layer, there, u, NULL), dot(layer->dx, layer->x, (int)numbers), u_u,
-                  dot(layer->x, layer->x, (int)numbers), rows + numbers);
-}
-
-/* dweight by differences. y is linear in the weights and a token's y in its own alone, so one step of any length gives
- * the j-th choice of all tokens; what is left is the rounding of both y. The first y takes the place of one rank's. */
-static void check_weight_gradient(Layers *layers, Layer *layer) {
-    const Shape *s = &layer->shape;
-    size_t entries = (size_t)s->N * s->K, numbers = (size_t)s->N * s->H;
-    acc_t *mine = layer->weight + comm_rank(GROUP_WORLD) * entries;
-    double scale = 1 + s->E / 64.0;
-    memcpy(layer->alone_y, layer->y, numbers * sizeof(real_t));
-    for (int j = 0; j < s->K; j++) {
-        for (int n = 0; n < s->N; n++) {
-            mine[n * s->K + j] += 1;
-        }
-        layer_take_weights(layer);
-        layer_forward(layers, layer);
-        for (int n = 0; n < s->N; n++) {
-            size_t token = (size_t)n * s->H;
-            const real_t *x = layer->x + token, *dy = layer->dy + token;
-            double change = dot(layer->y + token, dy, s->H) - dot(layer->alone_y + token, dy, s->H);
-            double size = scale * 2 * (s->K + 1) * sqrt(dot(x, x, s->H) * dot(dy, dy, s->H));
-            near("dweight by differences", n, j, layer->dweight[n * s->K + j], change,
-                 (s->K + 3) * REAL_EPSILON * size);
-            mine[n * s->K + j] -= 1;
-        }
-    }
-    layer_take_weights(layer);
-}
+enum { MODES = sizeof modes_of_values / sizeof *modes_of_values, SIGNED_SCALE = 1, WHOLE_ROTATION = 4 };
 
 /* ---- one shape in one way */
 
-static void say_where(const char *name, const Shape *s, int ep, const char *options, const char *mode) {
-    snprintf(where, sizeof where, "%s, %d experts on %d ranks, %d of them to each of %d tokens of %d, %s, %s", name,
-             s->E, ep, s->K, s->N, s->H, options, mode);
+static void say_where(const char *name, const Layer *layer, const char *options, const char *mode) {
+    const Shape *s = &layer->shape;
+    snprintf(where, sizeof where, "%s, %d experts on %d ranks, %d of them to each of %d tokens of %d, %s %s, %s", name,
+             s->E, layer->exchange.ranks, s->K, s->N, s->H, layer->way->options, options, mode);
 }
 
-/* adjoint: what backwards must be, instead of what comes out. */
-static void check_mode(Layers *layers, Layer *layer, Mode mode, bool adjoint) {
-    layer_values(layer, mode);
+static void check_mode(Layers *layers, Layer *layer, int mode) {
+    layer_values(layer, modes_of_values[mode]);
     layer_forward(layers, layer);
     layer_backward(layers, layer);
-    if (adjoint) {
+    check_results(layers, layer);
+    check_repeats(layers, layer);
+}
+
+/* What backwards must be, instead of what comes out: of random numbers, and of whole ones where they stay whole. */
+static void check_mode_backwards(Layers *layers, Layer *layer, int mode) {
+    layer_values(layer, modes_of_values[mode]);
+    if (mode == SIGNED_SCALE) {
+        layer_forward(layers, layer);
+        layer_backward(layers, layer);
         check_weight_gradient(layers, layer);
         check_adjoints(layers, layer);
-    } else {
-        check_results(layers, layer);
-        check_repeats(layers, layer);
+    } else if (mode == WHOLE_ROTATION && sums_exactly(layer, FORWARD) && sums_exactly(layer, BACKWARD)) {
+        check_adjoints(layers, layer);
     }
 }
 
-static void check_shape(const char *name, Shape s, int ep, const char *options, bool adjoint) {
+/* Rows are moved, weighted and added up as they are in one part. */
+static void check_as_in_one_part(Layers *layers, Layer *layer, int ep, const char *options, int mode) {
+    const Shape *s = &layer->shape;
+    size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K;
+    int parts = exchange_travels(&layer->exchange) ? layer->way->parts : 1;
+    Layers of_one;
+    Layer *one = &of_one.layer[0];
+    char in_one[192];
+    snprintf(in_one, sizeof in_one, "%s --exchange-chunks 1", options);
+    layers_open(&of_one, s, (const char *[]){in_one}, 1, ep, layer->way);
+    layer_choose(one, layer->step);
+    layer_values(one, modes_of_values[mode]);
+    layer_forward(&of_one, one);
+    layer_backward(&of_one, one);
+    layer_values(layer, modes_of_values[mode]);
+    layer_forward(layers, layer);
+    layer_backward(layers, layer);
+    EXPECT(one->exchange.parts == 1, "%d parts, expected 1", one->exchange.parts);
+    EXPECT(layer->exchange.parts == (parts < s->N ? parts : s->N), "%d parts of %d tokens, expected %d",
+           layer->exchange.parts, s->N, parts);
+    same_bits("in parts: y", layer->y, one->y, numbers);
+    same_bits("in parts: dx", layer->dx, one->dx, numbers);
+    same_bits("in parts: dweight", layer->dweight, one->dweight, entries);
+    layers_close(&of_one);
+}
+
+static void check_shape(const char *name, Shape s, int ep, const Way *way, const char *options, bool backwards) {
     Layers layers;
     Layer *layer = &layers.layer[0];
-    layers_open(&layers, &s, 1, ep, options);
-    say_where(name, &s, ep, options, "where rows are");
+    layers_open(&layers, &s, &options, 1, ep, way);
+    say_where(name, layer, options, "where rows are");
     layer_choose(layer, 0);
-    check_dispatch(&layers, layer);
+    check_dispatch(&layers, layer, modes_of_values[SIGNED_SCALE]);
     for (int m = 0; m < MODES; m++) {
-        if (!adjoint || m == SIGNED_SCALE) {
-            say_where(name, &s, ep, options, modes_of_values[m].name);
-            check_mode(&layers, layer, modes_of_values[m], adjoint);
-        }
+        say_where(name, layer, options, modes_of_values[m].name);
+        (backwards ? check_mode_backwards : check_mode)(&layers, layer, m);
+    }
+    if (way->parts > 0 && !backwards) {
+        say_where(name, layer, options, "as in one part");
+        check_as_in_one_part(&layers, layer, ep, options, SIGNED_SCALE);
     }
     layers_close(&layers);
 }
 
-/* Shapes of the command line, experts spread over all ranks. As in the benchmark, a rank has 1 to `tokens` - 1 tokens.
- */
-static void shapes(int count, char **arguments) {
+/* Shapes of the command line with some of the wires, experts spread over all ranks. As in the benchmark, a rank has 1
+ * to `tokens` - 1 tokens. */
+static void check_shapes(int count, char **arguments, int first_wire, int end_wire) {
     int ep = comm_ranks(GROUP_WORLD);
     comm_form_groups(ep);
     for (int i = 0; i < count; i++) {
@@ -443,9 +162,21 @@ static void shapes(int count, char **arguments) {
         s.N = tokens - 1;
         s.seed = (uint64_t)seed;
         for (int way = 0; way < WAYS; way++) {
-            check_shape(arguments[i], s, ep, ways[way], false);
+            for (int wire = first_wire; wire < end_wire; wire++) {
+                if (takes_turn(way, i, wire - first_wire, end_wire - first_wire)) {
+                    check_shape(arguments[i], s, ep, &ways[way], wires[wire], false);
+                }
+            }
         }
     }
+}
+
+static void shapes(int count, char **arguments) {
+    check_shapes(count, arguments, 0, 1);
+}
+
+static void in_all_wires(int count, char **arguments) {
+    check_shapes(count, arguments, 1, wires_of(comm_ranks(GROUP_WORLD)));
 }
 
 /* ---- small shapes of every odd kind */
@@ -458,6 +189,7 @@ static const struct {
 } odd[] = {
     {"few tokens", {8, 2, 16, 5, 1, CHOICE_FEWER}, ""},
     {"one token", {8, 2, 16, 1, 2, CHOICE_ALL}, ""},
+    {"two tokens", {8, 2, 16, 2, 20, CHOICE_ALL}, ""},
     {"one choice", {8, 1, 16, 9, 3, CHOICE_ALL}, ""},
     {"every expert", {8, 8, 16, 9, 4, CHOICE_ALL}, ""},
     {"experts choose", {8, 8, 16, 9, 5, CHOICE_SOME}, ""},
@@ -477,22 +209,30 @@ static const struct {
     {"messages of more rows than there are", {8, 2, 16, 9, 19, CHOICE_ALL}, "--exchange-rows 1000"},
 };
 
+static void check_odd_shape(size_t i, int ep, bool backwards) {
+    Shape s = odd[i].shape;
+    s.E = s.E > 0 ? s.E : ep;
+    s.K = s.K > 0 ? s.K : s.E / ep;
+    for (int way = 0; way < WAYS; way++) {
+        for (int wire = 0; wire < wires_of(ep); wire++) {
+            char options[128];
+            snprintf(options, sizeof options, "%s %s", odd[i].options, wires[wire]);
+            if (takes_turn(way, (int)i, wire, wires_of(ep))) {
+                check_shape(odd[i].name, s, ep, &ways[way], options, backwards);
+            }
+        }
+    }
+}
+
 /* In groups of every size. */
-static void check_odd(bool adjoint) {
+static void check_odd(bool backwards) {
     for (int ep = 1; ep <= comm_ranks(GROUP_WORLD); ep++) {
         if (comm_ranks(GROUP_WORLD) % ep != 0) {
             continue;
         }
         comm_form_groups(ep);
         for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
-            Shape s = odd[i].shape;
-            s.E = s.E > 0 ? s.E : ep;
-            s.K = s.K > 0 ? s.K : s.E / ep;
-            for (int way = 0; way < WAYS; way++) {
-                char options[128];
-                snprintf(options, sizeof options, "%s %s", ways[way], odd[i].options);
-                check_shape(odd[i].name, s, ep, options, adjoint);
-            }
+            check_odd_shape(i, ep, backwards);
         }
     }
 }
@@ -507,8 +247,10 @@ static void adjoint(int count, char **arguments) {
 
 /* ---- several layers, several steps */
 
-/* All forwards, then all backwards, as in training; steps with many tokens and with few follow each other. */
+/* All forwards, then all backwards, as in training; steps with many tokens and with few follow each other. In every
+ * other one ranks run ahead of others as far as the exchange lets them. */
 static void check_step(Layers *layers, int64_t step) {
+    layers->as_left = step % 2 == 1;
     for (int l = 0; l < layers->count; l++) {
         Layer *layer = &layers->layer[l];
         layer->shape.choice = step % 3 == 1 ? CHOICE_ALL : CHOICE_FEWER;
@@ -521,24 +263,38 @@ static void check_step(Layers *layers, int64_t step) {
     }
     for (int l = 0; l < layers->count; l++) {
         Layer *layer = &layers->layer[l];
-        snprintf(where, sizeof where, "step %d, layer %d, way %d", (int)step, l, layer->exchange.way);
+        snprintf(where, sizeof where, "step %d, layer %d, %s, wire types %d and %d", (int)step, l, layer->way->options,
+                 wire_on(layer, FORWARD), wire_on(layer, BACKWARD));
         check_demand(layer);
         check_sent(layer);
         check_results(layers, layer);
     }
 }
 
-static void steps(int count, char **arguments) {
+static void steps_of(const Way *way, const char *const *options, int ep) {
     static const Shape shape_of[LAYERS] = {{8, 2, 16, 5, 1, 0}, {16, 5, 16, 90, 2, 0}, {8, 8, 16, 3, 3, 0}};
+    Layers layers;
+    layers_open(&layers, shape_of, options, LAYERS, ep, way);
+    for (int64_t step = 0; step < 12; step++) {
+        check_step(&layers, step);
+    }
+    layers_close(&layers);
+}
+
+/* The layers of a model have one wire; here each has another, so that what they share is large enough for all. */
+static void steps(int count, char **arguments) {
     int ep = comm_ranks(GROUP_WORLD);
     comm_form_groups(ep);
     for (int way = 0; way < WAYS; way++) {
-        Layers layers;
-        layers_open(&layers, shape_of, LAYERS, ep, ways[way]);
-        for (int64_t step = 0; step < 12; step++) {
-            check_step(&layers, step);
+        for (int wire = 0; wire < wires_of(ep); wire++) {
+            const char *options[LAYERS];
+            for (int l = 0; l < LAYERS; l++) {
+                options[l] = wires[(wire + l) % WIRES];
+            }
+            if (takes_turn(way, 0, wire, wires_of(ep))) {
+                steps_of(&ways[way], options, ep);
+            }
         }
-        layers_close(&layers);
     }
 }
 
@@ -589,7 +345,8 @@ static void example(int count, char **arguments) {
 static const struct {
     const char *name;
     void (*run)(int count, char **arguments);
-} modes[] = {{"shapes", shapes}, {"edges", edges}, {"adjoint", adjoint}, {"steps", steps}, {"example", example}};
+} modes[] = {{"shapes", shapes},   {"wires", in_all_wires}, {"edges", edges},
+             {"adjoint", adjoint}, {"steps", steps},        {"example", example}};
 
 int main(int argc, char **argv) {
     comm_open();

@@ -56,6 +56,17 @@ test_results() {
     done
 }
 
+# Stores in each other's memory instead of messages.
+test_open_memory() {
+    alone peers 100
+    all_ranks_expect 1
+    needs_mpi || return
+    for count in $RANKS; do
+        ranks "$count" peers 100
+        all_ranks_expect "$count"
+    done
+}
+
 test_many_calls() {
     needs_several || return
     ranks 2 many 5000
@@ -79,10 +90,12 @@ test_patience() {
     local where='at step 12, layer 2, dispatch: is (it|one) stopped or gone\? The last checkpoint is whole'
     local last="rank $LAST" first="rank 0"
     ! has_gpus || last="the other ranks" first=$last # a GPU does not know for whom it waits
-    ranks "$MOST" asleep $LAST
-    one_line "rank 0 waited 2 s for $last $where"
-    ranks "$MOST" asleep 0
-    one_line "rank 1 waited 2 s for $first $where"
+    for mode in asleep asleep_at_meeting; do
+        ranks "$MOST" $mode $LAST
+        one_line "rank 0 waited 2 s for $last $where"
+        ranks "$MOST" $mode 0
+        one_line "rank 1 waited 2 s for $first $where"
+    done
 }
 
 test_killed_rank() {
@@ -154,7 +167,7 @@ test_built_without_mpi() {
         skip "compiled for the CPU alone"
         return
     fi
-    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device}.c)
+    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device,peers}.c)
     check "does not compile" "$CC" -std=gnu11 "$SOURCE/tests/comm_ranks.c" "${kernels[@]}" -lm -o comm_ranks
     PROGRAM=$PWD/comm_ranks
     ranks 2 results

@@ -20,20 +20,26 @@ SHAPES="8,2,16,4,123
     8,2,6144,16,6635 64,6,2048,32,1234 128,4,2880,128,51 128,8,4096,256,175 256,8,7168,256,4"
 TOKENS=${TOKENS:-8}
 
-# The shapes with at most TOKENS tokens.
-cut=()
-for shape in $SHAPES; do
-    IFS=, read -r experts choices length tokens seed <<<"$shape"
-    cut+=("$experts,$choices,$length,$((tokens < TOKENS ? tokens : TOKENS)),$seed")
-done
+# Of these with all types on the wire, and half as many tokens: the smallest one, and one of each size.
+WIRE_SHAPES="8,2,16,4,123
+    8,2,6144,4,1236 64,6,2048,8,542 128,4,2880,32,51 128,8,4096,64,175 256,8,7168,128,4"
 
-# on_all_counts ARGUMENT...: without mpirun, then on 2 and 4 ranks.
+# cut_to TOKENS SHAPE...: prints the shapes with at most that many tokens.
+cut_to() {
+    for shape in "${@:2}"; do
+        IFS=, read -r experts choices length tokens seed <<<"$shape"
+        echo "$experts,$choices,$length,$((tokens < $1 ? tokens : $1)),$seed"
+    done
+}
+
+# on_all_counts ARGUMENT...: without mpirun, then on 2 and 4 ranks. Four have a thread each, or they would wait for
+# cores more than they work.
 on_all_counts() {
     alone "$@"
     all_ranks_expect 1
     needs_mpi || return
     for count in 2 4; do
-        ranks $count "$@"
+        OMP_NUM_THREADS=$((4 / count)) ranks $count "$@"
         all_ranks_expect $count
     done
 }
@@ -44,7 +50,13 @@ test_example() {
 }
 
 test_shapes() {
-    on_all_counts shapes "${cut[@]}"
+    # shellcheck disable=SC2046,SC2086  # words without blanks
+    on_all_counts shapes $(cut_to "$TOKENS" $SHAPES)
+}
+
+test_wires() {
+    # shellcheck disable=SC2046,SC2086  # words without blanks
+    on_all_counts wires $(cut_to $((TOKENS / 2)) $WIRE_SHAPES)
 }
 
 test_edges() {

@@ -282,15 +282,18 @@ static char *open_peers(void) {
     CHECK(memory, "out of memory on the device");
     device_wait(NULL);
     CHECK(peers_open(memory, OPEN_BYTES, why, sizeof why), "not open: %s", why);
-    CHECK(peers_reach(memory) && peers_reach(memory + OPEN_BYTES - 1) && !peers_reach(memory + OPEN_BYTES), "reach");
-    CHECK(peers_at(comm_rank(GROUP_EXPERTS), memory + 7) == memory + 7, "this rank's own memory is elsewhere");
+    CHECK(peers_reach(GROUP_EXPERTS, memory) && peers_reach(GROUP_EXPERTS, memory + OPEN_BYTES - 1) &&
+              !peers_reach(GROUP_EXPERTS, memory + OPEN_BYTES),
+          "reach");
+    CHECK(peers_at(GROUP_EXPERTS, comm_rank(GROUP_EXPERTS), memory + 7) == memory + 7,
+          "this rank's own memory is elsewhere");
     return memory;
 }
 
 static void close_peers(char *memory) {
     device_wait(NULL);
     peers_close();
-    CHECK(!peers_reach(memory), "still open");
+    CHECK(!peers_reach(GROUP_EXPERTS, memory), "still open");
     comm_barrier();
     peers_release(memory, OPEN_BYTES);
 }
@@ -346,14 +349,14 @@ static void check_rounds(char *memory, int rounds, int places, size_t row_bytes,
     memset(clean, GUARD_BYTE, AREA_BYTES);
     device_from_host(memory, clean, AREA_BYTES, NULL);
     device_from_host(memory + AREA_BYTES, clean, AREA_BYTES, NULL);
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
     for (int round = 0; round < rounds; round++) {
         char *to = memory + (size_t)(round % 2) * AREA_BYTES;
         make_rows(mine, there, round, places, row_bytes, each);
         device_from_host(device_mine, mine, bytes, NULL);
         device_from_host(device_there, there, flags, NULL);
         peers_put(peers_rows(to, places, row_bytes), device_mine, row_bytes, device_there, each, NULL);
-        peers_meet(round % 3 == 2, NULL);
+        peers_meet(GROUP_EXPERTS, round % 3 == 2, NULL);
         host_from_device(area, to, AREA_BYTES, NULL);
         check_arrived(area, round, places, row_bytes);
         device_from_host(to, clean, AREA_BYTES, NULL);
@@ -374,13 +377,13 @@ static void check_put_all(char *memory, size_t bytes, bool in_place) {
     unsigned char *all = guarded(ranks * bytes), *mine = guarded(bytes);
     fill_bytes(mine, me, 3, bytes);
     device_from_host(memory, all, ranks * bytes + GUARD, NULL);
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
     char *elsewhere = to_device(mine, bytes);
     if (in_place) {
         device_copy(memory + place, elsewhere, bytes, NULL);
     }
     peers_put_all(memory, in_place ? memory + place : elsewhere, bytes, NULL);
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
     host_from_device(all, memory, ranks * bytes + GUARD, NULL);
     for (int r = 0; r < ranks; r++) {
         check_bytes(all + r * bytes, member(GROUP_EXPERTS, r), 3, bytes, "to all");
@@ -388,7 +391,7 @@ static void check_put_all(char *memory, size_t bytes, bool in_place) {
     from_device(mine, bytes, elsewhere);
     release(all, ranks * bytes, "to all");
     release(mine, bytes, "to all");
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
 }
 
 static void peers(int rounds) {
@@ -458,7 +461,7 @@ static void asleep(int sleeper) {
 static void asleep_at_meeting(int sleeper) {
     form(comm_ranks(GROUP_WORLD));
     open_peers();
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
     device_wait(NULL);
     comm_barrier();
     comm_set_patience(2);
@@ -466,7 +469,7 @@ static void asleep_at_meeting(int sleeper) {
     if (comm_rank(GROUP_WORLD) == sleeper) {
         sleep(60);
     }
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
     device_wait(NULL);
 }
 

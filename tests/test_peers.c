@@ -260,19 +260,20 @@ static char *open_alone(void) {
 
 static void close_alone(char *memory) {
     peers_close();
-    assert_false(peers_reach(memory));
+    assert_false(peers_reach(GROUP_EXPERTS, memory));
     peers_release(memory, MOST_BYTES);
 }
 
 static void test_reach(void **state) {
     char elsewhere, *memory = open_alone();
-    assert_true(peers_reach(memory) && peers_reach(memory + MOST_BYTES - 1));
-    assert_false(peers_reach(memory + MOST_BYTES) || peers_reach(memory - 1) || peers_reach(&elsewhere));
-    assert_ptr_equal(peers_at(0, memory + 100), memory + 100);
+    assert_true(peers_reach(GROUP_EXPERTS, memory) && peers_reach(GROUP_EXPERTS, memory + MOST_BYTES - 1));
+    assert_false(peers_reach(GROUP_EXPERTS, memory + MOST_BYTES) || peers_reach(GROUP_EXPERTS, memory - 1) ||
+                 peers_reach(GROUP_EXPERTS, &elsewhere));
+    assert_ptr_equal(peers_at(GROUP_EXPERTS, 0, memory + 100), memory + 100);
     PeerRows rows = peers_rows(memory + 64, 5, 24);
     assert_int_equal(rows.places, 5);
     assert_ptr_equal(peers_row(&rows, 3, 24), memory + 64 + 3 * 24);
-    peers_meet(false, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
     close_alone(memory);
 }
 

@@ -232,9 +232,17 @@ typedef struct {
 static void configure(Config *config, const Shape *s, const Way *way, const Options *o, int room) {
     char rows[16];
     snprintf(rows, sizeof rows, "%d", room);
-    char *arguments[] = {
-        "bench_alltoall", "--exchange",  (char *)way->exchange, "--exchange-rows", rows, "--wire",
-        (char *)o->wire,  "--wire-back", (char *)o->wire_back,  "--overlap",       "0" /* there is nothing to travel beside */};
+    char *arguments[] = {"bench_alltoall",
+                         "--exchange",
+                         (char *)way->exchange,
+                         "--exchange-rows",
+                         rows,
+                         "--wire",
+                         (char *)o->wire,
+                         "--wire-back",
+                         (char *)o->wire_back,
+                         "--overlap", /* there is nothing to travel beside */
+                         "0"};
     config_parse(config, sizeof arguments / sizeof *arguments, arguments);
     config->model.dim = s->H;
 }

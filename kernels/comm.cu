@@ -282,16 +282,75 @@ static void sum_part(Group group, acc_t *x, size_t share, cudaStream_t stream) {
     gather(group, x, mine, share * sizeof *x, stream);
 }
 
+/* x of each rank, in its memory. */
+typedef struct {
+    acc_t *of[PEERS_MOST];
+} NumbersOfAll;
+
+/* A thread for two packs, one in either half of the share, so that as many loads as there are packs of ranks twice over
+ * are under way: they come from far. Adds in the order of the ranks and stores the sum on all. */
+__global__ static void __launch_bounds__(THREADS) sum_on_all(NumbersOfAll x, int ranks, size_t packs) {
+    const size_t thread = (size_t)blockIdx.x * THREADS + threadIdx.x, half = (packs + 1) / 2;
+    if (thread >= half) {
+        return;
+    }
+    const bool both = thread + half < packs;
+    const size_t i = thread * WIDTH, j = both ? i + half * WIDTH : i;
+    Pack<acc_t> first = load_pack(x.of[0] + i), second = load_pack(x.of[0] + j);
+#pragma unroll 4
+    for (int r = 1; r < ranks; r++) {
+        const Pack<acc_t> a = load_pack(x.of[r] + i), b = load_pack(x.of[r] + j);
+        for (int k = 0; k < WIDTH; k++) {
+            first.v[k] += a.v[k];
+            second.v[k] += b.v[k];
+        }
+    }
+    for (int r = 0; r < ranks; r++) {
+        store_pack(x.of[r] + i, first);
+        if (both) {
+            store_pack(x.of[r] + j, second);
+        }
+    }
+}
+
+/* Where the others' memory is open: each rank adds up its share of x (ranks, share) where it lies, and stores the sum
+ * there too. Nothing is sent, and no memory is needed. */
+static void sum_in_place(Group group, acc_t *x, size_t share, Stream *stream) {
+    const int rank = comm_rank(group), ranks = comm_ranks(group);
+    const size_t packs = share / WIDTH;
+    NumbersOfAll all = {};
+    for (int r = 0; r < ranks; r++) {
+        all.of[r] = (acc_t *)peers_at(group, r, x) + rank * share;
+    }
+    comm_begin_call(CALL_SUM, group);
+    peers_meet(group, false, stream);
+    sum_on_all<<<ceil_div((packs + 1) / 2, THREADS), THREADS, 0, cuda_stream(stream)>>>(all, ranks, packs);
+    CUDA_LAUNCHED();
+    peers_meet(group, false, stream);
+    for (int r = 1; r < ranks; r++) {
+        comm_count_message(share * sizeof *x);
+    }
+}
+
 /* What cannot be shared out in whole packs, fewer than WIDTH numbers for each rank, is summed as few numbers are. */
 void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
     const size_t ranks = comm_ranks(group);
     if (ranks == 1) {
         return;
     }
-    const Group talking = begin_call(CALL_SUM, group);
     cudaStream_t s = cuda_stream(stream);
     const size_t unit = ranks * WIDTH, part = SUM_PART - SUM_PART % unit;
-    const size_t shared = count * ranks <= SUM_FEW ? 0 : count - count % unit;
+    size_t shared = count * ranks <= SUM_FEW ? 0 : count - count % unit;
+    if (shared > 0 && peers_reach(group, x) && past_pack(x) == 0) {
+        sum_in_place(group, x, shared / ranks, stream);
+        x += shared;
+        count -= shared;
+        shared = 0;
+        if (count == 0) {
+            return;
+        }
+    }
+    const Group talking = begin_call(CALL_SUM, group);
     for (size_t first = 0; first < shared; first += part) {
         sum_part(talking, x + first, (shared - first < part ? shared - first : part) / ranks, s);
     }
@@ -305,7 +364,7 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
 static bool can_copy(Group group, const void *to, const int *theirs, cudaStream_t stream) {
     cudaStreamCaptureStatus recorded;
     CUDA_CHECK(cudaStreamIsCapturing(stream, &recorded));
-    return theirs && group == GROUP_EXPERTS && peers_reach(to) && recorded == cudaStreamCaptureStatusNone;
+    return theirs && group == GROUP_EXPERTS && peers_reach(group, to) && recorded == cudaStreamCaptureStatusNone;
 }
 
 static void copy_rows(char *to, const int *theirs, const char *from, const int *from_first, size_t row_bytes,
@@ -316,12 +375,12 @@ static void copy_rows(char *to, const int *theirs, const char *from, const int *
         const int r = (rank + i) % ranks;
         const size_t bytes = comm_row_count(from_first, r) * row_bytes;
         if (bytes > 0) {
-            device_copy((char *)peers_at(r, to) + theirs[r] * row_bytes, from + from_first[r] * row_bytes, bytes,
-                        stream);
+            device_copy((char *)peers_at(GROUP_EXPERTS, r, to) + theirs[r] * row_bytes,
+                        from + from_first[r] * row_bytes, bytes, stream);
             comm_count_message(bytes);
         }
     }
-    peers_meet(true, stream);
+    peers_meet(GROUP_EXPERTS, true, stream);
 }
 
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,

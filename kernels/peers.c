@@ -32,9 +32,15 @@ static struct {
 static struct {
     char *memory; /* where the open memory begins; NULL: none is open */
     size_t bytes;
-    char *of[PEERS_MOST]; /* of each rank; mapped, owned but for this rank's */
-    unsigned meetings;
+    Group group;          /* between whose ranks it is open */
+    char *of[PEERS_MOST]; /* of each of them; mapped, owned but for this rank's */
+    unsigned meetings[GROUP_COUNT];
 } open_memory;
+
+/* The number of a group's rank among those between whom memory is open. */
+static int place_of(Group group, int r) {
+    return open_memory.group == GROUP_WORLD ? comm_in_world(group, r) : r;
+}
 
 void *peers_allocate(size_t bytes) {
     CHECK(own.file < 0, "only one arena at a time can be open to other ranks%s", "");
@@ -82,12 +88,14 @@ static char *map_memory(const Address *address) {
 }
 
 bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
-    int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
+    bool one_machine = comm_local_ranks() == comm_ranks(GROUP_WORLD);
+    open_memory.group = one_machine ? GROUP_WORLD : GROUP_EXPERTS;
+    int rank = comm_rank(open_memory.group), ranks = comm_ranks(open_memory.group);
     Address *all = calloc((size_t)ranks, sizeof *all), *mine = &all[rank];
     CHECK(all, "out of memory for the addresses of %d ranks", ranks);
     *mine = (Address){.process = getpid(), .file = own.file, .bytes = bytes};
     gethostname(mine->machine, sizeof mine->machine - 1);
-    comm_gather_host(GROUP_EXPERTS, all, sizeof *all);
+    comm_gather_host(open_memory.group, all, sizeof *all);
     bool reached = ranks <= PEERS_MOST && memory == own.memory;
     snprintf(why, size, "at most %d ranks can", PEERS_MOST);
     for (int r = 0; r < ranks && reached; r++) {
@@ -106,27 +114,29 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
 }
 
 void peers_close(void) {
-    for (int r = 0; r < comm_ranks(GROUP_EXPERTS) && open_memory.memory; r++) {
-        if (r != comm_rank(GROUP_EXPERTS)) {
+    for (int r = 0; r < comm_ranks(open_memory.group) && open_memory.memory; r++) {
+        if (r != comm_rank(open_memory.group)) {
             munmap(open_memory.of[r] - PAGE, open_memory.bytes + PAGE);
         }
     }
     memset(&open_memory, 0, sizeof open_memory);
 }
 
-bool peers_reach(const void *mine) {
+bool peers_reach(Group group, const void *mine) {
+    bool member = open_memory.group == GROUP_WORLD || open_memory.group == group;
     const char *at = mine;
-    return open_memory.memory && at >= open_memory.memory && at < open_memory.memory + open_memory.bytes;
+    return member && open_memory.memory && at >= open_memory.memory && at < open_memory.memory + open_memory.bytes;
 }
 
-void *peers_at(int r, const void *mine) {
-    return open_memory.of[r] + ((const char *)mine - open_memory.memory);
+void *peers_at(Group group, int r, const void *mine) {
+    return open_memory.of[place_of(group, r)] + ((const char *)mine - open_memory.memory);
 }
 
 PeerRows peers_rows(const void *to, int places, size_t row_bytes) {
     PeerRows rows = {.places = places};
     for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
-        rows.of[r] = (char *)peers_at(r, to) + (size_t)comm_rank(GROUP_EXPERTS) * (size_t)places * row_bytes;
+        rows.of[r] =
+            (char *)peers_at(GROUP_EXPERTS, r, to) + (size_t)comm_rank(GROUP_EXPERTS) * (size_t)places * row_bytes;
     }
     return rows;
 }
@@ -168,23 +178,24 @@ void peers_put_all(void *all, const void *mine, size_t bytes, Stream *stream) {
     }
 }
 
-/* The number of meetings that rank r has come to, as it tells rank `of` in that one's memory. */
-static _Atomic unsigned *came_to(int of, int r) {
-    return (_Atomic unsigned *)(open_memory.of[of] - PAGE) + r;
+/* The number of the group's meetings that its rank r has come to, as it tells rank `of` in that one's memory. */
+static _Atomic unsigned *came_to(Group group, int of, int r) {
+    char *page = open_memory.of[place_of(group, of)] - PAGE;
+    return (_Atomic unsigned *)page + group * PEERS_MOST + r;
 }
 
-void peers_meet(bool beside, Stream *stream) {
-    int rank = comm_rank(GROUP_EXPERTS);
-    unsigned meeting = ++open_memory.meetings;
+void peers_meet(Group group, bool beside, Stream *stream) {
+    int rank = comm_rank(group);
+    unsigned meeting = ++open_memory.meetings[group];
     double begin = seconds_now();
-    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
-        atomic_store_explicit(came_to(r, rank), meeting, memory_order_release);
+    for (int r = 0; r < comm_ranks(group); r++) {
+        atomic_store_explicit(came_to(group, r, rank), meeting, memory_order_release);
     }
-    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
-        while ((int)(atomic_load_explicit(came_to(rank, r), memory_order_acquire) - meeting) < 0) {
+    for (int r = 0; r < comm_ranks(group); r++) {
+        while ((int)(atomic_load_explicit(came_to(group, rank, r), memory_order_acquire) - meeting) < 0) {
             CHECK(seconds_now() - begin < comm_patience(),
                   "rank %d waited %g s for rank %d at %s: is it stopped or gone? The last checkpoint is whole",
-                  comm_rank(GROUP_WORLD), comm_patience(), comm_in_world(GROUP_EXPERTS, r), comm_where());
+                  comm_rank(GROUP_WORLD), comm_patience(), comm_in_world(group, r), comm_where());
             sched_yield();
         }
     }

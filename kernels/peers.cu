@@ -18,16 +18,22 @@ enum { IN_STREAM, BESIDE, BESIDE_ON_SECOND, KINDS };
 
 /* In each rank's memory: the meetings that it, or rank r as that one tells it, has come to. */
 typedef struct {
-    unsigned came[KINDS][PEERS_MOST], meetings;
+    unsigned came[GROUP_COUNT][KINDS][PEERS_MOST], meetings[GROUP_COUNT];
 } Flags;
 
 static struct {
     char *memory; /* where the open memory begins; NULL: none is open */
     size_t bytes;
-    char *of[PEERS_MOST];     /* of each rank, as this process sees it */
-    Flags *flags[PEERS_MOST]; /* likewise; this rank's is owned */
-    unsigned meetings[KINDS]; /* those that the host has queued */
+    Group group;                           /* between whose ranks it is open */
+    char *of[PEERS_MOST];                  /* of each of them, as this process sees it */
+    Flags *flags[PEERS_MOST];              /* likewise; this rank's is owned */
+    unsigned meetings[GROUP_COUNT][KINDS]; /* those that the host has queued */
 } open_memory;
+
+/* The number of a group's rank among those between whom memory is open. */
+static int place_of(Group group, int r) {
+    return open_memory.group == GROUP_WORLD ? comm_in_world(group, r) : r;
+}
 
 void *peers_allocate(size_t bytes) {
     return device_allocate(bytes);
@@ -57,7 +63,8 @@ static bool map_rank(const Address *address, int r) {
 }
 
 bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
-    const int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
+    const Group group = comm_local_ranks() == comm_ranks(GROUP_WORLD) ? GROUP_WORLD : GROUP_EXPERTS;
+    const int rank = comm_rank(group), ranks = comm_ranks(group);
     Address *all = (Address *)calloc(ranks, sizeof *all), *mine = &all[rank];
     CHECK(all, "out of memory for the addresses of %d ranks", ranks);
     memset(&open_memory, 0, sizeof open_memory);
@@ -70,7 +77,7 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
                    cudaIpcGetMemHandle(&mine->flags, flags) == cudaSuccess;
     cudaGetLastError();
     snprintf(why, size, "at most %d ranks can, on GPUs that can share memory", PEERS_MOST);
-    comm_gather_host(GROUP_EXPERTS, all, sizeof *all);
+    comm_gather_host(group, all, sizeof *all);
     for (int r = 0; r < ranks && reached; r++) {
         reached =
             strcmp(all[r].machine, mine->machine) == 0 && all[r].bytes == bytes && (r == rank || map_rank(&all[r], r));
@@ -79,6 +86,7 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
         }
     }
     free(all);
+    open_memory.group = group;
     open_memory.of[rank] = (char *)memory;
     open_memory.flags[rank] = (Flags *)flags;
     open_memory.bytes = bytes;
@@ -88,14 +96,14 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
 
 /* Nobody leaves before all have come here: the others still store in its memory. */
 void peers_close(void) {
-    const int rank = comm_rank(GROUP_EXPERTS);
+    const int rank = comm_rank(open_memory.group);
     if (!open_memory.flags[rank]) {
         return;
     }
     device_wait(NULL);
     device_wait(device_second_stream());
     comm_barrier();
-    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
+    for (int r = 0; r < comm_ranks(open_memory.group); r++) {
         if (r != rank && open_memory.memory) {
             CUDA_CHECK(cudaIpcCloseMemHandle(open_memory.of[r]));
             CUDA_CHECK(cudaIpcCloseMemHandle(open_memory.flags[r]));
@@ -106,20 +114,21 @@ void peers_close(void) {
     memset(&open_memory, 0, sizeof open_memory);
 }
 
-bool peers_reach(const void *mine) {
+bool peers_reach(Group group, const void *mine) {
+    bool member = open_memory.group == GROUP_WORLD || open_memory.group == group;
     const char *at = (const char *)mine;
-    return open_memory.memory && at >= open_memory.memory && at < open_memory.memory + open_memory.bytes;
+    return member && open_memory.memory && at >= open_memory.memory && at < open_memory.memory + open_memory.bytes;
 }
 
-void *peers_at(int r, const void *mine) {
-    return open_memory.of[r] + ((const char *)mine - open_memory.memory);
+void *peers_at(Group group, int r, const void *mine) {
+    return open_memory.of[place_of(group, r)] + ((const char *)mine - open_memory.memory);
 }
 
 PeerRows peers_rows(const void *to, int places, size_t row_bytes) {
     PeerRows rows = {};
     rows.places = places;
     for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
-        rows.of[r] = (char *)peers_at(r, to) + (size_t)comm_rank(GROUP_EXPERTS) * places * row_bytes;
+        rows.of[r] = (char *)peers_at(GROUP_EXPERTS, r, to) + (size_t)comm_rank(GROUP_EXPERTS) * places * row_bytes;
     }
     return rows;
 }
@@ -199,24 +208,24 @@ typedef struct {
 /* A thread for each rank: tells it that this rank has come, and waits for it. What kernels before this one have stored
  * is seen by whoever sees the flag (release, at the system's scope), and what others stored before theirs is seen here
  * and behind (acquire). Numbers of meetings only grow, so nobody resets them, and a recorded step can be repeated. */
-__global__ static void meet_kernel(FlagsOfAll flags, int rank, int ranks) {
+__global__ static void meet_kernel(FlagsOfAll flags, Group group, int rank, int ranks) {
     __shared__ unsigned meeting;
     const int r = threadIdx.x;
     Flags *mine = flags.of[rank];
     if (r == 0) {
-        meeting = ++mine->meetings;
+        meeting = ++mine->meetings[group];
     }
     __syncthreads();
     if (r < ranks) {
         unsigned came;
         asm volatile("st.release.sys.global.u32 [%0], %1;"
                      :
-                     : "l"(&flags.of[r]->came[IN_STREAM][rank]), "r"(meeting)
+                     : "l"(&flags.of[r]->came[group][IN_STREAM][rank]), "r"(meeting)
                      : "memory");
         do {
             asm volatile("ld.acquire.sys.global.u32 %0, [%1];"
                          : "=r"(came)
-                         : "l"(&mine->came[IN_STREAM][r])
+                         : "l"(&mine->came[group][IN_STREAM][r])
                          : "memory");
         } while ((int)(came - meeting) < 0);
     }
@@ -235,22 +244,24 @@ static PFN_cuStreamBatchMemOp_v11070 batch_of_words(void) {
 }
 
 /* The same by words that the stream itself writes and waits for, which needs no multiprocessor. */
-static void meet_beside(int kind, cudaStream_t stream) {
-    const int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
-    const unsigned meeting = ++open_memory.meetings[kind];
+static void meet_beside(Group group, int kind, cudaStream_t stream) {
+    const int rank = comm_rank(group), ranks = comm_ranks(group);
+    const unsigned meeting = ++open_memory.meetings[group][kind];
     CUstreamBatchMemOpParams word[2 * PEERS_MOST] = {};
     int words = 0;
     for (int r = 0; r < ranks; r++) {
         if (r != rank) {
             word[words].writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
-            word[words].writeValue.address = (CUdeviceptr)&open_memory.flags[r]->came[kind][rank];
+            word[words].writeValue.address =
+                (CUdeviceptr)&open_memory.flags[place_of(group, r)]->came[group][kind][rank];
             word[words++].writeValue.value = meeting;
         }
     }
     for (int r = 0; r < ranks; r++) {
         if (r != rank) {
             word[words].waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
-            word[words].waitValue.address = (CUdeviceptr)&open_memory.flags[rank]->came[kind][r];
+            word[words].waitValue.address =
+                (CUdeviceptr)&open_memory.flags[place_of(group, rank)]->came[group][kind][r];
             word[words].waitValue.value = meeting;
             word[words++].waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
         }
@@ -259,15 +270,15 @@ static void meet_beside(int kind, cudaStream_t stream) {
     CHECK(result == CUDA_SUCCESS, "waiting in a stream failed (CUDA driver error %d): take --peer-memory 0", result);
 }
 
-void peers_meet(bool beside, Stream *stream) {
+void peers_meet(Group group, bool beside, Stream *stream) {
     if (beside) {
-        meet_beside(stream == device_second_stream() ? BESIDE_ON_SECOND : BESIDE, cuda_stream(stream));
+        meet_beside(group, stream == device_second_stream() ? BESIDE_ON_SECOND : BESIDE, cuda_stream(stream));
         return;
     }
     FlagsOfAll flags = {};
-    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
-        flags.of[r] = open_memory.flags[r];
+    for (int r = 0; r < comm_ranks(group); r++) {
+        flags.of[r] = open_memory.flags[place_of(group, r)];
     }
-    meet_kernel<<<1, PEERS_MOST, 0, cuda_stream(stream)>>>(flags, comm_rank(GROUP_EXPERTS), comm_ranks(GROUP_EXPERTS));
+    meet_kernel<<<1, PEERS_MOST, 0, cuda_stream(stream)>>>(flags, group, comm_rank(group), comm_ranks(group));
     CUDA_LAUNCHED();
 }

@@ -13,7 +13,7 @@
  *
  * What was read before a meeting may be overwritten after it.
  *
- * The ranks are those of GROUP_EXPERTS. Everything but the questions is collective.
+ * Rows go between the ranks of GROUP_EXPERTS. Everything but the questions is collective.
  */
 #ifndef KERNELS_PEERS_H
 #define KERNELS_PEERS_H
@@ -21,6 +21,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "comm.h"
 #include "types.h"
 
 enum { PEERS_MOST = 16 };
@@ -29,14 +30,15 @@ enum { PEERS_MOST = 16 };
 void *peers_allocate(size_t bytes);
 void peers_release(void *memory, size_t bytes);
 
-/* Opens this memory, from peers_allocate on the CPU, to all ranks of the group, and theirs, as large, to this one; the
- * memory of one arena at a time. Returns whether all reach all; the reason why not in `why`, for a line. */
+/* Opens this memory, from peers_allocate on the CPU, to others, and theirs, as large, to this rank: among all ranks
+ * where all are on one machine, otherwise among those of GROUP_EXPERTS. The memory of one arena at a time. Returns
+ * whether all of these reach all; the reason why not in `why`, for a line. */
 bool peers_open(void *memory, size_t bytes, char *why, size_t size);
 void peers_close(void);
 
-/* Whether `mine` is in memory that is open; and where the same piece of rank r is. */
-bool peers_reach(const void *mine);
-void *peers_at(int r, const void *mine);
+/* Whether `mine` is in memory that is open between the ranks of the group; and where the same piece of rank r is. */
+bool peers_reach(Group group, const void *mine);
+void *peers_at(Group group, int r, const void *mine);
 
 /* Rows for other ranks: row r is the (r % places)-th of this rank's for rank r / places. */
 typedef struct {
@@ -70,8 +72,8 @@ void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, St
 /* all (ranks, bytes): mine (bytes) stored on every rank, this one too. bytes: a multiple of 4. */
 void peers_put_all(void *all, const void *mine, size_t bytes, Stream *stream);
 
-/* All that the ranks have stored so far is there, and all that they have read is read. Two ways to wait: work in the
- * stream that can be recorded; or, `beside` other work that fills the device, without taking any of it. */
-void peers_meet(bool beside, Stream *stream);
+/* All that the ranks of the group have stored so far is there, and all that they have read is read. Two ways to wait:
+ * work in the stream that can be recorded; or, `beside` other work that fills the device, without taking any of it. */
+void peers_meet(Group group, bool beside, Stream *stream);
 
 #endif

@@ -46,7 +46,8 @@ bool exchange_recordable(const Config *config) {
 
 void exchange_open(const Config *config, const Arena *arena) {
     char why[128];
-    if (comm_ranks(GROUP_EXPERTS) > 1 && arena->shared) {
+    bool gpus = device_runs_ahead() && config->train.peer_memory;
+    if (comm_ranks(GROUP_WORLD) > 1 && (arena->shared || gpus)) {
         bool open = peers_open(arena->base, arena->bytes, why, sizeof why);
         CHECK(open || config->train.exchange != EXCHANGE_P2P, "--exchange p2p: %s; take another way, such as dedup",
               why);
@@ -181,7 +182,7 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     if (ranks == 1) {
         return plan_rows;
     }
-    arena->shared |= x->way == EXCHANGE_P2P || (t->peer_memory && device_runs_ahead());
+    arena->shared |= x->way == EXCHANGE_P2P;
     if (plan->slots > 0) {
         x->slots = (Plan){.N = plan_rows, .E = E, .K = 1, .rows = plan_rows};
         reserve_plan(&x->slots, arena);

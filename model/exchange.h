@@ -102,8 +102,8 @@ typedef struct {
     bool copies;      /* whether some way writes out the experts' rows, on every device */
 } ExchangeSize;
 
-/* Opens the arena, committed, to the ranks of the group where they can and may store in it, and closes it. With `p2p` a
- * line says why they cannot. Collective. */
+/* Opens the arena, committed, to other ranks where these can and may store in it (--peer-memory), and closes it. With
+ * `p2p` a line says why they cannot. Collective. */
 void exchange_open(const Config *config, const Arena *arena);
 void exchange_close(void);
 

@@ -69,6 +69,6 @@ void exchange_move(const Exchange *x, const ExchangePart *part, End to, End from
 
 void exchange_settle(const Exchange *x, Stream *stream) {
     if (x->way == EXCHANGE_P2P) {
-        peers_meet(false, stream);
+        peers_meet(GROUP_EXPERTS, false, stream);
     }
 }

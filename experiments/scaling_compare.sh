@@ -19,7 +19,8 @@
 # batch (weak), and with --ep n also on ranks that share it (strong); a process each. PyTorch in both modes: a start on
 # each number of ranks, since that takes long. What fails or is not begun leaves the rest as it is; the table says what
 # is missing. Efficiency: tokens/s, of n times those of one rank. exchange: all that travels between ranks, ms of one
-# step timed stage by stage, on the rank that waits least for others. MPIRUN starts the ranks, default: mpirun --bind-to none. Builds nothing.
+# step timed stage by stage, on the rank that waits least for others. MPIRUN starts the ranks, default:
+# mpirun --bind-to none. Builds nothing.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -6,7 +6,8 @@
  *     mpirun -n 4 build/bench_alltoall_cuda --sweep experts  ways against batch, seq, experts (of a rank) or k
  *
  *     shapes:  names (SHAPES), and --shape E,k,H,T: experts, choices of a token, numbers of a row, tokens of a rank
- *     options: --exchange flat|bucketed|dedup|padded|padded+graph|p2p|p2p+graph|all  --wire, --wire-back: as of ./train
+ *     options: --exchange flat|bucketed|dedup|padded|padded+graph|p2p|p2p+graph|all
+ *              --wire, --wire-back, --peer-memory: as of ./train
  *              --skew none  an expert is as likely as any other
  *                     zipf:S  expert e (from 0) has a popularity of 1 / (e + 1)^S
  *                     one     all tokens choose expert 0, and k - 1 others
@@ -30,7 +31,7 @@
  * the device); backward_.. likewise. padded_ratio: rows of messages of `room` rows, to those that hold one.
  *
  * Compared with baselines/torch_alltoall.py, whose lines have the same fields, by alltoall_compare.sh. Tested by
- * tests/test_bench_alltoall.sh. Read next: forward, backward, measure.
+ * tests/test_bench_alltoall.sh. Read next: alltoall_batch.h, alltoall_trip.h, measure.
  */
 #include <math.h>
 #include <stdio.h>
@@ -38,20 +39,10 @@
 #include <string.h>
 
 #include "../kernels/comm.h"
-#include "../kernels/dispatch.h"
-#include "../kernels/permute.h"
 #include "../model/commit.h"
-#include "../model/config.h"
-#include "../model/exchange.h"
-#include "bench.h"
-#include "scale_rows.h"
+#include "alltoall_trip.h"
 
-enum { NAME = 48, MOST_SHAPES = 64, WARM_UP = 10, GPU_CACHE = 256 << 20 /* more than any GPU's */ };
-
-typedef struct {
-    char name[NAME];
-    int E, k, H, T, seed;
-} Shape;
+enum { MOST_SHAPES = 64, WARM_UP = 10, GPU_CACHE = 256 << 20 /* more than any GPU's */ };
 
 static const Shape SHAPES[] = {
     {"b1", 8, 2, 6144, 16, 6635},         {"b2", 64, 6, 2048, 32, 1234},     {"b3", 128, 4, 2880, 128, 51},
@@ -64,330 +55,11 @@ static const Shape SHAPES[] = {
 
 enum { SHAPE_COUNT = sizeof SHAPES / sizeof *SHAPES, DEFAULT_SHAPES = 8 /* the first ones */ };
 
-typedef struct {
-    const char *name, *exchange; /* .. of the program's options */
-    bool recorded;
-} Way;
-
 static const Way WAYS[] = {{"flat", "flat", false},     {"bucketed", "bucketed", false},  {"dedup", "dedup", false},
                            {"padded", "padded", false}, {"padded+graph", "padded", true}, {"p2p", "p2p", false},
                            {"p2p+graph", "p2p", true}};
 
 enum { WAY_COUNT = sizeof WAYS / sizeof *WAYS };
-
-typedef struct {
-    const char *way, *wire, *wire_back, *skew, *sweep;
-    int repeats, seed, room; /* seed -1: the shape's own; room 0: the least that is enough */
-    double seconds;
-    bool full_tokens;
-} Options;
-
-/* ---- what the ranks tell each other on the host ---- */
-
-/* values (count) = the largest that any rank has. */
-static void largest_of_ranks(double *values, int count) {
-    int ranks = comm_ranks(GROUP_WORLD);
-    double *all = calloc((size_t)ranks * count, sizeof *all);
-    CHECK(all, "out of memory for %d numbers of %d ranks", count, ranks);
-    memcpy(all + (size_t)comm_rank(GROUP_WORLD) * count, values, count * sizeof *all);
-    comm_sum_host(all, (size_t)ranks * count);
-    for (int i = 0; i < ranks * count; i++) {
-        values[i % count] = all[i] > values[i % count] ? all[i] : values[i % count];
-    }
-    free(all);
-}
-
-static double largest(double value) {
-    largest_of_ranks(&value, 1);
-    return value;
-}
-
-/* ---- choices ---- */
-
-/* One rank's tokens; places from `tokens` on have none. */
-typedef struct {
-    int tokens;
-    int *expert;       /* (T,k) -1: no token */
-    acc_t *weight;     /* (T,k) */
-    double *tokens_of; /* (ranks) */
-    double most;       /* of tokens_of */
-    double entries;    /* of all ranks */
-    double room;       /* the most entries that a rank has for another, or for itself */
-} Batch;
-
-/* How popular an expert is: the logarithm of its weight. */
-static double popularity(const char *skew, int e, int E) {
-    if (strcmp(skew, "one") == 0 && e == 0) {
-        return INFINITY;
-    }
-    if (strcmp(skew, "empty") == 0 && e >= E - E / comm_ranks(GROUP_WORLD)) {
-        return -INFINITY;
-    }
-    return strncmp(skew, "zipf:", 5) == 0 ? -atof(skew + 5) * log(e + 1.0) : 0;
-}
-
-static void check_skew(const char *skew, const Shape *s) {
-    char *end = NULL;
-    bool zipf = strncmp(skew, "zipf:", 5) == 0 && strtod(skew + 5, &end) >= 0 && end > skew + 5 && !*end;
-    CHECK(zipf || strcmp(skew, "none") == 0 || strcmp(skew, "one") == 0 || strcmp(skew, "empty") == 0,
-          "--skew %s: choose none, zipf:S with S >= 0, one or empty", skew);
-    int left = s->E - s->E / comm_ranks(GROUP_WORLD);
-    CHECK(strcmp(skew, "empty") != 0 || s->k <= left,
-          "--skew empty: %d of %d experts are left for the %d choices of a token: take more ranks or a smaller k", left,
-          s->E, s->k);
-}
-
-/* k different experts for a token: those with the largest popularity + Gumbel noise, which is to draw them one by one,
- * each as likely as it is popular (Kool et al. 2019). liking (E) is scratch. */
-static void choose(int *expert, double *liking, const Shape *s, const char *skew, uint64_t key, int token) {
-    for (int e = 0; e < s->E; e++) {
-        double u = 1 - random_uniform(key, (uint64_t)token * s->E + e);
-        liking[e] = popularity(skew, e, s->E) - log(-log(u));
-    }
-    for (int j = 0; j < s->k; j++) {
-        int best = 0;
-        for (int e = 1; e < s->E; e++) {
-            best = liking[e] > liking[best] ? e : best;
-        }
-        expert[j] = best;
-        liking[best] = -INFINITY;
-    }
-}
-
-/* What follows from the choices of all ranks: tokens_of, most, entries, room. */
-static void count_entries(Batch *b, const Shape *s) {
-    int ranks = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_WORLD);
-    double *between = calloc((size_t)ranks * ranks, sizeof *between);
-    b->tokens_of = calloc(ranks, sizeof *b->tokens_of);
-    CHECK(between && b->tokens_of, "out of memory for the counts of %d ranks", ranks);
-    b->tokens_of[me] = b->tokens;
-    for (int i = 0; i < b->tokens * s->k; i++) {
-        between[me * ranks + b->expert[i] / (s->E / ranks)]++;
-    }
-    comm_sum_host(b->tokens_of, ranks);
-    comm_sum_host(between, (size_t)ranks * ranks);
-    for (int r = 0; r < ranks; r++) {
-        b->most = fmax(b->most, b->tokens_of[r]);
-        b->entries += b->tokens_of[r] * s->k;
-    }
-    for (int i = 0; i < ranks * ranks; i++) {
-        b->room = fmax(b->room, between[i]);
-    }
-    free(between);
-}
-
-static void draw_batch(Batch *b, const Shape *s, const Options *o) {
-    uint64_t stream = 4 * (uint64_t)comm_rank(GROUP_WORLD), seed = s->seed;
-    uint64_t count_key = random_key(seed, RANDOM_TEST, stream), expert_key = random_key(seed, RANDOM_TEST, stream + 1);
-    uint64_t weight_key = random_key(seed, RANDOM_TEST, stream + 2);
-    size_t entries = (size_t)s->T * s->k;
-    double *liking = malloc(s->E * sizeof *liking);
-    *b = (Batch){.tokens = o->full_tokens || s->T == 1 ? s->T : 1 + (int)random_below(count_key, 0, s->T - 1),
-                 .expert = malloc(entries * sizeof(int)),
-                 .weight = calloc(entries, sizeof(acc_t))};
-    CHECK(liking && b->expert && b->weight, "out of memory for %zu choices", entries);
-    for (int n = 0; n < b->tokens; n++) {
-        choose(b->expert + (size_t)n * s->k, liking, s, o->skew, expert_key, n);
-    }
-    for (size_t i = 0; i < entries; i++) {
-        bool there = i < (size_t)b->tokens * s->k;
-        b->expert[i] = there ? b->expert[i] : -1;
-        b->weight[i] = there ? random_uniform(weight_key, i) : 0;
-    }
-    free(liking);
-    count_entries(b, s);
-}
-
-static void free_batch(Batch *b) {
-    free(b->expert);
-    free(b->weight);
-    free(b->tokens_of);
-}
-
-/* What an expert multiplies by: different for each of 256, far apart for neighbours, exact in every type. */
-static acc_t scale_of(int expert) {
-    return 1 + expert * 101 % 256 / (acc_t)64;
-}
-
-/* ---- there and back ---- */
-
-typedef struct {
-    Arena arena;
-    Config config;
-    Plan plan;
-    Exchange exchange;
-    ExchangeScratch scratch;
-    int64_t step;
-    acc_t *scale;                 /* (experts of this rank) */
-    real_t *x, *y, *dy, *dx;      /* (T,H) */
-    real_t *in_rows, *out_rows;   /* (rows, H) what experts read, where it is written out, and make */
-    acc_t *drow_weight, *dweight; /* (rows), (T,k) */
-    acc_t *staging;               /* (T,H) */
-    char *plain_from, *plain_to;  /* of the plain all-to-all */
-    int *plain_first;             /* (ranks+1) host, owned: its first row for each rank */
-    Recording recorded_forward, recorded_backward;
-} Trip;
-
-/* The options that ./train has too are read as ./train reads them. */
-static void configure(Config *config, const Shape *s, const Way *way, const Options *o, int room) {
-    char rows[16];
-    snprintf(rows, sizeof rows, "%d", room);
-    char *arguments[] = {"bench_alltoall",
-                         "--exchange",
-                         (char *)way->exchange,
-                         "--exchange-rows",
-                         rows,
-                         "--wire",
-                         (char *)o->wire,
-                         "--wire-back",
-                         (char *)o->wire_back,
-                         "--overlap", /* there is nothing to travel beside */
-                         "0"};
-    config_parse(config, sizeof arguments / sizeof *arguments, arguments);
-    config->model.dim = s->H;
-}
-
-static void reserve(Arena *arena, void *slot, size_t bytes) {
-    arena_reserve(arena, slot, bytes, MEMORY_ACTIVATIONS);
-}
-
-static void reserve_plan(Plan *p, Arena *arena) {
-    size_t entries = (size_t)p->N * p->K;
-    reserve(arena, &p->expert, entries * sizeof(int));
-    reserve(arena, &p->weight, entries * sizeof(acc_t));
-    reserve(arena, &p->row, entries * sizeof(int));
-    reserve(arena, &p->entry, p->rows * sizeof(int));
-    reserve(arena, &p->row_weight, p->rows * sizeof(acc_t));
-    reserve(arena, &p->demand, p->E * sizeof(int));
-    reserve(arena, &p->count, p->E * sizeof(int));
-    reserve(arena, &p->offset, (p->E + 1) * sizeof(int));
-}
-
-/* Everything but the exchange's own; rows: the most that this rank's experts get. */
-static void reserve_arrays(Trip *t, const Shape *s, int rows, bool copies) {
-    int ranks = comm_ranks(GROUP_WORLD);
-    size_t TH = (size_t)s->T * s->H;
-    size_t leaving = exchange_travels(&t->exchange) ? t->exchange.part[0].out.rows : t->plan.rows;
-    size_t plain = (leaving + ranks) * wire_row_bytes(t->exchange.wire[0], s->H);
-    real_t **of_tokens[] = {&t->x, &t->y, &t->dy, &t->dx};
-    for (int i = 0; i < 4; i++) {
-        reserve(&t->arena, of_tokens[i], TH * sizeof(real_t));
-    }
-    reserve(&t->arena, &t->staging, TH * sizeof(acc_t));
-    if (copies) {
-        reserve(&t->arena, &t->in_rows, (size_t)rows * s->H * sizeof(real_t));
-    }
-    reserve(&t->arena, &t->out_rows, (size_t)rows * s->H * sizeof(real_t));
-    reserve(&t->arena, &t->drow_weight, rows * sizeof(acc_t));
-    reserve(&t->arena, &t->dweight, (size_t)s->T * s->k * sizeof(acc_t));
-    reserve(&t->arena, &t->scale, s->E / ranks * sizeof(acc_t));
-    reserve(&t->arena, &t->plain_from, plain);
-    reserve(&t->arena, &t->plain_to, plain);
-}
-
-static void fill_arrays(Trip *t, const Shape *s, const Batch *b) {
-    int ranks = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_WORLD), local = s->E / ranks;
-    size_t TH = (size_t)s->T * s->H, entries = (size_t)s->T * s->k;
-    acc_t *scale = malloc(local * sizeof *scale);
-    CHECK(scale, "out of memory for %d experts", local);
-    for (int e = 0; e < local; e++) {
-        scale[e] = scale_of(me * local + e);
-    }
-    device_from_host(t->scale, scale, local * sizeof *scale, NULL);
-    free(scale);
-    device_from_host(t->plan.expert, b->expert, entries * sizeof(int), NULL);
-    device_from_host(t->plan.weight, b->weight, entries * sizeof(acc_t), NULL);
-    bench_fill(t->x, t->staging, TH, 1, 2 * me);
-    bench_fill(t->dy, t->staging, TH, 1, 2 * me + 1);
-}
-
-static void open_trip(Trip *t, const Shape *s, const Batch *b, const Way *way, const Options *o, int room) {
-    *t = (Trip){.plan = {.N = s->T, .E = s->E, .K = s->k, .rows = plan_rows(s->T, s->E, s->k, 0, LAYOUT_COMPACT)}};
-    ExchangeSize size = {0};
-    configure(&t->config, s, way, o, room);
-    reserve_plan(&t->plan, &t->arena);
-    int rows = exchange_reserve(&t->exchange, &t->plan, t->plan.rows, &t->config, -1, &t->step, &size, &t->arena);
-    exchange_reserve_scratch(&t->scratch, size, s->H, &t->arena);
-    reserve_arrays(t, s, rows, dispatch_copies() || size.copies);
-    t->plain_first = calloc(comm_ranks(GROUP_WORLD) + 1, sizeof(int));
-    CHECK(t->plain_first, "out of memory for the counts of %d ranks", comm_ranks(GROUP_WORLD));
-    arena_commit(&t->arena);
-    exchange_open(&t->config, &t->arena);
-    fill_arrays(t, s, b);
-}
-
-static void close_trip(Trip *t) {
-    recording_free(&t->recorded_forward);
-    recording_free(&t->recorded_backward);
-    exchange_free(&t->exchange);
-    free(t->plain_first);
-    exchange_close();
-    arena_free(&t->arena);
-}
-
-static void forward(void *trip, Profile *profile) {
-    Trip *t = trip;
-    const Exchange *x = &t->exchange;
-    profile_stage(profile, STAGE_PERMUTE, NULL);
-    plan_build(&t->plan, NULL);
-    exchange_plan(&t->exchange, &t->scratch, NULL, NULL);
-    profile_stage(profile, STAGE_DISPATCH, NULL);
-    exchange_dispatch_begin(x, &t->scratch, t->x, true, NULL, NULL);
-    RowSource rows = exchange_dispatch(x, 0, &t->scratch, t->in_rows, t->x, true, NULL, NULL);
-    profile_stage(profile, STAGE_EXPERTS, NULL);
-    scale_rows(t->out_rows, NULL, rows, NULL, t->scale, exchange_experts(x, 0)->offset, x->experts, x->C, NULL);
-    profile_stage(profile, STAGE_COMBINE, NULL);
-    exchange_combine(x, 0, &t->scratch, t->y, t->out_rows, NULL, NULL);
-    exchange_combine_end(x, &t->scratch, t->y, NULL, NULL);
-}
-
-static void backward(void *trip, Profile *profile) {
-    Trip *t = trip;
-    const Exchange *x = &t->exchange;
-    const Plan *experts = exchange_experts(x, 0);
-    exchange_dispatch_begin(x, &t->scratch, t->dy, false, NULL, NULL);
-    RowSource rows = exchange_dispatch(x, 0, &t->scratch, t->in_rows, t->dy, false, NULL, NULL);
-    scale_rows(t->out_rows, t->drow_weight, rows, experts->row_weight, t->scale, experts->offset, x->experts, x->C,
-               NULL);
-    exchange_backward(x, 0, &t->scratch, t->dx, t->dweight, t->out_rows, t->drow_weight, 0, NULL, NULL);
-    exchange_backward_end(x, &t->scratch, t->dx, t->dweight, 0, NULL, NULL);
-}
-
-static void replay(Recording *recording, Trip *t, void (*call)(void *trip, Profile *profile)) {
-    if (!recording_replay(recording, NULL)) {
-        recording_begin(recording, NULL);
-        call(t, NULL);
-        recording_end(recording, NULL);
-    }
-}
-
-static void replayed_forward(void *trip, Profile *profile) {
-    replay(&((Trip *)trip)->recorded_forward, trip, forward);
-}
-
-static void replayed_backward(void *trip, Profile *profile) {
-    replay(&((Trip *)trip)->recorded_backward, trip, backward);
-}
-
-static void nothing(void *trip, Profile *profile) {
-}
-
-/* As many rows as the rank sends that sends most, in equal parts. */
-static void divide_plainly(Trip *t) {
-    int ranks = comm_ranks(GROUP_WORLD);
-    double rows = exchange_travels(&t->exchange) ? t->exchange.part[0].send[ranks] : t->plan.rows;
-    int part = ((int)largest(rows) + ranks - 1) / ranks;
-    for (int r = 0; r <= ranks; r++) {
-        t->plain_first[r] = r * part;
-    }
-}
-
-static void plain(void *trip, Profile *profile) {
-    Trip *t = trip;
-    size_t row_bytes = wire_row_bytes(t->exchange.wire[0], t->exchange.C);
-    comm_exchange(GROUP_WORLD, t->plain_to, t->plain_first, t->plain_from, t->plain_first, NULL, row_bytes, NULL);
-    comm_exchange(GROUP_WORLD, t->plain_from, t->plain_first, t->plain_to, t->plain_first, NULL, row_bytes, NULL);
-}
 
 /* ---- results ---- */
 
@@ -562,13 +234,48 @@ typedef struct {
     double bytes, messages, exchanges, waits;
 } Traffic;
 
-static Traffic count_traffic(Call *call, Trip *t) {
+/* Rows that are there, of rows (ranks, places): those of other ranks. */
+static double rows_of_others(const int *there, int each, int places) {
+    int ranks = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_WORLD);
+    size_t count = (size_t)ranks * places * each;
+    int *host = malloc(count * sizeof *host);
+    double rows = 0;
+    CHECK(host, "out of memory for %zu places", count);
+    host_from_device(host, there, count * sizeof *host, NULL);
+    for (int r = 0; r < ranks * places; r++) {
+        bool any = false;
+        for (int j = 0; j < each; j++) {
+            any |= host[(size_t)r * each + j] >= 0;
+        }
+        rows += any && r / places != me;
+    }
+    free(host);
+    return rows;
+}
+
+/* Bytes that p2p stores on other ranks, which nobody sends or counts, from the plans of the last call: rows there and
+ * back; before them the demand, and notes for all places; or after them the weights' gradients of the rows. */
+static double stored_bytes(const Trip *t, bool gradient) {
+    const Exchange *x = &t->exchange;
+    const ExchangePart *part = &x->part[0];
+    if (!exchange_travels(x) || x->way != EXCHANGE_P2P) {
+        return 0;
+    }
+    int places = part->out.capacity, others = x->ranks - 1;
+    double leave = rows_of_others(part->out.entry, 1, places),
+           returned = rows_of_others(part->in.row, x->width, places);
+    double rows = (leave + returned) * wire_row_bytes(x->wire[gradient], x->C);
+    double notes = (double)others * places * x->width * sizeof(RelayNote) + (double)others * x->E * sizeof(int);
+    return rows + (gradient ? returned * x->width * sizeof(acc_t) : notes);
+}
+
+static Traffic count_traffic(Call *call, bool gradient, Trip *t) {
     CommCount before = comm_count();
     int64_t waits = device_waits();
     call(t, NULL);
     CommCount after = comm_count();
-    Traffic traffic = {after.bytes - before.bytes, after.messages - before.messages, after.calls - before.calls,
-                       device_waits() - waits};
+    Traffic traffic = {after.bytes - before.bytes + stored_bytes(t, gradient), after.messages - before.messages,
+                       after.calls - before.calls, device_waits() - waits};
     largest_of_ranks((double *)&traffic, sizeof traffic / sizeof(double));
     return traffic;
 }
@@ -612,7 +319,7 @@ static void bench_way(const Shape *s, const Batch *b, const Way *way, Meter *m, 
     Trip t;
     int ranks = comm_ranks(GROUP_WORLD), room = o->room ? o->room : (int)b->room;
     open_trip(&t, s, b, way, o, room);
-    Traffic there = count_traffic(forward, &t), back = count_traffic(backward, &t);
+    Traffic there = count_traffic(forward, false, &t), back = count_traffic(backward, true, &t);
     check_results(&t, s, b);
     divide_plainly(&t);
     Times bound = measure(m, plain, &t), times = measure(m, way->recorded ? replayed_forward : forward, &t);
@@ -707,9 +414,10 @@ static int parse(Options *o, Shape *shapes, int argc, char **argv) {
     const char *number[4] = {"100", "-1", "0", "10"};
     struct {
         const char *name, **value;
-    } table[] = {{"--exchange", &o->way}, {"--wire", &o->wire},   {"--wire-back", &o->wire_back},
-                 {"--skew", &o->skew},    {"--sweep", &o->sweep}, {"--repeats", &number[0]},
-                 {"--seed", &number[1]},  {"--room", &number[2]}, {"--seconds", &number[3]}};
+    } table[] = {{"--exchange", &o->way},  {"--wire", &o->wire},   {"--wire-back", &o->wire_back},
+                 {"--skew", &o->skew},     {"--sweep", &o->sweep}, {"--peer-memory", &o->peer_memory},
+                 {"--seed", &number[1]},   {"--room", &number[2]}, {"--repeats", &number[0]},
+                 {"--seconds", &number[3]}};
     int count = 0;
     for (int i = 1; i < argc; i++) {
         bool found = strcmp(argv[i], "--full-tokens") == 0;
@@ -739,9 +447,9 @@ static void check_options(const Options *o) {
     for (int i = 0; i < WAY_COUNT; i++) {
         known |= strcmp(o->way, WAYS[i].name) == 0;
     }
-    CHECK(known, "--exchange %s: choose all, flat, bucketed, dedup, padded or padded+graph", o->way);
-    CHECK(strcmp(o->way, "padded+graph") != 0 || device_runs_ahead(),
-          "--exchange padded+graph needs a GPU: take padded");
+    CHECK(known, "--exchange %s: choose all, flat, bucketed, dedup, padded, p2p, padded+graph or p2p+graph", o->way);
+    CHECK(!strstr(o->way, "+graph") || device_runs_ahead(), "--exchange %s needs a GPU: take the same without +graph",
+          o->way);
     CHECK(o->repeats >= 1, "--repeats %d: give at least 1", o->repeats);
     CHECK(o->room >= 0, "--room %d: give at least 1 row, or 0 for the least that is enough", o->room);
 }
@@ -751,7 +459,7 @@ int main(int argc, char **argv) {
     int ranks = comm_ranks(GROUP_WORLD);
     comm_form_groups(ranks);
     Shape shapes[MOST_SHAPES];
-    Options o = {.way = "all", .wire = "same", .wire_back = "same", .skew = "none"};
+    Options o = {.way = "all", .wire = "same", .wire_back = "same", .peer_memory = "1", .skew = "none"};
     int count = parse(&o, shapes, argc, argv);
     check_options(&o);
     if (o.sweep) {

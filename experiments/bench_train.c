@@ -158,7 +158,7 @@ static void close_bench(Bench *b) {
 }
 
 static void print_result(Bench *b, const Model *m, bool strong, double median, double p95, int steps,
-                         const Profile *profile, const char *device) {
+                         const Profile *profile, const double *exchange, const char *device) {
     const TrainConfig *t = &b->config.train;
     double flops = transformer_flops_per_token(&b->model), speed = (double)b->model.N * b->ranks / median;
     double peak = device_peak_flops() * b->ranks;
@@ -173,8 +173,22 @@ static void print_result(Bench *b, const Model *m, bool strong, double median, d
         1e3 * p95, speed, speed * flops / 1e9, peak > 0 ? speed * flops / peak : 0, steps, t->graph, t->recompute,
         (double)loss, b->arena.bytes / 1048576.0, device_peak_memory() / 1048576.0, device, commit_name());
     bench_print_stages("stages_ms", profile, 1);
-    printf("}\n");
+    printf(",\"exchange_ms\":[");
+    for (int r = 0; r < b->ranks; r++) {
+        printf("%s%.4f", r ? "," : "", 1e3 * exchange[r]);
+    }
+    printf("]}\n");
     fflush(stdout);
+}
+
+/* What each rank takes for what moves between ranks, in seconds; the caller's. The rank that the others wait for takes
+ * least: that much is exposed, the rest is waiting. */
+static double *exchange_of_ranks(const Bench *b, const Profile *profile) {
+    double *exchange = calloc(b->ranks, sizeof *exchange);
+    CHECK(exchange, "out of memory for the times of %d ranks", b->ranks);
+    exchange[comm_rank(GROUP_WORLD)] = profile->seconds[STAGE_EXCHANGE];
+    comm_sum_host(exchange, b->ranks);
+    return exchange;
 }
 
 static void bench_model(const Model *m, int steps, bool strong, char **options, int option_count, const char *device) {
@@ -204,7 +218,9 @@ static void bench_model(const Model *m, int steps, bool strong, char **options, 
     profile_stop(&profile, NULL);
     profile_finish(&profile);
     double median = bench_median(seconds, groups, &p95);
-    print_result(&b, m, strong, median, p95, steps, &profile, device);
+    double *exchange = exchange_of_ranks(&b, &profile);
+    print_result(&b, m, strong, median, p95, steps, &profile, exchange, device);
+    free(exchange);
     profile_free(&profile);
     free(seconds);
     close_bench(&b);

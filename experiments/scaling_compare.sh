@@ -2,14 +2,15 @@
 # Training steps on 1, 2, 4 .. GPUs, ours against PyTorch's DistributedDataParallel, in one job. Prints a table and
 # appends every measurement to a JSONL file.
 #
-#   experiments/scaling_compare.sh [-m MODELS] [-n RANKS] [-r STEPS] [-w WAYS] [-k WEIGHTS] [-b BUCKETS] [-s LIMIT]
-#                                  [-p PYTHON] DIR OUT
+#   experiments/scaling_compare.sh [-m MODELS] [-n RANKS] [-r STEPS] [-o OPTIONS] [-w WAYS] [-k WEIGHTS] [-b BUCKETS]
+#                                  [-s LIMIT] [-p PYTHON] DIR OUT
 #
 #   DIR         where bench_train_cuda is (make build/bench_train_cuda)
 #   OUT         JSONL: what was printed, plus command and time; PyTorch's lines get the commit of ours
 #   -m MODELS   comma-separated, default: d12,d12-fine
 #   -n RANKS    space-separated numbers of ranks, default: "1 2 4" and so on, as far as there are GPUs
 #   -r STEPS    that are timed, of either side, default: 20
+#   -o OPTIONS  of ours, space-separated, as ./train has them, such as "--exchange p2p"; default: none
 #   -w WAYS     the ways PyTorch may choose from, default: grouped+compile,grouped+blocks
 #   -k WEIGHTS  how it keeps the weights: rounded, copies (torch_gpu.py), default: both
 #   -b BUCKETS  MiB of gradients that it averages at once, default: 25
@@ -18,18 +19,19 @@
 # batch (weak), and with --ep n also on ranks that share it (strong); a process each. PyTorch in both modes: a start on
 # each number of ranks, since that takes long. What fails or is not begun leaves the rest as it is; the table says what
 # is missing. Efficiency: tokens/s, of n times those of one rank. exchange: all that travels between ranks, ms of one
-# step, timed stage by stage. MPIRUN starts the ranks, default: mpirun --bind-to none. Builds nothing.
+# step timed stage by stage, on the rank that waits least for others. MPIRUN starts the ranks, default: mpirun --bind-to none. Builds nothing.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 usage() { sed -n '5s/^#  */usage: /p; 6s/^#//p' "$0" >&2; exit 1; }
 models=d12,d12-fine counts='' steps=20 ways=grouped+compile,grouped+blocks weights=rounded,copies buckets=25
-limit='' python=python3
-while getopts 'm:n:r:w:k:b:s:p:' option; do
+limit='' python=python3 options=''
+while getopts 'm:n:r:o:w:k:b:s:p:' option; do
     case $option in
         m) models=$OPTARG ;;
         n) counts=$OPTARG ;;
         r) steps=$OPTARG ;;
+        o) options=$OPTARG ;;
         w) ways=$OPTARG ;;
         k) weights=$OPTARG ;;
         b) buckets=$OPTARG ;;
@@ -50,6 +52,7 @@ if [ -z "$counts" ]; then
 fi
 read -ra counts <<<"$counts"
 read -ra models <<<"${models//,/ }"
+read -ra options <<<"$options"
 if [ ${#counts[@]} = 0 ]; then echo "scaling_compare.sh: no GPU is here: give numbers of ranks, -n" >&2; exit 1; fi
 for n in "${counts[@]}"; do
     if [[ ! $n =~ ^[1-9][0-9]*$ ]]; then echo "scaling_compare.sh: -n $n: give numbers of ranks" >&2; exit 1; fi
@@ -69,7 +72,8 @@ begins() {
 # ours MODEL RANKS EP OPTION..
 ours() {
     if begins "ours, $1, $2 ranks, ep $3 ${*:4}"; then
-        keep "${mpirun[@]}" -n "$2" "$dir/bench_train_cuda" --model "$1" --steps "$steps" --ep "$3" "${@:4}"
+        keep "${mpirun[@]}" -n "$2" "$dir/bench_train_cuda" --model "$1" --steps "$steps" --ep "$3" \
+            "${options[@]}" "${@:4}"
     fi
 }
 
@@ -127,7 +131,7 @@ for model in sys.argv[2].split():
         for ep, mode in [(ep, "weak") for ep in range(1, n + 1) if n % ep == 0] + [(n, "strong")] * (n > 1):
             ours = best(model=model, impl="moelab", ranks=n, ep=ep, mode=mode)
             theirs = best(model=model, impl="torch", ranks=n, mode=mode)
-            exchange = ours["stages_ms"].get("exchange") if ours else None
+            exchange = min(ours.get("exchange_ms", [ours["stages_ms"].get("exchange")])) if ours else None
             print((layout % (model, n, ep, mode, *figures(ours), "" if exchange is None else "%.2f" % exchange,
                              *figures(theirs), "%.2fx" % (ours["tok_s"] / theirs["tok_s"]) if ours and theirs else "",
                              theirs["way"] if theirs else "")).rstrip())

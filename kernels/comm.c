@@ -130,3 +130,6 @@ void comm_exchange(Group group, void *to, const int *to_first, const void *from,
                 stream);
     comm_finish_transfers(tag);
 }
+
+void comm_exchanged(Group group, const void *to, Stream *stream) {
+}

@@ -361,10 +361,10 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream) {
 
 /* Where the others' memory is open, rows are copied there: copy engines do it, the multiprocessors go on with other
  * work. Not in a recorded step, where nothing may count its meetings on the host. */
-static bool can_copy(Group group, const void *to, const int *theirs, cudaStream_t stream) {
+static bool can_copy(Group group, const void *to, cudaStream_t stream) {
     cudaStreamCaptureStatus recorded;
     CUDA_CHECK(cudaStreamIsCapturing(stream, &recorded));
-    return theirs && group == GROUP_EXPERTS && peers_reach(group, to) && recorded == cudaStreamCaptureStatusNone;
+    return group == GROUP_EXPERTS && peers_reach(group, to) && recorded == cudaStreamCaptureStatusNone;
 }
 
 static void copy_rows(char *to, const int *theirs, const char *from, const int *from_first, size_t row_bytes,
@@ -396,7 +396,7 @@ void comm_exchange(Group group, void *to, const int *to_first, const void *from,
     if (ranks == 1) {
         return;
     }
-    if (can_copy(group, to, theirs, cuda_stream(stream))) {
+    if (theirs && can_copy(group, to, cuda_stream(stream))) {
         copy_rows(to_rows, theirs, from_rows, from_first, row_bytes, stream);
         return;
     }
@@ -411,4 +411,10 @@ void comm_exchange(Group group, void *to, const int *to_first, const void *from,
         }
     }
     close_messages();
+}
+
+void comm_exchanged(Group group, const void *to, Stream *stream) {
+    if (can_copy(group, to, cuda_stream(stream))) {
+        peers_meet(group, true, stream);
+    }
 }

@@ -67,6 +67,10 @@ void comm_sum(Group group, acc_t *x, size_t count, Stream *stream);
 void comm_exchange(Group group, void *to, const int *to_first, const void *from, const int *from_first,
                    const int *theirs, size_t row_bytes, Stream *stream);
 
+/* After an exchange to `to`: this rank has read what came, and all others have. Messages see to it by themselves; where
+ * rows are copied, it must be so before the next exchange to the same place, and some other meeting in between does. */
+void comm_exchanged(Group group, const void *to, Stream *stream);
+
 /* x (count) on the host = the sum over all ranks' x, in their order. */
 void comm_sum_host(double *x, size_t count);
 

@@ -88,8 +88,8 @@ static char *map_memory(const Address *address) {
 }
 
 bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
-    bool one_machine = comm_local_ranks() == comm_ranks(GROUP_WORLD);
-    open_memory.group = one_machine ? GROUP_WORLD : GROUP_EXPERTS;
+    int world = comm_ranks(GROUP_WORLD);
+    open_memory.group = world == comm_local_ranks() && world <= PEERS_MOST ? GROUP_WORLD : GROUP_EXPERTS;
     int rank = comm_rank(open_memory.group), ranks = comm_ranks(open_memory.group);
     Address *all = calloc((size_t)ranks, sizeof *all), *mine = &all[rank];
     CHECK(all, "out of memory for the addresses of %d ranks", ranks);

@@ -63,7 +63,8 @@ static bool map_rank(const Address *address, int r) {
 }
 
 bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
-    const Group group = comm_local_ranks() == comm_ranks(GROUP_WORLD) ? GROUP_WORLD : GROUP_EXPERTS;
+    const int world = comm_ranks(GROUP_WORLD);
+    const Group group = world == comm_local_ranks() && world <= PEERS_MOST ? GROUP_WORLD : GROUP_EXPERTS;
     const int rank = comm_rank(group), ranks = comm_ranks(group);
     Address *all = (Address *)calloc(ranks, sizeof *all), *mine = &all[rank];
     CHECK(all, "out of memory for the addresses of %d ranks", ranks);

@@ -31,8 +31,8 @@ void *peers_allocate(size_t bytes);
 void peers_release(void *memory, size_t bytes);
 
 /* Opens this memory, from peers_allocate on the CPU, to others, and theirs, as large, to this rank: among all ranks
- * where all are on one machine, otherwise among those of GROUP_EXPERTS. The memory of one arena at a time. Returns
- * whether all of these reach all; the reason why not in `why`, for a line. */
+ * where these are on one machine and no more than PEERS_MOST, otherwise among those of GROUP_EXPERTS. The memory of one
+ * arena at a time. Returns whether all of these reach all; the reason why not in `why`, for a line. */
 bool peers_open(void *memory, size_t bytes, char *why, size_t size);
 void peers_close(void);
 

@@ -75,13 +75,14 @@ typedef struct {
     int upcycle;
     /* parallel */
     int ep;
-    int exchange;        /* ExchangeWay */
-    double patience;     /* seconds that a rank waits for another */
-    int wire, wire_back; /* WireType of the forward's rows, of the backward's */
-    int exchange_chunks; /* parts of a batch that travel one by one */
-    int overlap;         /* whether they do while the experts work on others */
-    int peer_memory;     /* whether ranks that can copy rows into each other's memory do */
-    int exchange_rows;   /* of a padded message; 0: as many as there can be */
+    int exchange;           /* ExchangeWay */
+    double patience;        /* seconds that a rank waits for another */
+    int wire, wire_back;    /* WireType of the forward's rows, of the backward's */
+    int exchange_chunks;    /* parts of a batch that travel one by one */
+    int overlap;            /* whether they do while the experts work on others */
+    int peer_memory;        /* whether ranks that can copy rows into each other's memory do */
+    int exchange_rows;      /* of a padded message; 0: as many as there can be */
+    double exchange_margin; /* .. X times those of the fullest message of the first batch; 0: not looked at */
     /* output */
     char out[CONFIG_TEXT], resume[CONFIG_TEXT], export_hf[CONFIG_TEXT], export_gguf[CONFIG_TEXT];
     int sample; /* tokens to sample at the end, per prompt; 0: none */

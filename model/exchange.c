@@ -33,6 +33,9 @@ void exchange_check(const Config *config) {
     CHECK(t->exchange_chunks == 1 || t->exchange != EXCHANGE_PADDED,
           "--exchange-chunks %d with --exchange padded: its messages are of one size for a whole batch; take 1",
           t->exchange_chunks);
+    CHECK(t->exchange_margin == 0 || t->exchange_margin >= 1,
+          "--exchange-margin %g: messages smaller than those of the first batch would drop rows of it; take 1 or more",
+          t->exchange_margin);
     CHECK(!t->dump_routing[0], "--dump-routing writes the tokens of one rank, and %d were started", ranks);
 }
 
@@ -172,6 +175,7 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
     if (ranks > 1 && plan->slots == 0) { /* slots are in the order of their experts: a part would be for few ranks */
         x->parts = t->exchange_chunks < plan->N ? t->exchange_chunks : plan->N;
     }
+    x->margin = t->exchange == EXCHANGE_PADDED ? t->exchange_margin : 0;
     x->beside = ranks > 1 && (x->parts > 1 || x->way == EXCHANGE_P2P) && t->overlap;
     if (world > 1) {
         int told = world * exchange_told(x);

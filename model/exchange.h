@@ -24,7 +24,7 @@
  *     dedup      a row per token and rank; the receiver hands it to its experts, adds up what they make of it,
  *                weighted, and returns one row
  *     padded     as flat, in messages of a fixed size: nobody has to wait for the counts. What does not fit is dropped
- *                and counted (--exchange-rows)
+ *                and counted (--exchange-rows; --exchange-margin takes the first batch for a measure)
  *     p2p        as dedup, but nothing is sent: the dispatch and the combine themselves store each row in the memory of
  *                the rank that it is for (kernels/peers.h), where every token of every rank has a place. Nobody counts.
  *                Beside the experts' work all places are copied, whether there is a row in them or not
@@ -71,6 +71,7 @@ typedef struct {
     int ranks, E, C;     /* ranks of the group */
     int experts;         /* of this rank */
     int width;           /* notes with each row (relay.h) */
+    double margin;       /* of padded messages: --exchange-margin until their size is found, then 0 */
     bool beside;         /* whether rows travel beside the work on others, not in turn with it */
     WireType wire[2];    /* of rows in the forward, and in the backward */
     int layer;           /* this and the step: for the line of a rank that waits in vain */

@@ -1,4 +1,8 @@
 /* Which rows leave a rank and which arrive there: exchange_plan of exchange.h, read it first. Called by moe.c. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "../kernels/check.h"
 #include "../kernels/comm.h"
 #include "../kernels/permute.h"
 #include "exchange_wire.h"
@@ -68,6 +72,29 @@ static void plan_leaving(Exchange *x, ExchangeScratch *scratch, Stream *stream) 
     }
 }
 
+/* The size of padded messages from now on: `margin` times the fullest one of this batch, of all ranks. The host waits,
+ * this once. */
+static void calibrate(Exchange *x, Stream *stream) {
+    Plan *out = &x->part[0].out;
+    int world = comm_ranks(GROUP_WORLD), *count = calloc(x->ranks, sizeof *count);
+    double *most = calloc(world, sizeof *most), fullest = 1;
+    CHECK(count && most, "out of memory for the counts of %d ranks", world);
+    host_from_device(count, out->count, x->ranks * sizeof *count, stream);
+    for (int r = 0; r < x->ranks; r++) {
+        most[comm_rank(GROUP_WORLD)] = fmax(most[comm_rank(GROUP_WORLD)], count[r]);
+    }
+    comm_sum_host(most, world);
+    for (int r = 0; r < world; r++) {
+        fullest = fmax(fullest, most[r]);
+    }
+    out->capacity = (int)fmin(ceil(fullest * x->margin), out->capacity);
+    out->rows = x->ranks * out->capacity;
+    x->margin = 0;
+    free(count);
+    free(most);
+    plan_build(out, stream);
+}
+
 /* The notes of a part to where its rows will be. */
 static void move_notes(const Exchange *x, const ExchangePart *part, ExchangeScratch *scratch, Stream *stream) {
     End home = exchange_home_notes(x, part, scratch->home_note, sizeof(RelayNote));
@@ -114,6 +141,9 @@ void exchange_plan(Exchange *x, ExchangeScratch *scratch, Profile *profile, Stre
     if (exchange_travels(x)) {
         profile_stage(profile, STAGE_PERMUTE, stream);
         plan_leaving(x, scratch, stream);
+        if (x->margin > 0) {
+            calibrate(x, stream);
+        }
     }
     profile_stage(profile, STAGE_EXCHANGE, stream);
     comm_at(*x->step, x->layer, "counts");

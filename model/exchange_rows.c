@@ -1,5 +1,6 @@
 /* Rows to their experts and back, forward and backward. Read exchange_dispatch_begin, then send_back and sum_returned:
  * the rest says which leg it is. Called by moe.c. */
+#include "../kernels/comm.h"
 #include "../kernels/dispatch.h"
 #include "../kernels/permute.h"
 #include "exchange_wire.h"
@@ -209,6 +210,9 @@ void exchange_backward_end(const Exchange *x, ExchangeScratch *scratch, real_t *
         return;
     }
     sum_returned(x, scratch, dx, false, accumulate, BACKWARD, STAGE_DISPATCH, profile, stream);
+    if (x->way != EXCHANGE_P2P) {                                /* which has met */
+        comm_exchanged(GROUP_EXPERTS, scratch->arrived, stream); /* dW1 and dW2 have read it since the rows went back */
+    }
     profile_stage(profile, STAGE_ROUTE, stream);
     for (int p = 0; dweight && p < x->parts; p++) {
         const ExchangePart *part = &x->part[p];

@@ -151,6 +151,8 @@ const Option option_table[] = {
      "1: GPUs of one machine copy rows into each other's memory; 0: NCCL carries them"},
     {"parallel", "exchange-rows", false, TYPE_INT, TRAIN(exchange_rows), "0", 0, 1 << 30, "N",
      "rows of a padded message; what does not fit is dropped and counted; 0: all fit"},
+    {"parallel", "exchange-margin", false, TYPE_REAL, TRAIN(exchange_margin), "0", 0, 100, "X",
+     "a padded message holds X times the most rows of the first batch; 0: --exchange-rows alone"},
 
     {"output", "out", false, TYPE_TEXT, TRAIN(out), "runs/default", 0, TEXT, "DIR",
      "the run's directory: config.json, log.jsonl, checkpoint/, report.html"},

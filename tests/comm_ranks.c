@@ -282,11 +282,11 @@ static char *open_peers(void) {
     CHECK(memory, "out of memory on the device");
     device_wait(NULL);
     CHECK(peers_open(memory, OPEN_BYTES, why, sizeof why), "not open: %s", why);
-    CHECK(peers_reach(GROUP_EXPERTS, memory) && peers_reach(GROUP_EXPERTS, memory + OPEN_BYTES - 1) &&
-              !peers_reach(GROUP_EXPERTS, memory + OPEN_BYTES),
-          "reach");
-    CHECK(peers_at(GROUP_EXPERTS, comm_rank(GROUP_EXPERTS), memory + 7) == memory + 7,
-          "this rank's own memory is elsewhere");
+    for (Group group = 0; group < GROUP_COUNT; group++) { /* all ranks are on this machine */
+        CHECK(peers_reach(group, memory) && peers_reach(group, memory + OPEN_BYTES - 1), "out of reach");
+        CHECK(peers_at(group, comm_rank(group), memory + 7) == memory + 7, "this rank's own memory is elsewhere");
+    }
+    CHECK(!peers_reach(GROUP_WORLD, memory + OPEN_BYTES) && !peers_reach(GROUP_WORLD, memory - 1), "not its memory");
     return memory;
 }
 
@@ -394,6 +394,54 @@ static void check_put_all(char *memory, size_t bytes, bool in_place) {
     peers_meet(GROUP_EXPERTS, false, NULL);
 }
 
+/* Copies of all places: for each rank other rows, or with step 0 the same for all. */
+static void check_copy(char *memory, int places, size_t row_bytes, bool same) {
+    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
+    size_t of_rank = places * row_bytes, bytes = ranks * of_rank;
+    unsigned char *all = guarded(bytes), *mine = guarded(bytes);
+    for (int r = 0; r < ranks; r++) {
+        fill_bytes(mine + r * of_rank, me, same ? 4 : member(GROUP_EXPERTS, r), of_rank);
+    }
+    device_from_host(memory, all, bytes + GUARD, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
+    char *from = to_device(mine, bytes);
+    PeerRows own = peers_own_rows(from, places, row_bytes);
+    CHECK(peers_row(&own, (ranks - 1) * places, row_bytes) == from + (ranks - 1) * of_rank, "own rows are elsewhere");
+    peers_copy(peers_rows(memory, places, row_bytes), from, same ? 0 : of_rank, row_bytes, NULL);
+    peers_meet(GROUP_EXPERTS, false, NULL);
+    host_from_device(all, memory, bytes + GUARD, NULL);
+    for (int r = 0; r < ranks; r++) {
+        check_bytes(all + r * of_rank, member(GROUP_EXPERTS, r), same ? 4 : me, of_rank, "copies");
+    }
+    from_device(mine, bytes, from);
+    release(all, bytes, "copies");
+    release(mine, bytes, "copies");
+    peers_meet(GROUP_EXPERTS, false, NULL);
+}
+
+/* Sums of what lies in open memory; `skip` terms from where it begins. */
+static void check_open_sum(char *memory, Group group, size_t count, size_t skip) {
+    size_t bytes = (skip + count) * sizeof(acc_t);
+    unsigned char *array = guarded(bytes);
+    acc_t *x = (acc_t *)array + skip;
+    for (size_t i = 0; i < count; i++) {
+        x[i] = term(comm_rank(GROUP_WORLD), i);
+    }
+    device_from_host(memory, array, bytes + GUARD, NULL);
+    comm_sum(group, (acc_t *)memory + skip, count, NULL);
+    host_from_device(array, memory, bytes + GUARD, NULL);
+    for (size_t i = 0; i < count; i++) {
+        acc_t expected = serial_sum(group, i, false);
+        CHECK(memcmp(&x[i], &expected, sizeof expected) == 0, "open sum %zu of %zu in group %d is %a, expected %a", i,
+              count, group, (double)x[i], (double)expected);
+    }
+    for (size_t i = 0; i < skip * sizeof(acc_t); i++) {
+        CHECK(array[i] == GUARD_BYTE, "open sum: byte %zu before the first term was overwritten", i);
+    }
+    release(array, bytes, "open sum");
+    peers_meet(GROUP_WORLD, false, NULL);
+}
+
 static void peers(int rounds) {
     static const size_t row_bytes[] = {4, 20, 64, 1028};
     for (int experts = 1; experts <= comm_ranks(GROUP_WORLD); experts++) {
@@ -406,6 +454,14 @@ static void peers(int rounds) {
             check_rounds(memory, rounds, 1 + 4 * i, row_bytes[i], 1 + i % 3);
             check_put_all(memory, row_bytes[i], false);
             check_put_all(memory, row_bytes[i], true);
+            check_copy(memory, 1 + 4 * i, row_bytes[i], false);
+            check_copy(memory, 1 + 4 * i, row_bytes[i], true);
+        }
+        for (Group group = 0; group < GROUP_COUNT; group++) {
+            check_open_sum(memory, group, 7, 0);
+            check_open_sum(memory, group, 100003, 0);
+            check_open_sum(memory, group, 100000, 4);
+            check_open_sum(memory, group, 100003, 1);
         }
         close_peers(memory);
     }

@@ -89,7 +89,7 @@ static inline int first_expert(const Layer *layer) {
     return comm_rank(GROUP_EXPERTS) * layer->exchange.experts;
 }
 
-enum { OVERWRITE_MOST = 1 << 18 };
+enum { OVERWRITE_MOST = 1 << 16 };
 
 /* All of a small array, the beginning of a large one: what is used of it is there. */
 static inline void overwrite(void *array, int byte, size_t bytes) {
@@ -116,6 +116,7 @@ static inline void poison_scratch(Layers *layers) {
     poison_experts(layers);
     overwrite(wire->home, 0xff, size->out_rows * row);
     overwrite(wire->arrived, 0xff, size->in_rows * row);
+    overwrite(wire->made, 0xff, size->in_rows * row);
     overwrite(wire->home_wire, 0xff, size->out_rows * size->row_bytes);
     overwrite(wire->arrived_wire, 0xff, size->in_rows * size->row_bytes);
     overwrite(wire->home_note, 0x7f, size->out_notes * sizeof(RelayNote));

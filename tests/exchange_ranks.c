@@ -21,6 +21,7 @@
  *     exchange_expect.h     how numbers are compared
  */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "exchange_adjoint.h"
@@ -40,6 +41,9 @@ static const Way ways[] = {
     {"--exchange bucketed --exchange-chunks 3 --overlap 0", .messages = true, .parts = 3},
     {"--exchange dedup --exchange-chunks 2", .row_per_rank = true, .messages = true, .parts = 2},
     {"--exchange dedup --exchange-chunks 3", .row_per_rank = true, .messages = true, .parts = 3},
+    {"--exchange p2p --exchange-chunks 2", .row_per_rank = true, .parts = 2},
+    {"--exchange p2p --exchange-chunks 3", .row_per_rank = true, .parts = 3},
+    {"--exchange p2p --exchange-chunks 3 --overlap 0", .row_per_rank = true, .parts = 3},
 };
 
 /* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all
@@ -59,11 +63,10 @@ static int wires_of(int ep) {
     return ep > 1 ? WIRES : 1;
 }
 
-/* Whether a shape is for this way and this one of `count` wires. The ways in parts are many, and take turns: a shape
- * gets each of them with one wire, or where there are few some of them. */
-static bool takes_turn(int way, int shape, int wire, int count) {
-    int turns = count > 3 ? count : 3;
-    return ways[way].parts == 0 || (way + shape) % turns == wire;
+/* Whether a shape is for this way and this wire. The ways in parts are many, and take turns: a shape gets each of them
+ * with one wire, so where there are fewer wires than here it gets some of them. */
+static bool takes_turn(int way, int shape, int wire) {
+    return ways[way].parts == 0 || (way + shape) % WIRES == wire;
 }
 
 static const Mode modes_of_values[] = {
@@ -89,7 +92,9 @@ static void check_mode(Layers *layers, Layer *layer, int mode) {
     layer_forward(layers, layer);
     layer_backward(layers, layer);
     check_results(layers, layer);
-    check_repeats(layers, layer);
+    if (mode == SIGNED_SCALE) {
+        check_repeats(layers, layer);
+    }
 }
 
 /* What backwards must be, instead of what comes out: of random numbers, and of whole ones where they stay whole. */
@@ -105,30 +110,49 @@ static void check_mode_backwards(Layers *layers, Layer *layer, int mode) {
     }
 }
 
-/* Rows are moved, weighted and added up as they are in one part. */
-static void check_as_in_one_part(Layers *layers, Layer *layer, int ep, const char *options, int mode) {
-    const Shape *s = &layer->shape;
-    size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K;
-    int parts = exchange_travels(&layer->exchange) ? layer->way->parts : 1;
-    Layers of_one;
-    Layer *one = &of_one.layer[0];
-    char in_one[192];
-    snprintf(in_one, sizeof in_one, "%s --exchange-chunks 1", options);
-    layers_open(&of_one, s, (const char *[]){in_one}, 1, ep, layer->way);
-    layer_choose(one, layer->step);
-    layer_values(one, modes_of_values[mode]);
-    layer_forward(&of_one, one);
-    layer_backward(&of_one, one);
+/* What came out of a layer, to be kept when its memory is gone. */
+typedef struct {
+    real_t *y, *dx;
+    acc_t *dweight;
+} Results;
+
+static void *copied(const void *from, size_t bytes) {
+    void *copy = malloc(bytes);
+    CHECK(copy, "out of memory");
+    return memcpy(copy, from, bytes);
+}
+
+static void run_once(Layers *layers, Layer *layer, int parts, int mode) {
+    int N = layer->shape.N;
+    layer_choose(layer, 0);
     layer_values(layer, modes_of_values[mode]);
     layer_forward(layers, layer);
     layer_backward(layers, layer);
-    EXPECT(one->exchange.parts == 1, "%d parts, expected 1", one->exchange.parts);
-    EXPECT(layer->exchange.parts == (parts < s->N ? parts : s->N), "%d parts of %d tokens, expected %d",
-           layer->exchange.parts, s->N, parts);
-    same_bits("in parts: y", layer->y, one->y, numbers);
-    same_bits("in parts: dx", layer->dx, one->dx, numbers);
-    same_bits("in parts: dweight", layer->dweight, one->dweight, entries);
-    layers_close(&of_one);
+    parts = !exchange_travels(&layer->exchange) ? 1 : parts < N ? parts : N;
+    EXPECT(layer->exchange.parts == parts, "%d parts, expected %d", layer->exchange.parts, parts);
+}
+
+/* Rows are moved, weighted and added up as they are in one part. Closes the layers and opens them with one part: not
+ * all can be open at the same time. */
+static void check_as_in_one_part(Layers *layers, Layer *layer, int ep, const char *options, int mode) {
+    const Way *way = layer->way;
+    Shape s = layer->shape;
+    size_t row_bytes = (size_t)s.N * s.H * sizeof(real_t), weight_bytes = (size_t)s.N * s.K * sizeof(acc_t);
+    char in_one[192];
+    const char *options_of_one = in_one;
+    run_once(layers, layer, way->parts, mode);
+    Results in_parts = {copied(layer->y, row_bytes), copied(layer->dx, row_bytes),
+                        copied(layer->dweight, weight_bytes)};
+    layers_close(layers);
+    snprintf(in_one, sizeof in_one, "%s --exchange-chunks 1", options);
+    layers_open(layers, &s, &options_of_one, 1, ep, way);
+    run_once(layers, layer, 1, mode);
+    same_bits("in parts: y", in_parts.y, layer->y, (size_t)s.N * s.H);
+    same_bits("in parts: dx", in_parts.dx, layer->dx, (size_t)s.N * s.H);
+    same_bits("in parts: dweight", in_parts.dweight, layer->dweight, (size_t)s.N * s.K);
+    free(in_parts.y);
+    free(in_parts.dx);
+    free(in_parts.dweight);
 }
 
 static void check_shape(const char *name, Shape s, int ep, const Way *way, const char *options, bool backwards) {
@@ -163,7 +187,7 @@ static void check_shapes(int count, char **arguments, int first_wire, int end_wi
         s.seed = (uint64_t)seed;
         for (int way = 0; way < WAYS; way++) {
             for (int wire = first_wire; wire < end_wire; wire++) {
-                if (takes_turn(way, i, wire - first_wire, end_wire - first_wire)) {
+                if (takes_turn(way, i, wire - first_wire)) {
                     check_shape(arguments[i], s, ep, &ways[way], wires[wire], false);
                 }
             }
@@ -217,7 +241,7 @@ static void check_odd_shape(size_t i, int ep, bool backwards) {
         for (int wire = 0; wire < wires_of(ep); wire++) {
             char options[128];
             snprintf(options, sizeof options, "%s %s", odd[i].options, wires[wire]);
-            if (takes_turn(way, (int)i, wire, wires_of(ep))) {
+            if (takes_turn(way, (int)i, wire)) {
                 check_shape(odd[i].name, s, ep, &ways[way], options, backwards);
             }
         }
@@ -291,7 +315,7 @@ static void steps(int count, char **arguments) {
             for (int l = 0; l < LAYERS; l++) {
                 options[l] = wires[(wire + l) % WIRES];
             }
-            if (takes_turn(way, 0, wire, wires_of(ep))) {
+            if (takes_turn(way, 0, wire)) {
                 steps_of(&ways[way], options, ep);
             }
         }

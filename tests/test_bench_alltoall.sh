@@ -24,23 +24,27 @@ test_every_way() {
     needs_mpi || return
     ranks 2 --shape 8,2,16,9 --full-tokens --repeats 3
     succeeds
-    lines 'line["tokens"] == [9, 9] and line["ranks"] == 2 and line["repeats"] == 3 and line["seed"] == 1' 5
-    lines '0 < line["us_p50"] <= line["us_p95"] and line["wall_us"] > 0 and line["commit"] and line["device"]' 5
-    lines 'line["checked"] == (line["version"] != "empty") == (line["bytes"] > 0)' 5
+    lines 'line["tokens"] == [9, 9] and line["ranks"] == 2 and line["repeats"] == 3 and line["seed"] == 1' 6
+    lines '0 < line["us_p50"] <= line["us_p95"] and line["wall_us"] > 0 and line["commit"] and line["device"]' 6
+    lines 'line["checked"] == (line["version"] != "empty") == (line["bytes"] > 0)' 6
     grep -v '"empty"' out >ways && mv ways out
-    lines 'line["bytes"] == 9 * 2 * 16 * 4 and line["messages"] == 4 and line["backward_messages"] == 3' 4
-    lines 'abs(line["algbw"] - 2 * line["bytes"] / line["us_p50"] / 1e3) < 1e-3 and line["busbw"] <= line["algbw"]' 4
-    lines 'line["plain_us_p50"] > 0 and line["backward_us_p50"] > 0 and line["exchanges"] == 4' 4
+    lines 'line["bytes"] == 9 * 2 * 16 * 4' 5
+    lines '[line["messages"], line["backward_messages"]] == ([0, 0] if line["version"] == "p2p" else [4, 3])' 5
+    lines 'abs(line["algbw"] - 2 * line["bytes"] / line["us_p50"] / 1e3) < 1e-3 and line["busbw"] <= line["algbw"]' 5
+    lines 'line["plain_us_p50"] > 0 and line["backward_us_p50"] > 0 and line["exchanges"] == line["messages"]' 5
     check "what is sent" python3 - out <<'PYTHON'
 import json
-flat, bucketed, dedup, padded = (json.loads(line) for line in open("out"))
-assert [flat["version"], bucketed["version"], dedup["version"], padded["version"]] == \
-    ["flat", "bucketed", "dedup", "padded"]
+ways = [json.loads(line) for line in open("out")]
+assert [way["version"] for way in ways] == ["flat", "bucketed", "dedup", "padded", "p2p"]
+flat, bucketed, dedup, padded, p2p = ways
 for kind in "sent_bytes", "backward_sent_bytes":
     assert flat[kind] == bucketed[kind]
     assert dedup[kind] < flat[kind] < padded[kind]
-# counts of 8 experts and rows for 2 ranks; a note of 8 bytes with each row, which goes there and comes back
-assert padded["sent_bytes"] == 40 + padded["room"] * (8 + 2 * 64)
+# counts of 8 experts; a note of 8 bytes with each row, which goes there and comes back
+assert padded["sent_bytes"] == 32 + padded["room"] * (8 + 2 * 64)
+# .. with p2p two notes for each of 9 places, and rows of 64 bytes as many as with dedup
+assert (p2p["sent_bytes"] - 32 - 9 * 2 * 8) % 64 == 0 and 9 * 64 < p2p["sent_bytes"] < flat["sent_bytes"]
+assert p2p["backward_sent_bytes"] == dedup["backward_sent_bytes"]
 assert abs(padded["padded_ratio"] - 4 * padded["room"] / 36) < 1e-3
 PYTHON
 }
@@ -48,7 +52,7 @@ PYTHON
 test_one_rank() {
     alone --shape 8,2,16,4 --repeats 2
     succeeds
-    lines 'line["ranks"] == 1 and line.get("sent_bytes", 0) == 0 and line.get("padded_ratio", 1) == 1' 5
+    lines 'line["ranks"] == 1 and line.get("sent_bytes", 0) == 0 and line.get("padded_ratio", 1) == 1' 6
 }
 
 # Rows of odd lengths, one token a rank, all experts for each token, several ranks.
@@ -56,10 +60,10 @@ test_shapes() {
     needs_mpi || return
     ranks 2 t2 --shape 6,3,7,33 --shape 4,4,1,1 --repeats 1 --seed 5
     succeeds
-    lines 'line["seed"] == 5' 15
+    lines 'line["seed"] == 5' 18
     ranks 4 --shape 8,2,24,20 --repeats 1
     succeeds
-    lines 'len(line["tokens"]) == 4 and all(1 <= tokens < 20 for tokens in line["tokens"])' 5
+    lines 'len(line["tokens"]) == 4 and all(1 <= tokens < 20 for tokens in line["tokens"])' 6
 }
 
 test_wire_types() {
@@ -68,9 +72,9 @@ test_wire_types() {
         read -r there back <<<"$wires"
         ranks 2 --shape 8,2,48,9 --wire "$there" --wire-back "$back" --repeats 1
         succeeds
-        lines 'line["version"] == "empty" or [line["wire"], line["wire_back"]] == "'"$wires"'".split()' 5
+        lines 'line["version"] == "empty" or [line["wire"], line["wire_back"]] == "'"$wires"'".split()' 6
     done
-    lines 'line["version"] == "empty" or line["bytes"] == max(line["tokens"]) * 2 * 48 * 2' 5
+    lines 'line["version"] == "empty" or line["bytes"] == max(line["tokens"]) * 2 * 48 * 2' 6
 }
 
 test_skew() {

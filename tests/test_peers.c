@@ -319,6 +319,25 @@ static void test_put(void **state) {
     close_alone(memory);
 }
 
+/* All places, whether there are rows in them or not. With one rank the step to those for the next does not matter. */
+static void test_copy(void **state) {
+    char *memory = open_alone(), from[7 * 20];
+    for (size_t i = 0; i < sizeof from; i++) {
+        from[i] = (char)random_bits(random_key(3, RANDOM_TEST, 0), i);
+    }
+    for (size_t step = 0; step <= sizeof from; step += sizeof from) {
+        memset(memory, UNTOUCHED, MOST_BYTES);
+        peers_copy(peers_rows(memory + 12, 7, 20), from, step, 20, NULL);
+        assert_untouched((unsigned char *)memory, 12);
+        assert_memory_equal(memory + 12, from, sizeof from);
+        assert_untouched((unsigned char *)memory + 12 + sizeof from, MOST_BYTES - 12 - sizeof from);
+    }
+    PeerRows own = peers_own_rows(from, 7, 20);
+    assert_int_equal(own.places, 7);
+    assert_ptr_equal(peers_row(&own, 4, 20), from + 4 * 20);
+    close_alone(memory);
+}
+
 /* From elsewhere, and from the place itself. */
 static void test_put_all(void **state) {
     char *memory = open_alone(), mine[1000];
@@ -356,7 +375,7 @@ int main(void) {
         cmocka_unit_test(test_places),        cmocka_unit_test(test_places_by_hand),
         cmocka_unit_test(test_dispatch_put),  cmocka_unit_test(test_combine_put),
         cmocka_unit_test(test_reach),         cmocka_unit_test(test_put),
-        cmocka_unit_test(test_put_all),
+        cmocka_unit_test(test_put_all),       cmocka_unit_test(test_copy),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -139,6 +139,17 @@ test_chunks() {
     everywhere --exchange dedup --exchange-chunks 2 --router soft --allow-leak
 }
 
+# Sizes from the first batch: with room enough the run is the same, and less is sent than where all would fit.
+test_calibrated_messages() {
+    WAYS=("2 2" "4 2")
+    everywhere --exchange padded --exchange-margin 2
+    on 2 "${SHAPE[@]}" --ep 2 --exchange padded --exchange-margin 1 --steps 12 --out tight
+    succeeds
+    is_sound tight
+    check "the first batch does not fit" lacks '"step":1,.*"drop":0\.[0-9]*[1-9]' tight/log.jsonl
+    check "nothing is ever dropped" grep -qE '"drop":0\.[0-9]*[1-9]' tight/log.jsonl
+}
+
 # Rounded on the way: close, and the closer the more bits there are; fp32 is what the CPU computes with.
 test_wire() {
     run "${SHAPE[@]}" --out one
@@ -257,6 +268,7 @@ test_refusals() {
     refused_on 2 'expert-choice looks at all tokens' --router expert-choice --allow-leak
     refused_on 2 'capacity-factor' --capacity-factor 1.25
     refused_on 2 'exchange-chunks 2 with --exchange padded' --ep 2 --exchange padded --exchange-chunks 2
+    refused_on 2 'exchange-margin 0.5' --ep 2 --exchange padded --exchange-margin 0.5
     refuses 'ep 2' --ep 2
 }
 

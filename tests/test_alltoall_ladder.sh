@@ -12,8 +12,8 @@ LADDER=$(realpath experiments/alltoall)
 
 # line LEVEL SHAPE RANKS US BYTES [DEVICE]: as a level prints it, of commit abc.
 line() {
-    echo "{\"ladder\":\"alltoall\",\"level\":\"$1\",\"shape\":\"$2\",\"ranks\":$3,\"us\":$4,\"bytes\":$5,\"exchanges\":6,"\
-        "\"host_waits\":3,\"launches\":15,\"device\":\"${6:-GPU}\",\"commit\":\"abc\"}"
+    echo "{\"ladder\":\"alltoall\",\"level\":\"$1\",\"shape\":\"$2\",\"ranks\":$3,\"us\":$4,\"bytes\":$5,"\
+        "\"exchanges\":6,\"host_waits\":3,\"launches\":15,\"device\":\"${6:-GPU}\",\"commit\":\"abc\"}"
 }
 
 # tables ARGUMENT...: table.py, what it prints in `out`.

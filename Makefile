@@ -387,7 +387,7 @@ alltoall: $(if $(ALLTOALL_LACKS),no_alltoall,$(ALLTOALL))
 .PHONY: no_alltoall
 no_alltoall:
 	@echo "moelab: the levels of experiments/alltoall need nvcc, MPI and NCCL; not found: $(ALLTOALL_LACKS)" >&2; exit 1
-build/alltoall/%.o: experiments/alltoall/%.cu experiments/alltoall/alltoall.cuh
+build/alltoall/%.o: experiments/alltoall/%.cu $(wildcard experiments/alltoall/*.cuh)
 	@mkdir -p $(@D)
 	@echo "NVCC $@"
 	$(Q)$(NVCC) -O3 -std=c++17 $(CUDA_WARNINGS) $(CUDA_ARCHS) $(MPI_INCLUDES) -c $< -o $@

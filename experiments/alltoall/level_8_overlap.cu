@@ -45,27 +45,33 @@ typedef struct {
 /* The window, and where in it everything begins. */
 typedef struct {
     ncclWindow_t window;
+    void *memory; /* this rank's part of it; a single rank has no window, for NCCL makes none, and this alone */
     size_t rows, notes, back, arrived, returned, state, bytes;
     int rank, ranks, experts, M, K, packs;
     int chunk; /* tokens of one */
 } Wire;
 
+/* Byte `begin` of the window of rank `on`. */
+static __device__ char *window_at(const Wire &w, size_t begin, int on) {
+    return w.ranks == 1 ? (char *)w.memory + begin : (char *)ncclGetLsaPointer(w.window, begin, on);
+}
+
 /* Place (source, t) in the window of rank `on`. */
 static __device__ Pack *row_at(const Wire &w, size_t begin, int on, int source, int t) {
-    return (Pack *)ncclGetLsaPointer(w.window, begin, on) + ((size_t)source * w.M + t) * w.packs;
+    return (Pack *)window_at(w, begin, on) + ((size_t)source * w.M + t) * w.packs;
 }
 
 static __device__ Note *notes_at(const Wire &w, int on, int source, int t) {
-    return (Note *)ncclGetLsaPointer(w.window, w.notes, on) + ((size_t)source * w.M + t) * w.K;
+    return (Note *)window_at(w, w.notes, on) + ((size_t)source * w.M + t) * w.K;
 }
 
 /* A chunk's; there is one from each rank. */
 static __device__ unsigned *flag_at(const Wire &w, size_t begin, int chunk, int on, int source) {
-    return (unsigned *)ncclGetLsaPointer(w.window, begin, on) + chunk * w.ranks + source;
+    return (unsigned *)window_at(w, begin, on) + chunk * w.ranks + source;
 }
 
 static __device__ State *state_of(const Wire &w) {
-    return (State *)ncclGetLsaPointer(w.window, w.state, w.rank);
+    return (State *)window_at(w, w.state, w.rank);
 }
 
 typedef cuda::atomic_ref<unsigned, cuda::thread_scope_system> Flag;
@@ -236,7 +242,6 @@ static __global__ void combine_kernel(Wire w, Pack *y, const int *expert, int T,
 
 static struct {
     Wire wire;
-    void *memory; /* of the window */
     Desk desk;
     int chunks;
     double bytes; /* stored into other ranks' memory by a call */
@@ -269,14 +274,16 @@ static void open_window(const Task *task) {
     w->arrived = part_of(w, own.chunks * task->ranks * sizeof(unsigned));
     w->returned = part_of(w, own.chunks * task->ranks * sizeof(unsigned));
     w->state = part_of(w, sizeof(State));
-    CHECK(ncclTeamLsa(world.comm).nRanks == task->ranks,
-          "alltoall: not all ranks reach each other's memory: level 8 needs GPUs joined by NVLink");
-    NCCL(ncclMemAlloc(&own.memory, w->bytes));
-    CUDA(cudaMemset(own.memory, 0xff, w->bytes));
-    CUDA(cudaMemset((char *)own.memory + w->arrived, 0, w->bytes - w->arrived));
+    NCCL(ncclMemAlloc(&w->memory, w->bytes));
+    CUDA(cudaMemset(w->memory, 0xff, w->bytes));
+    CUDA(cudaMemset((char *)w->memory + w->arrived, 0, w->bytes - w->arrived));
     CUDA(cudaDeviceSynchronize());
-    NCCL(ncclCommWindowRegister(world.comm, own.memory, w->bytes, &w->window, NCCL_WIN_COLL_SYMMETRIC));
-    CHECK(w->window, "alltoall: NCCL has no symmetric memory here: it needs GPUs that reach each other");
+    if (w->ranks > 1) {
+        CHECK(ncclTeamLsa(world.comm).nRanks == task->ranks,
+              "alltoall: not all ranks reach each other's memory: level 8 needs GPUs joined by NVLink");
+        NCCL(ncclCommWindowRegister(world.comm, w->memory, w->bytes, &w->window, NCCL_WIN_COLL_SYMMETRIC));
+        CHECK(w->window, "alltoall: NCCL has no symmetric memory here: it needs GPUs that reach each other");
+    }
     MPI_Barrier(MPI_COMM_WORLD);
 }
 
@@ -364,8 +371,10 @@ static void release(void) {
     }
     BLAS(cublasDestroy(own.blas));
     CUDA(cudaStreamDestroy(own.experts));
-    NCCL(ncclCommWindowDeregister(world.comm, own.wire.window));
-    NCCL(ncclMemFree(own.memory));
+    if (own.wire.window) {
+        NCCL(ncclCommWindowDeregister(world.comm, own.wire.window));
+    }
+    NCCL(ncclMemFree(own.wire.memory));
 }
 
 int main(int argc, char **argv) {

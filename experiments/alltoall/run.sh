@@ -5,15 +5,15 @@
 #     experiments/alltoall/run.sh "2 4" "6 7" "b1 t2"    these numbers of ranks, levels, shapes
 #
 # Numbers of ranks above that of GPUs are left out. The results' lines, one JSON object each with the command and the
-# date, are appended to experiments/results/alltoall.jsonl. A copy of the tree without git runs the programs that it
-# finds, so that they name the commit they were built from.
+# date, are appended to experiments/results/alltoall_ladder.jsonl, and table.py prints those of this run. A copy of the
+# tree without git runs the programs that it finds, so that they name the commit they were built from.
 # shellcheck disable=SC2086  # lists of words are meant to be split
 set -e
 command="experiments/alltoall/run.sh${1:+ \"$1\"}${2:+ \"$2\"}${3:+ \"$3\"}"
 ranks=${1:-1 2 4} levels=${2:-0 1 2 3 4 5 6 7 8} shapes=$3
 cd "$(dirname "$0")/../.."
 out=build/alltoall
-results=experiments/results/alltoall.jsonl
+results=experiments/results/alltoall_ladder.jsonl
 seconds=900 # for one program
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
@@ -44,24 +44,6 @@ with open(sys.argv[2], "a") as results:
     for line in lines:
         date = datetime.date.today().isoformat()
         results.write(json.dumps({**line, "command": sys.argv[3], "date": date}) + "\n")
-
-
-# counts: add what was counted at a level's last shape; at level 0 the launches grow with the number of rows.
-def table(title, lines, shapes, cell, counts):
-    head = "   exchanges  waits  launches" if counts else ""
-    print(f"\n{title}\n    {'level':22}" + "".join(f"{s:>9}" for s in shapes) + head)
-    for level in dict.fromkeys(l["level"] for l in lines):
-        own = {l["shape"]: l for l in lines if l["level"] == level}
-        last = list(own.values())[-1]
-        tail = f"{last['exchanges']:12} {last['host_waits']:6} {last['launches']:9}" if counts else ""
-        print(f"    {level:22}" + "".join(f"{cell(own[s]) if s in own else '-':>9}" for s in shapes) + tail)
-
-
-for ranks in dict.fromkeys(l["ranks"] for l in lines):
-    of = [l for l in lines if l["ranks"] == ranks]
-    shapes = list(dict.fromkeys(l["shape"] for l in of))
-    where = f"{ranks} x {of[0]['device']}"
-    table(f"{where}: microseconds from x to y, slowest rank, median", of, shapes, lambda l: f"{l['us']:.1f}", True)
-    table(f"{where}: megabytes sent by a rank", of, shapes, lambda l: f"{l['bytes'] / 1e6:.2f}", False)
 PY
+python3 experiments/alltoall/table.py "$lines"
 [ ${#failed[@]} -eq 0 ] || { printf 'failed, or a result is wrong: %s\n' "${failed[@]}" >&2; exit 1; }

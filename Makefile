@@ -311,7 +311,7 @@ TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(filter-out $(FLOAT_TESTS:%
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
-                      $(if $(filter test_exchange.sh,$(TESTS)),build/exchange_ranks build/exchange_ranks_double \
+                      $(if $(filter test_exchange%.sh,$(TESTS)),build/exchange_ranks build/exchange_ranks_double \
                       $(if $(filter 0,$(SANITIZE)),,build/exchange_ranks_asan)) \
                       $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall)
 

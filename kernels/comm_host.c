@@ -83,6 +83,15 @@ const char *comm_where(void) {
     return text;
 }
 
+void comm_rest(int polls_in_vain) {
+    enum { POLLS_AWAKE = 1000, SLEEP_MICROSECONDS = 50 };
+    if (polls_in_vain < POLLS_AWAKE) {
+        sched_yield();
+    } else {
+        usleep(SLEEP_MICROSECONDS);
+    }
+}
+
 /* ---- transfers */
 
 #ifdef USE_MPI
@@ -174,16 +183,6 @@ static Transfer *first_unfinished(void) {
     return NULL;
 }
 
-/* After polls in vain. Ranks often share cores, so the first ones offer the core to others, later ones sleep. */
-static void rest(int polls_in_vain) {
-    enum { POLLS_AWAKE = 1000, SLEEP_MICROSECONDS = 50 };
-    if (polls_in_vain < POLLS_AWAKE) {
-        sched_yield();
-    } else {
-        usleep(SLEEP_MICROSECONDS);
-    }
-}
-
 /* Moves everything queued, receives queued before sends, so that the rank named is one from which something is missing
  * wherever there is one. */
 void comm_finish_transfers(int tag) {
@@ -199,7 +198,7 @@ void comm_finish_transfers(int tag) {
             CHECK(seconds_now() - begin < patience,
                   "rank %d waited %g s for rank %d at %s: is it stopped or gone? The last checkpoint is whole",
                   groups[GROUP_WORLD].rank, patience, waiting->rank, comm_where());
-            rest(polls_in_vain);
+            comm_rest(polls_in_vain);
         }
     }
     transfer_count = 0;

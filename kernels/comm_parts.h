@@ -20,6 +20,10 @@ int comm_in_world(Group group, int r);
 const char *comm_where(void);
 double comm_patience(void);
 
+/* What a rank does after polls in vain for another. Ranks often share cores, so after the first ones it offers its core
+ * to others, after later ones it sleeps. */
+void comm_rest(int polls_in_vain);
+
 typedef enum { CALL_GATHER, CALL_SUM, CALL_EXCHANGE, CALL_TO_FIRST } Call;
 
 /* Begins a call and counts it, where the group has several ranks. Returns the tag of its transfers, the same on all

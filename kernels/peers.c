@@ -7,7 +7,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -191,12 +190,12 @@ void peers_meet(Group group, bool beside, Stream *stream) {
     for (int r = 0; r < comm_ranks(group); r++) {
         atomic_store_explicit(came_to(group, r, rank), meeting, memory_order_release);
     }
-    for (int r = 0; r < comm_ranks(group); r++) {
+    for (int r = 0, polls = 0; r < comm_ranks(group); r++) {
         while ((int)(atomic_load_explicit(came_to(group, rank, r), memory_order_acquire) - meeting) < 0) {
             CHECK(seconds_now() - begin < comm_patience(),
                   "rank %d waited %g s for rank %d at %s: is it stopped or gone? The last checkpoint is whole",
                   comm_rank(GROUP_WORLD), comm_patience(), comm_in_world(group, r), comm_where());
-            sched_yield();
+            comm_rest(polls++);
         }
     }
 }

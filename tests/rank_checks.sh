@@ -5,7 +5,7 @@
 #
 #     needs_mpi || return
 #
-# is skipped. More ranks than cores are fine. Sourced by test_comm.sh and test_exchange.sh. Read next: cli_checks.sh.
+# is skipped. More ranks than cores are fine. Sourced by test_comm.sh, test_exchange.sh and others. Read next: cli_checks.sh.
 # shellcheck source=tests/cli_checks.sh
 . "$(dirname "$0")/cli_checks.sh"
 
@@ -39,5 +39,19 @@ all_ranks_expect() {
     succeeds
     for ((r = 0; r < $1; r++)); do
         check "rank $r of $1 did not get through" grep -q "^rank $r of $1: all as expected\$" out
+    done
+}
+
+# on_all_counts ARGUMENT...: on COUNTS ranks, by default 1 (without mpirun), 2 and 4. Four have a thread each, or they
+# would wait for cores more than they work.
+on_all_counts() {
+    for count in ${COUNTS:-1 2 4}; do
+        if [ "$count" = 1 ]; then
+            alone "$@"
+        else
+            needs_mpi || return
+            OMP_NUM_THREADS=$((4 / count)) ranks "$count" "$@"
+        fi
+        all_ranks_expect "$count"
     done
 }

@@ -4,9 +4,10 @@
 #
 #     tests/test_exchange.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
 #
-#     TOKENS=256    the benchmark's shapes as large as they are there; 16 GiB of memory must be free
+#     TOKENS=256    the benchmark's shapes as large as they are there, all of them on 4 ranks, too; 16 GiB of memory must
+#                   be free
 #
-# Called by run_tests.sh. Read next: rank_checks.sh, exchange_ranks.c.
+# Called by run_tests.sh. Read next: rank_checks.sh, exchange_ranks.c; test_exchange_edges.sh.
 PROGRAM=$PWD/build/exchange_ranks
 # shellcheck source=tests/rank_checks.sh
 . "$(dirname "$0")/rank_checks.sh"
@@ -20,8 +21,9 @@ SHAPES="8,2,16,4,123
     8,2,6144,16,6635 64,6,2048,32,1234 128,4,2880,128,51 128,8,4096,256,175 256,8,7168,256,4"
 TOKENS=${TOKENS:-6}
 
-# Of these with all types on the wire, and half as many tokens: the smallest one, and one of each size.
-WIRE_SHAPES="8,2,16,4,123
+# The smallest one, and one of each size: with all types on the wire and half as many tokens, and on 4 ranks, which
+# share what cores there are.
+EACH_SIZE="8,2,16,4,123
     8,2,6144,4,1236 64,6,2048,8,542 128,4,2880,32,51 128,8,4096,64,175 256,8,7168,128,4"
 
 # cut_to TOKENS SHAPE...: prints the shapes with at most that many tokens.
@@ -32,60 +34,27 @@ cut_to() {
     done
 }
 
-# on_all_counts ARGUMENT...: without mpirun, then on 2 and 4 ranks. Four have a thread each, or they would wait for
-# cores more than they work.
-on_all_counts() {
-    alone "$@"
-    all_ranks_expect 1
-    needs_mpi || return
-    for count in 2 4; do
-        OMP_NUM_THREADS=$((4 / count)) ranks $count "$@"
-        all_ranks_expect $count
-    done
-}
-
 test_example() {
     alone example
     all_ranks_expect 1
 }
 
 test_shapes() {
+    local on_four=$EACH_SIZE
+    [ "$TOKENS" -lt 256 ] || on_four=$SHAPES
     # shellcheck disable=SC2046,SC2086  # words without blanks
-    on_all_counts shapes $(cut_to "$TOKENS" $SHAPES)
+    {
+        COUNTS='1 2' on_all_counts shapes $(cut_to "$TOKENS" $SHAPES)
+        COUNTS=4 on_all_counts shapes $(cut_to "$TOKENS" $on_four)
+    }
 }
 
 test_wires() {
     # shellcheck disable=SC2046,SC2086  # words without blanks
-    on_all_counts wires $(cut_to $((TOKENS / 2)) $WIRE_SHAPES)
-}
-
-test_edges() {
-    on_all_counts edges
-}
-
-test_steps() {
-    on_all_counts steps
-}
-
-test_adjoint() {
-    on_all_counts adjoint
-}
-
-test_adjoint_in_double() {
-    PROGRAM=${PROGRAM}_double
-    on_all_counts adjoint
-}
-
-# Arrays of exact length, so that a row too many is found. What MPI does not free is not ours.
-test_sanitized() {
-    needs_mpi || return
-    PROGRAM=${PROGRAM}_asan
-    [ -x "$PROGRAM" ] || { skip "built without sanitizers"; return; }
-    export ASAN_OPTIONS=detect_leaks=0
-    for mode in edges steps; do
-        ranks 2 $mode
-        all_ranks_expect 2
-    done
+    {
+        COUNTS='1 2' on_all_counts wires $(cut_to $((TOKENS / 2)) $EACH_SIZE)
+        COUNTS=4 on_all_counts wires 8,2,16,4,123 64,6,2048,3,542
+    }
 }
 
 run_tests "$@"

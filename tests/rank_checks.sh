@@ -5,7 +5,8 @@
 #
 #     needs_mpi || return
 #
-# is skipped. More ranks than cores are fine. Sourced by test_comm.sh, test_exchange.sh and others. Read next: cli_checks.sh.
+# is skipped. More ranks than cores are fine. Sourced by test_comm.sh, test_exchange.sh and others. Read next:
+# cli_checks.sh.
 # shellcheck source=tests/cli_checks.sh
 . "$(dirname "$0")/cli_checks.sh"
 

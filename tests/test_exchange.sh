@@ -4,8 +4,8 @@
 #
 #     tests/test_exchange.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
 #
-#     TOKENS=256    the benchmark's shapes as large as they are there, all of them on 4 ranks, too; 16 GiB of memory must
-#                   be free
+#     TOKENS=256    the benchmark's shapes as large as they are there, and all of them on 4 ranks; 16 GiB of memory
+#                   must be free
 #
 # Called by run_tests.sh. Read next: rank_checks.sh, exchange_ranks.c; test_exchange_edges.sh.
 PROGRAM=$PWD/build/exchange_ranks

@@ -11,8 +11,8 @@
  *     gathers                          a0+b0   a1+b1         a0+b0   a1+b1
  *
  * These are the bits of comm.c. NCCL's own reductions add in an order that depends on size and wiring. Where the ranks'
- * memory is open to each other (peers.h), nothing is received: each rank adds up its share where it lies, and stores the
- * sum on all (sum_in_place); and rows of an exchange are copied to where they are for (copy_rows).
+ * memory is open to each other (peers.h), nothing is received: each rank adds up its share where it lies, and stores
+ * the sum on all (sum_in_place); and rows of an exchange are copied to where they are for (copy_rows).
  *
  * One rank calls nothing of NCCL, and without NCCL (no USE_NCCL) there is only one. Called by model/exchange_wire.c,
  * exchange_plan.c, transformer.c, optimizer.c and device.cu. Read next: open_communicator, sum_part, sum_in_place.

@@ -286,8 +286,8 @@ ranks_running() {
 }
 
 # A rank that is stopped: the others say for whom they waited, where, and end; the checkpoint before is whole.
-test_stopped_rank() {
-    with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0 --save-every 20
+stopped_rank() {
+    with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0 --save-every 20 "$@"
     "${MPIRUN[@]}" -n 4 "$TRAIN" "${arguments[@]}" --ep 4 --patience 1 >out 2>err &
     pid=$!
     wait_for run/checkpoint/manifest.json
@@ -299,6 +299,15 @@ test_stopped_rank() {
     check "nobody says for whom it waited" grep -qE '^moelab: rank [013] waited .* for rank 2 at step [0-9]+, ' err
     run "${SHAPE[@]}" --init-from run --out after --steps 1
     succeeds
+}
+
+test_stopped_rank() {
+    stopped_rank
+}
+
+# Where nobody sends anything in a layer.
+test_stopped_rank_of_p2p() {
+    stopped_rank --exchange p2p
 }
 
 # A rank that is killed: mpirun ends the others, and the checkpoint before is whole.

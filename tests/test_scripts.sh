@@ -402,7 +402,7 @@ test_wandb_missing() {
 
 all_passed=0
 all_failed=0
-mapfile -t names < <(sed -n 's/^test_\([a-z_]*\)() {$/\1/p' "$0")
+mapfile -t names < <(sed -n 's/^test_\([a-z0-9_]*\)() {$/\1/p' "$0")
 for name in "${names[@]}"; do
     wanted=$#
     for word; do

@@ -5,6 +5,7 @@
 #endif
 #include "peers.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -128,6 +129,7 @@ bool peers_reach(Group group, const void *mine) {
 }
 
 void *peers_at(Group group, int r, const void *mine) {
+    assert(peers_reach(group, mine));
     return open_memory.of[place_of(group, r)] + ((const char *)mine - open_memory.memory);
 }
 

@@ -3,6 +3,7 @@
  * meet_kernel. */
 #include "cuda.cuh"
 
+#include <assert.h>
 #include <cudaTypedefs.h>
 #include <unistd.h>
 
@@ -122,6 +123,7 @@ bool peers_reach(Group group, const void *mine) {
 }
 
 void *peers_at(Group group, int r, const void *mine) {
+    assert(peers_reach(group, mine));
     return open_memory.of[place_of(group, r)] + ((const char *)mine - open_memory.memory);
 }
 

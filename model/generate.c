@@ -12,6 +12,9 @@ void generator_open(Generator *generator, const Config *config, Transformer *sou
     *generator = (Generator){.config = *config};
     generator->config.model.capacity_factor = 0;
     generator->config.model.layout = LAYOUT_COMPACT;
+    if (config->train.exchange == EXCHANGE_P2P) { /* other ranks' memory is open of the training's arena alone */
+        generator->config.train.exchange = EXCHANGE_DEDUP;
+    }
     int V = config->model.vocab;
     generator->work = calloc(2 * (size_t)V, sizeof(acc_t));
     generator->logits = calloc(V, sizeof(acc_t));

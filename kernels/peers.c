@@ -43,7 +43,7 @@ static int place_of(Group group, int r) {
 }
 
 void *peers_allocate(size_t bytes) {
-    CHECK(own.file < 0, "only one arena at a time can be open to other ranks%s", "");
+    CHECK(own.file < 0, "only one arena at a time can be open to other ranks");
     int file = bytes < device_memory_free() ? memfd_create("moelab", MFD_CLOEXEC) : -1;
     if (file < 0 || ftruncate(file, (off_t)(bytes + PAGE)) != 0) {
         return NULL;

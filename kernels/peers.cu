@@ -67,6 +67,10 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
     const int world = comm_ranks(GROUP_WORLD);
     const Group group = world == comm_local_ranks() && world <= PEERS_MOST ? GROUP_WORLD : GROUP_EXPERTS;
     const int rank = comm_rank(group), ranks = comm_ranks(group);
+    snprintf(why, size, "at most %d ranks can, on GPUs that can share memory", PEERS_MOST);
+    if (ranks > PEERS_MOST) {
+        return false;
+    }
     Address *all = (Address *)calloc(ranks, sizeof *all), *mine = &all[rank];
     CHECK(all, "out of memory for the addresses of %d ranks", ranks);
     memset(&open_memory, 0, sizeof open_memory);
@@ -75,10 +79,9 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
     device_wait(NULL); /* they are zero */
     mine->bytes = bytes;
     gethostname(mine->machine, sizeof mine->machine - 1);
-    bool reached = ranks <= PEERS_MOST && cudaIpcGetMemHandle(&mine->memory, memory) == cudaSuccess &&
+    bool reached = cudaIpcGetMemHandle(&mine->memory, memory) == cudaSuccess &&
                    cudaIpcGetMemHandle(&mine->flags, flags) == cudaSuccess;
     cudaGetLastError();
-    snprintf(why, size, "at most %d ranks can, on GPUs that can share memory", PEERS_MOST);
     comm_gather_host(group, all, sizeof *all);
     for (int r = 0; r < ranks && reached; r++) {
         reached =
@@ -99,15 +102,17 @@ bool peers_open(void *memory, size_t bytes, char *why, size_t size) {
 /* Nobody leaves before all have come here: the others still store in its memory. */
 void peers_close(void) {
     const int rank = comm_rank(open_memory.group);
-    if (!open_memory.flags[rank]) {
+    if (!open_memory.bytes) {
         return;
     }
     device_wait(NULL);
     device_wait(device_second_stream());
     comm_barrier();
     for (int r = 0; r < comm_ranks(open_memory.group); r++) {
-        if (r != rank && open_memory.memory) {
+        if (r != rank && open_memory.of[r]) {
             CUDA_CHECK(cudaIpcCloseMemHandle(open_memory.of[r]));
+        }
+        if (r != rank && open_memory.flags[r]) {
             CUDA_CHECK(cudaIpcCloseMemHandle(open_memory.flags[r]));
         }
     }
@@ -240,7 +245,8 @@ static PFN_cuStreamBatchMemOp_v11070 batch_of_words(void) {
     if (!entry) {
         cudaDriverEntryPointQueryResult found;
         CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuStreamBatchMemOp", &entry, 11070, cudaEnableDefault, &found));
-        CHECK(found == cudaDriverEntryPointSuccess, "the NVIDIA driver cannot wait in streams: update it, or take %s",
+        CHECK(found == cudaDriverEntryPointSuccess,
+              "the NVIDIA driver cannot wait in streams: update it, or take "
               "--peer-memory 0");
     }
     return (PFN_cuStreamBatchMemOp_v11070)entry;

@@ -9,7 +9,7 @@
  *
  * Every byte that is sent is a function of who sent it, to whom, and its place, so the receiver can tell what it should
  * have got. All arrays end with bytes that nothing may change. They are filled and looked at on the host and travel
- * between copies on the device.
+ * between copies on the device. Read next: rank_arrays.h, comm_peers.h.
  */
 #include <math.h>
 #include <signal.h>
@@ -18,81 +18,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "../kernels/check.h"
-#include "../kernels/comm.h"
-#include "../kernels/device.h"
-#include "../kernels/peers.h"
-#include "../kernels/random.h"
-
-enum { MAX_RANKS = 16, GUARD = 64, GUARD_BYTE = 0xa5 };
-
-static int ep; /* of the groups as they are formed now */
-
-/* Of the group's rank r, the number in the world. */
-static int member(Group group, int r) {
-    int me = comm_rank(GROUP_WORLD);
-    int of[GROUP_COUNT] = {r, me / ep * ep + r, me % ep + r * ep};
-    return of[group];
-}
-
-static unsigned char *guarded(size_t bytes) {
-    unsigned char *array = malloc(bytes + GUARD);
-    CHECK(array, "out of memory");
-    memset(array, GUARD_BYTE, bytes + GUARD);
-    return array;
-}
-
-/* Frees the array, whose end must be as it was. */
-static void release(unsigned char *array, size_t bytes, const char *what) {
-    for (int i = 0; i < GUARD; i++) {
-        CHECK(array[bytes + i] == GUARD_BYTE, "%s: byte %d behind the end was overwritten", what, i);
-    }
-    free(array);
-}
-
-/* A copy on the device of an array with its guard. */
-static void *to_device(const unsigned char *array, size_t bytes) {
-    void *device = device_allocate(bytes + GUARD);
-    CHECK(device, "out of memory on the device");
-    device_from_host(device, array, bytes + GUARD, NULL);
-    return device;
-}
-
-/* And back; the copy is gone. */
-static void from_device(unsigned char *array, size_t bytes, void *device) {
-    host_from_device(array, device, bytes + GUARD, NULL);
-    device_release(device, bytes + GUARD);
-}
-
-/* ---- groups */
-
-static void form(int experts) {
-    ep = experts;
-    comm_form_groups(ep);
-    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_WORLD);
-    CHECK(comm_ranks(GROUP_EXPERTS) == ep && comm_ranks(GROUP_REPLICAS) == ranks / ep, "sizes of groups, ep %d", ep);
-    for (Group group = 0; group < GROUP_COUNT; group++) {
-        CHECK(member(group, comm_rank(group)) == me, "this rank is %d of group %d", comm_rank(group), group);
-    }
-}
+#include "comm_peers.h"
 
 /* ---- gather */
-
-static unsigned char byte_of(int from, int to, size_t i) {
-    return (unsigned char)random_bits(random_key(1, RANDOM_TEST, (uint64_t)(from * MAX_RANKS + to)), i);
-}
-
-static void check_bytes(const unsigned char *got, int from, int to, size_t bytes, const char *what) {
-    for (size_t i = 0; i < bytes; i++) {
-        CHECK(got[i] == byte_of(from, to, i), "%s: byte %zu of %zu from rank %d is wrong", what, i, bytes, from);
-    }
-}
-
-static void fill_bytes(unsigned char *bytes, int from, int to, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        bytes[i] = byte_of(from, to, i);
-    }
-}
 
 static void check_gather(Group group, size_t bytes, bool in_place) {
     int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(group);
@@ -112,21 +40,6 @@ static void check_gather(Group group, size_t bytes, bool in_place) {
 }
 
 /* ---- sum */
-
-/* Of both signs and of sizes between 2^-20 and 2^20, so that another order gives other bits. */
-static acc_t term(int rank, size_t i) {
-    uint64_t key = random_key(2, RANDOM_TEST, (uint64_t)rank);
-    return (acc_t)ldexp(random_uniform(key, 2 * i) - 0.5, (int)random_below(key, 2 * i + 1, 41) - 20);
-}
-
-static acc_t serial_sum(Group group, size_t i, bool backward) {
-    int ranks = comm_ranks(group);
-    acc_t sum = term(member(group, backward ? ranks - 1 : 0), i);
-    for (int r = 1; r < ranks; r++) {
-        sum += term(member(group, backward ? ranks - 1 - r : r), i);
-    }
-    return sum;
-}
 
 /* Terms that each rank keeps at another distance from a multiple of 16 bytes. From the second run on the call is
  * recorded, where the device can record (device.h). */
@@ -269,203 +182,6 @@ static void results(int unused) {
     check_to_first(0);
     check_to_first(100003);
     printf("rank %d of %d: all as expected\n", comm_rank(GROUP_WORLD), ranks);
-}
-
-/* ---- memory that is open to others */
-
-/* An allocation large enough to be one of its own on a GPU; two areas of it take turns. */
-enum { OPEN_BYTES = 4 << 20, AREA_BYTES = 1 << 18 };
-
-static char *open_peers(void) {
-    char why[128];
-    char *memory = peers_allocate(OPEN_BYTES);
-    CHECK(memory, "out of memory on the device");
-    device_wait(NULL);
-    CHECK(peers_open(memory, OPEN_BYTES, why, sizeof why), "not open: %s", why);
-    for (Group group = 0; group < GROUP_COUNT; group++) { /* all ranks are on this machine */
-        CHECK(peers_reach(group, memory) && peers_reach(group, memory + OPEN_BYTES - 1), "out of reach");
-        CHECK(peers_at(group, comm_rank(group), memory + 7) == memory + 7, "this rank's own memory is elsewhere");
-    }
-    CHECK(!peers_reach(GROUP_WORLD, memory + OPEN_BYTES) && !peers_reach(GROUP_WORLD, memory - 1), "not its memory");
-    return memory;
-}
-
-static void close_peers(char *memory) {
-    device_wait(NULL);
-    peers_close();
-    CHECK(!peers_reach(GROUP_EXPERTS, memory), "still open");
-    comm_barrier();
-    peers_release(memory, OPEN_BYTES);
-}
-
-/* Whether a rank has row `place` for another in a round. */
-static bool has_row(int round, int from, int to, int place) {
-    return (round + 3 * from + 5 * to + place) % 3 != 0;
-}
-
-static unsigned char byte_of_round(int round, int from, int to, size_t i) {
-    return (unsigned char)(byte_of(from, to, i) + round);
-}
-
-/* What this rank stores in a round: rows for each rank, and notes that say which of them are there, `each` a row. */
-static void make_rows(unsigned char *rows, int *there, int round, int places, size_t row_bytes, int each) {
-    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
-    for (int r = 0; r < ranks * places; r++) {
-        int to = member(GROUP_EXPERTS, r / places);
-        for (int j = 0; j < each; j++) {
-            there[r * each + j] = has_row(round, me, to, r % places) && j == r % each ? j : -1;
-        }
-        for (size_t i = 0; i < row_bytes; i++) {
-            rows[r * row_bytes + i] = byte_of_round(round, me, to, r % places * row_bytes + i);
-        }
-    }
-}
-
-/* What has arrived in an area that all places were GUARD_BYTE of. */
-static void check_arrived(const unsigned char *area, int round, int places, size_t row_bytes) {
-    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
-    for (size_t i = 0; i < ranks * places * row_bytes; i++) {
-        int r = (int)(i / row_bytes), from = member(GROUP_EXPERTS, r / places);
-        unsigned char expected = has_row(round, from, me, r % places)
-                                     ? byte_of_round(round, from, me, i - (size_t)(r / places) * places * row_bytes)
-                                     : GUARD_BYTE;
-        CHECK(area[i] == expected, "round %d: byte %zu of row %d from rank %d is %d, expected %d", round, i % row_bytes,
-              r % places, from, area[i], expected);
-    }
-    for (size_t i = ranks * places * row_bytes; i < AREA_BYTES; i++) {
-        CHECK(area[i] == GUARD_BYTE, "round %d: byte %zu behind the rows was overwritten", round, i);
-    }
-}
-
-/* Rounds of stores, one meeting each. What is read before a meeting may be overwritten after it: so what was read, and
- * cleaned, before the meeting of one round is stored in by the next but one. */
-static void check_rounds(char *memory, int rounds, int places, size_t row_bytes, int each) {
-    int ranks = comm_ranks(GROUP_EXPERTS), rows = ranks * places;
-    size_t bytes = rows * row_bytes, flags = (size_t)rows * each * sizeof(int);
-    unsigned char *mine = guarded(bytes), *area = guarded(AREA_BYTES), *clean = guarded(AREA_BYTES);
-    int *there = malloc(flags), *device_there = device_allocate(flags);
-    void *device_mine = device_allocate(bytes);
-    CHECK(there && device_there && device_mine && bytes < AREA_BYTES, "out of memory");
-    memset(clean, GUARD_BYTE, AREA_BYTES);
-    device_from_host(memory, clean, AREA_BYTES, NULL);
-    device_from_host(memory + AREA_BYTES, clean, AREA_BYTES, NULL);
-    peers_meet(GROUP_EXPERTS, false, NULL);
-    for (int round = 0; round < rounds; round++) {
-        char *to = memory + (size_t)(round % 2) * AREA_BYTES;
-        make_rows(mine, there, round, places, row_bytes, each);
-        device_from_host(device_mine, mine, bytes, NULL);
-        device_from_host(device_there, there, flags, NULL);
-        peers_put(peers_rows(to, places, row_bytes), device_mine, row_bytes, device_there, each, NULL);
-        peers_meet(GROUP_EXPERTS, round % 3 == 2, NULL);
-        host_from_device(area, to, AREA_BYTES, NULL);
-        check_arrived(area, round, places, row_bytes);
-        device_from_host(to, clean, AREA_BYTES, NULL);
-    }
-    release(mine, bytes, "peers");
-    release(area, AREA_BYTES, "peers");
-    release(clean, AREA_BYTES, "peers");
-    free(there);
-    device_wait(NULL);
-    device_release(device_there, flags);
-    device_release(device_mine, bytes);
-}
-
-/* All tell all others something, from elsewhere and from its own place. */
-static void check_put_all(char *memory, size_t bytes, bool in_place) {
-    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
-    size_t place = (size_t)comm_rank(GROUP_EXPERTS) * bytes;
-    unsigned char *all = guarded(ranks * bytes), *mine = guarded(bytes);
-    fill_bytes(mine, me, 3, bytes);
-    device_from_host(memory, all, ranks * bytes + GUARD, NULL);
-    peers_meet(GROUP_EXPERTS, false, NULL);
-    char *elsewhere = to_device(mine, bytes);
-    if (in_place) {
-        device_copy(memory + place, elsewhere, bytes, NULL);
-    }
-    peers_put_all(memory, in_place ? memory + place : elsewhere, bytes, NULL);
-    peers_meet(GROUP_EXPERTS, false, NULL);
-    host_from_device(all, memory, ranks * bytes + GUARD, NULL);
-    for (int r = 0; r < ranks; r++) {
-        check_bytes(all + r * bytes, member(GROUP_EXPERTS, r), 3, bytes, "to all");
-    }
-    from_device(mine, bytes, elsewhere);
-    release(all, ranks * bytes, "to all");
-    release(mine, bytes, "to all");
-    peers_meet(GROUP_EXPERTS, false, NULL);
-}
-
-/* Copies of all places: for each rank other rows, or with step 0 the same for all. */
-static void check_copy(char *memory, int places, size_t row_bytes, bool same) {
-    int me = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_EXPERTS);
-    size_t of_rank = places * row_bytes, bytes = ranks * of_rank;
-    unsigned char *all = guarded(bytes), *mine = guarded(bytes);
-    for (int r = 0; r < ranks; r++) {
-        fill_bytes(mine + r * of_rank, me, same ? 4 : member(GROUP_EXPERTS, r), of_rank);
-    }
-    device_from_host(memory, all, bytes + GUARD, NULL);
-    peers_meet(GROUP_EXPERTS, false, NULL);
-    char *from = to_device(mine, bytes);
-    PeerRows own = peers_own_rows(from, places, row_bytes);
-    CHECK(peers_row(&own, (ranks - 1) * places, row_bytes) == from + (ranks - 1) * of_rank, "own rows are elsewhere");
-    peers_copy(peers_rows(memory, places, row_bytes), from, same ? 0 : of_rank, row_bytes, NULL);
-    peers_meet(GROUP_EXPERTS, false, NULL);
-    host_from_device(all, memory, bytes + GUARD, NULL);
-    for (int r = 0; r < ranks; r++) {
-        check_bytes(all + r * of_rank, member(GROUP_EXPERTS, r), same ? 4 : me, of_rank, "copies");
-    }
-    from_device(mine, bytes, from);
-    release(all, bytes, "copies");
-    release(mine, bytes, "copies");
-    peers_meet(GROUP_EXPERTS, false, NULL);
-}
-
-/* Sums of what lies in open memory; `skip` terms from where it begins. */
-static void check_open_sum(char *memory, Group group, size_t count, size_t skip) {
-    size_t bytes = (skip + count) * sizeof(acc_t);
-    unsigned char *array = guarded(bytes);
-    acc_t *x = (acc_t *)array + skip;
-    for (size_t i = 0; i < count; i++) {
-        x[i] = term(comm_rank(GROUP_WORLD), i);
-    }
-    device_from_host(memory, array, bytes + GUARD, NULL);
-    comm_sum(group, (acc_t *)memory + skip, count, NULL);
-    host_from_device(array, memory, bytes + GUARD, NULL);
-    for (size_t i = 0; i < count; i++) {
-        acc_t expected = serial_sum(group, i, false);
-        CHECK(memcmp(&x[i], &expected, sizeof expected) == 0, "open sum %zu of %zu in group %d is %a, expected %a", i,
-              count, group, (double)x[i], (double)expected);
-    }
-    for (size_t i = 0; i < skip * sizeof(acc_t); i++) {
-        CHECK(array[i] == GUARD_BYTE, "open sum: byte %zu before the first term was overwritten", i);
-    }
-    release(array, bytes, "open sum");
-    peers_meet(GROUP_WORLD, false, NULL);
-}
-
-static void peers(int rounds) {
-    static const size_t row_bytes[] = {4, 20, 64, 1028};
-    for (int experts = 1; experts <= comm_ranks(GROUP_WORLD); experts++) {
-        if (comm_ranks(GROUP_WORLD) % experts != 0) {
-            continue;
-        }
-        form(experts);
-        char *memory = open_peers();
-        for (int i = 0; i < 4; i++) {
-            check_rounds(memory, rounds, 1 + 4 * i, row_bytes[i], 1 + i % 3);
-            check_put_all(memory, row_bytes[i], false);
-            check_put_all(memory, row_bytes[i], true);
-            check_copy(memory, 1 + 4 * i, row_bytes[i], false);
-            check_copy(memory, 1 + 4 * i, row_bytes[i], true);
-        }
-        for (Group group = 0; group < GROUP_COUNT; group++) {
-            check_open_sum(memory, group, 7, 0);
-            check_open_sum(memory, group, 100003, 0);
-            check_open_sum(memory, group, 100000, 4);
-            check_open_sum(memory, group, 100003, 1);
-        }
-        close_peers(memory);
-    }
-    printf("rank %d of %d: all as expected\n", comm_rank(GROUP_WORLD), comm_ranks(GROUP_WORLD));
 }
 
 /* More calls than tags have numbers for. */

@@ -68,6 +68,12 @@ file fineweb-edu/finewebedu_val_000000.bin 200001024 64682bb1bcc5437ac1cce0efd9d
 # github mytensorsarelonger/modded-nanogpt: PAUSE-general-slice.md (both: size and SHA-256; of val the only source)
 next ./train --data data/downloads/fineweb-edu --vocab 50304
 
+set linux-doc GPL-2.0 and others (the Linux kernel's documentation, Debian's package of version 6.1: 21 MB of text)
+file linux-doc.deb 37222656 0d843674607703b9ef8c1db5e715c38ed52ff23574feabfe0d961d552126859f https://deb.debian.org/debian/pool/main/l/linux/linux-doc-6.1_6.1.176-1_all.deb
+# Debian bookworm's list of packages (size, SHA-256); when the address is gone, snapshot.debian.org keeps the file
+next data/text_of_deb.sh data/downloads/linux-doc.deb data/downloads/linux-doc
+next ./train --data data/downloads/linux-doc/train.txt --val data/downloads/linux-doc/val.txt
+
 set hellaswag MIT (Zellers et al., arXiv 1905.07830; 10,042 questions in GPT-2 tokens, from karpathy/llm.c)
 file hellaswag_val.bin 3762386 59509ba401e820f2cd8b579141354e8ebc14a20f8e2cc181f1836f1d0e59eb99 https://huggingface.co/datasets/karpathy/llmc-starter-pack/resolve/main/hellaswag_val.bin
 # github chunke2/llm_test: experiments/scripts/download_starter_pack_verified.sh (size, SHA-256);

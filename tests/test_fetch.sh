@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests of data/fetch.sh without a network: a copy of it, its table replaced by one with file:// addresses, or with those
-# of a server on this machine. What the built-in table says is checked for its form, not downloaded.
+# of a server on this machine. What the built-in table says is checked for its form, not downloaded. And of
+# data/text_of_deb.sh.
 #
 #     tests/test_fetch.sh [NAME...]    from the repository's root; NAME: only the tests whose names contain it
 #
@@ -11,6 +12,7 @@
 
 FETCH=$(realpath data/fetch.sh)
 TOKENIZE=$(realpath data/tokenize)
+TEXT_OF_DEB=$(realpath data/text_of_deb.sh)
 
 # ---- a place to download into, and something to download
 
@@ -352,7 +354,7 @@ builtin_table() {
 test_the_table_is_well_formed() {
     builtin_table >table
     check "data sets" test "$(awk '$1 == "set" { printf "%s ", $2 }' table)" = \
-        "tinyshakespeare tinystories wikitext2 enwik8 fineweb-edu hellaswag "
+        "tinyshakespeare tinystories wikitext2 enwik8 fineweb-edu linux-doc hellaswag "
     awk '
         function problem(why) { print "line " FNR ": " why; bad = 1 }
         function finish() {
@@ -407,9 +409,41 @@ test_what_to_run_next_exists() {
     {
         awk '$1 == "file" { print "data/downloads/" $2 }' table
         grep -oE -- '(--out |>)data/downloads/[^ ]*' commands | sed 's/^--out //; s/^>//'
+        awk '$1 == "data/text_of_deb.sh" { print $3 "/train.txt"; print $3 "/val.txt" }' commands
     } >made
     for path in $(grep -oE 'data/downloads/[^ ]*' commands | sort -u); do
         grep -qE "^$path(/|$)" made || fail "$path is neither fetched nor made"
+    done
+}
+
+# ---- the documents of a package
+
+# Twenty documents, of which the tenth and the last are held out; others are no documents.
+test_text_of_a_package() {
+    if ! command -v dpkg-deb >/dev/null; then
+        skip "dpkg-deb is not installed"
+        return
+    fi
+    mkdir -p package/DEBIAN package/doc/translations
+    printf 'Package: words\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: words\n' \
+        >package/DEBIAN/control
+    for i in $(seq -w 20); do
+        echo "document $i" >"package/doc/$i.rst"
+        if [ $((10#$i % 3)) = 0 ]; then gzip "package/doc/$i.rst"; fi
+    done
+    echo other >package/doc/05.html
+    echo traduction >package/doc/translations/05.rst
+    dpkg-deb --build package words.deb >/dev/null
+    "$TEXT_OF_DEB" words.deb made >out 2>err || fail "text_of_deb.sh ends $?: $(cat err)"
+    check "held out: $(cat made/val.txt)" [ "$(cat made/val.txt)" = "$(printf 'document 10\ndocument 20')" ]
+    for i in 10 20; do seq -w 20 | grep -v "$i"; done | sort | uniq -d | sed 's/^/document /' >expected
+    check "train.txt differs" cmp -s expected made/train.txt
+
+    head -c 500 words.deb >cut.deb
+    for wrong in cut.deb missing.deb; do
+        if "$TEXT_OF_DEB" "$wrong" other >out 2>err; then fail "$wrong was taken"; fi
+        tail -n 1 err | grep -q "^text_of_deb.sh: $wrong" || fail "$wrong: $(cat err)"
+        check "$wrong left something" [ ! -e other ]
     done
 }
 

@@ -132,6 +132,29 @@ void soft_route_forward(acc_t *logits, Plan *plan, acc_t *x_inverse, acc_t *phi_
     }
 }
 
+static void fix(acc_t *matrix, const Plan *plan, Mixture mixture, int shares) {
+    size_t K = plan->K, groups = groups_of(plan);
+#pragma omp parallel for
+    for (int n = 0; n < plan->N; n++) {
+        size_t place = plan->across ? n / groups : (size_t)n % plan->group_tokens; /* of the token in its group */
+        for (size_t j = 0; j < K; j++) {
+            matrix[n * K + j] = mixture == MIXTURE_IDENTITY ? j == place : (acc_t)1 / shares;
+        }
+    }
+}
+
+void soft_fix_mix(Plan *plan, Mixture mixture, Stream *stream) {
+    if (mixture != MIXTURE_LEARNED) {
+        fix(plan->mix, plan, mixture, plan->group_tokens);
+    }
+}
+
+void soft_fix_weight(Plan *plan, Mixture mixture, Stream *stream) {
+    if (mixture != MIXTURE_LEARNED) {
+        fix(plan->weight, plan, mixture, plan->K);
+    }
+}
+
 /* dlogits += mix (dmix - sum mix dmix), the same columns */
 static void softmax_over_tokens_backward(acc_t *dlogits, const acc_t *dmix, const acc_t *mix, Group group, int tokens,
                                          int K, int width) {
@@ -157,9 +180,12 @@ static void softmax_over_tokens_backward(acc_t *dlogits, const acc_t *dmix, cons
 }
 
 void soft_logits_backward(acc_t *dlogits, const acc_t *dweight, const acc_t *dmix, const Plan *plan, Stream *stream) {
-    int N = plan->N, K = plan->K, groups = groups_of(plan);
+    int N = plan->N, K = plan->K, groups = dmix ? groups_of(plan) : 0;
+    if (!dweight) {
+        memset(dlogits, 0, (size_t)N * K * sizeof *dlogits);
+    }
 #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
+    for (int n = 0; n < (dweight ? N : 0); n++) {
         const acc_t *w = plan->weight + (size_t)n * K, *dw = dweight + (size_t)n * K;
         acc_t *dl = dlogits + (size_t)n * K, mean = dot(w, dw, K);
         for (int j = 0; j < K; j++) {

@@ -217,6 +217,36 @@ void soft_route_forward(acc_t *logits, Plan *plan, acc_t *x_inverse, acc_t *phi_
     CUDA_LAUNCHED();
 }
 
+/* The grid replaces the loops over tokens and slots. */
+__global__ static void __launch_bounds__(THREADS) fix_kernel(float *matrix, bool identity, float share, size_t count,
+                                                             int K, int group_tokens, int groups, bool across) {
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count) {
+        const size_t n = i / K, place = across ? n / groups : n % group_tokens;
+        matrix[i] = identity ? i % K == place : share;
+    }
+}
+
+static void fix(float *matrix, const Plan *plan, Mixture mixture, int shares, Stream *stream) {
+    const size_t count = (size_t)plan->N * plan->K;
+    fix_kernel<<<ceil_div(count, THREADS), THREADS, 0, cuda_stream(stream)>>>(
+        matrix, mixture == MIXTURE_IDENTITY, 1.0f / shares, count, plan->K, plan->group_tokens, groups_of(plan),
+        plan->across);
+    CUDA_LAUNCHED();
+}
+
+void soft_fix_mix(Plan *plan, Mixture mixture, Stream *stream) {
+    if (mixture != MIXTURE_LEARNED) {
+        fix(plan->mix, plan, mixture, plan->group_tokens, stream);
+    }
+}
+
+void soft_fix_weight(Plan *plan, Mixture mixture, Stream *stream) {
+    if (mixture != MIXTURE_LEARNED) {
+        fix(plan->weight, plan, mixture, plan->K, stream);
+    }
+}
+
 /* dlogits = that of the softmax over slots. Grid and warps replace the loop over tokens, lanes those over slots. */
 __global__ static void __launch_bounds__(THREADS)
     slot_softmax_backward_kernel(float *dlogits, const float *dweight, const float *weight, int N, int K) {
@@ -257,12 +287,18 @@ __global__ static void __launch_bounds__(COLUMNS *TOKEN_LANES)
 
 void soft_logits_backward(acc_t *dlogits, const acc_t *dweight, const acc_t *dmix, const Plan *plan, Stream *stream) {
     const int N = plan->N, K = plan->K;
-    slot_softmax_backward_kernel<<<ceil_div(N, WARPS), THREADS, 0, cuda_stream(stream)>>>(dlogits, dweight,
-                                                                                          plan->weight, N, K);
-    CUDA_LAUNCHED();
-    token_softmax_backward_kernel<<<column_blocks(plan), dim3(COLUMNS, TOKEN_LANES), 0, cuda_stream(stream)>>>(
-        dlogits, dmix, plan->mix, token_rows(plan), plan->group_tokens, K);
-    CUDA_LAUNCHED();
+    if (dweight) {
+        slot_softmax_backward_kernel<<<ceil_div(N, WARPS), THREADS, 0, cuda_stream(stream)>>>(dlogits, dweight,
+                                                                                              plan->weight, N, K);
+        CUDA_LAUNCHED();
+    } else {
+        cudaCheck(cudaMemsetAsync(dlogits, 0, (size_t)N * K * sizeof *dlogits, cuda_stream(stream)));
+    }
+    if (dmix) {
+        token_softmax_backward_kernel<<<column_blocks(plan), dim3(COLUMNS, TOKEN_LANES), 0, cuda_stream(stream)>>>(
+            dlogits, dmix, plan->mix, token_rows(plan), plan->group_tokens, K);
+        CUDA_LAUNCHED();
+    }
 }
 
 /* ---- the router's way back ----

@@ -25,7 +25,15 @@
 void soft_route_forward(acc_t *logits, Plan *plan, acc_t *x_inverse, acc_t *phi_inverse, const real_t *x,
                         const acc_t *phi, const acc_t *scale, int C, Stream *stream);
 
-/* dlogits (N,K) of the main loss, overwritten, from dweight and dmix (N,K). */
+/* What a mixture is when it is not learned: the same share of everything, or slot i is token i of the group and nothing
+ * else (slots past the last token read nothing). The paper's ablations. */
+typedef enum { MIXTURE_LEARNED, MIXTURE_UNIFORM, MIXTURE_IDENTITY } Mixture;
+
+/* Overwrites plan->mix, or plan->weight; leaves it alone with MIXTURE_LEARNED. Identity needs K >= group_tokens. */
+void soft_fix_mix(Plan *plan, Mixture mixture, Stream *stream);
+void soft_fix_weight(Plan *plan, Mixture mixture, Stream *stream);
+
+/* dlogits (N,K) of the main loss, overwritten, from dweight and dmix (N,K); NULL for one that is not learned. */
 void soft_logits_backward(acc_t *dlogits, const acc_t *dweight, const acc_t *dmix, const Plan *plan, Stream *stream);
 
 /* From dlogits: dx (N,C), dphi (K,C) and dscale (1) accumulate. The rest as in the forward. */

@@ -8,10 +8,10 @@
 #include "../kernels/check.h"
 #include "../kernels/random.h"
 
-#define ROUTERS(each)                                                                                                \
-    each(dense) each(top1) each(topk) each(noisy) each(sigmoid) each(hash) each(position) each(random)               \
-        each(random_step) each(expert_choice) each(threshold) each(soft) each(soft_batch) each(soft_token) each(coe) \
-            each(forced)
+#define ROUTERS(each)                                                                                        \
+    each(dense) each(top1) each(topk) each(noisy) each(sigmoid) each(hash) each(position) each(random)       \
+        each(random_step) each(expert_choice) each(threshold) each(soft) each(soft_batch) each(soft_uniform) \
+            each(uniform_soft) each(uniform_uniform) each(soft_identity) each(soft_token) each(coe) each(forced)
 
 #define DECLARE(name) extern const Router router_##name;
 ROUTERS(DECLARE)

@@ -12,10 +12,14 @@
  *                text, but a text's probability depends on the batch it is in. A token that is generated alone mixes
  *                with none.
  *
+ *   soft-uniform, uniform-soft   controls for soft that learn one of the two mixtures alone: tokens read all slots
+ *                alike, or slots all tokens. Those that learn none are in router_soft_fixed.c.
+ *
  * Soft MoE, Puigcerver et al. 2023 (arXiv 2308.00951); Mixture of Tokens, Antoniak et al. 2023 (arXiv 2310.15961).
  * Kernel: soft_mix.h.
  */
 #include <stdlib.h>
+#include <string.h>
 
 #include "../kernels/check.h"
 #include "../kernels/soft_mix.h"
@@ -24,6 +28,7 @@
 enum { PHI, SCALE };
 
 typedef struct {
+    Mixture mix, weight;
     acc_t *x_inverse;   /* (N) 1 / |x| */
     acc_t *phi_inverse; /* (E*S) */
 } Own;
@@ -48,6 +53,8 @@ static void reserve(RouterPass *p, Arena *arena) {
     Own *own = p->own = calloc(1, sizeof(Own));
     size_t slots = (size_t)p->E * p->config->model.slots;
     CHECK(own, "out of memory for a router");
+    own->mix = strcmp(p->config->model.router, "uniform-soft") == 0 ? MIXTURE_UNIFORM : MIXTURE_LEARNED;
+    own->weight = strcmp(p->config->model.router, "soft-uniform") == 0 ? MIXTURE_UNIFORM : MIXTURE_LEARNED;
     arena_reserve(arena, (void **)&own->x_inverse, p->N * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&own->phi_inverse, slots * sizeof(acc_t), MEMORY_ACTIVATIONS);
 }
@@ -56,12 +63,15 @@ static void forward(RouterPass *p, Plan *plan, Stream *stream) {
     Own *own = p->own;
     soft_route_forward(p->logits, plan, own->x_inverse, own->phi_inverse, p->x, p->param[PHI].w, p->param[SCALE].w,
                        p->C, stream);
+    soft_fix_mix(plan, own->mix, stream);
+    soft_fix_weight(plan, own->weight, stream);
     soft_expert_share(p->probs, plan, stream);
 }
 
 static void backward(RouterPass *p, real_t *dx, const acc_t *dweight, const Plan *plan, Stream *stream) {
     Own *own = p->own;
-    soft_logits_backward(p->dlogits, dweight, p->dmix, plan, stream);
+    soft_logits_backward(p->dlogits, own->weight == MIXTURE_LEARNED ? dweight : NULL,
+                         own->mix == MIXTURE_LEARNED ? p->dmix : NULL, plan, stream);
     gradient_measure(p->load, p->dlogits, (size_t)p->N * plan->K, stream);
     soft_route_backward(dx, p->param[PHI].dw, p->param[SCALE].dw, p->dlogits, p->logits, own->x_inverse,
                         own->phi_inverse, p->x, p->param[PHI].w, p->param[SCALE].w, plan, p->C, stream);
@@ -89,6 +99,36 @@ const Router router_soft_batch = {
     .plan = PLAN_SOFT,
     .sees_batch = true,
     .across = true,
+    .learned = true,
+    .renorm_default = 1,
+    .check = check,
+    .tensors = tensors,
+    .reserve = reserve,
+    .forward = forward,
+    .backward = backward,
+};
+
+const Router router_soft_uniform = {
+    .name = "soft-uniform",
+    .summary = "as soft, but a token reads all slots alike",
+    .paper = "Soft MoE 2308.00951, ablation",
+    .plan = PLAN_SOFT,
+    .sees_future = true,
+    .learned = true,
+    .renorm_default = 1,
+    .check = check,
+    .tensors = tensors,
+    .reserve = reserve,
+    .forward = forward,
+    .backward = backward,
+};
+
+const Router router_uniform_soft = {
+    .name = "uniform-soft",
+    .summary = "as soft, but a slot reads all tokens alike",
+    .paper = "Soft MoE 2308.00951, ablation",
+    .plan = PLAN_SOFT,
+    .sees_future = true,
     .learned = true,
     .renorm_default = 1,
     .check = check,

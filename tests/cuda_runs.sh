@@ -60,8 +60,8 @@ test_ten_steps() {
 # ---- a step waits for nothing, and is recorded
 
 test_no_waits() {
-    for router in top1 topk sigmoid hash position random random-step soft soft-batch soft-token coe expert-choice \
-        dense noisy threshold forced; do
+    for router in top1 topk sigmoid hash position random random-step soft soft-batch soft-uniform soft-token coe \
+        expert-choice dense noisy threshold forced; do
         # shellcheck disable=SC2086  # words
         run --steps 10 "${MODEL[@]}" --router $router --trace-syncs --allow-leak --out "run_$router"
         ends 0

@@ -22,7 +22,16 @@ static inline Plan soft_case_plan(const Case *c) {
                   .across = c->n[5]};
 }
 
-static inline void make_soft_route(Case *c) { /* N C E slots group across */
+/* The seventh extent of soft_route: what mix is (Mixture), and three times what weight is. */
+static inline Mixture soft_case_mix(const Case *c) {
+    return (Mixture)(c->n[6] % 3);
+}
+
+static inline Mixture soft_case_weight(const Case *c) {
+    return (Mixture)(c->n[6] / 3);
+}
+
+static inline void make_soft_route(Case *c) { /* N C E slots group across fixed */
     Plan plan = soft_case_plan(c);
     size_t N = (size_t)plan.N, K = (size_t)plan.K, C = (size_t)c->n[1];
     add_input(c, "x", ACTIVATION, N * C, ACCUMULATED);
@@ -44,11 +53,14 @@ static inline void make_soft_route(Case *c) { /* N C E slots group across */
 static inline void soft_route_case_forward(Case *c) {
     soft_route_forward(val(c, "logits"), &c->plan, val(c, "x_inverse"), val(c, "phi_inverse"), val(c, "x"),
                        val(c, "phi"), val(c, "scale"), c->n[1], NULL);
+    soft_fix_mix(&c->plan, soft_case_mix(c), NULL);
+    soft_fix_weight(&c->plan, soft_case_weight(c), NULL);
     soft_expert_share(val(c, "share"), &c->plan, NULL);
 }
 
 static inline void soft_route_case_backward(Case *c) {
-    soft_logits_backward(val(c, "dlogits"), grad(c, "weight"), grad(c, "mix"), &c->plan, NULL);
+    soft_logits_backward(val(c, "dlogits"), soft_case_weight(c) == MIXTURE_LEARNED ? grad(c, "weight") : NULL,
+                         soft_case_mix(c) == MIXTURE_LEARNED ? grad(c, "mix") : NULL, &c->plan, NULL);
     soft_route_backward(grad(c, "x"), grad(c, "phi"), grad(c, "scale"), val(c, "dlogits"), val(c, "logits"),
                         val(c, "x_inverse"), val(c, "phi_inverse"), val(c, "x"), val(c, "phi"), val(c, "scale"),
                         &c->plan, c->n[1], NULL);

@@ -47,14 +47,16 @@ static void test_finish_takes_the_routers_own(void **state) {
         double aux, z;
         int top_k, renorm, chain_steps, slots;
     } own[] = {
-        {"dense", 0, 0, 2, 0, 1, 0},         {"top1", 0.01, 0.001, 1, 0, 1, 0},
-        {"topk", 0.01, 0.001, 2, 1, 1, 0},   {"noisy", 0.01, 0, 2, 1, 1, 0},
-        {"sigmoid", 1e-4, 0, 2, 1, 1, 0},    {"hash", 0, 0, 2, 1, 1, 0},
-        {"position", 0, 0, 2, 1, 1, 0},      {"random", 0, 0, 2, 1, 1, 0},
-        {"random-step", 0, 0, 2, 1, 1, 0},   {"expert-choice", 0, 0.001, 2, 0, 1, 0},
-        {"threshold", 0, 0.001, 2, 0, 1, 0}, {"soft", 0, 0, 2, 1, 1, 32},
-        {"soft-batch", 0, 0, 2, 1, 1, 4},    {"soft-token", 0, 0.001, 8, 0, 1, 0},
-        {"coe", 0.01, 0.001, 2, 1, 2, 0},    {"forced", 0.01, 0.001, 2, 1, 1, 0},
+        {"dense", 0, 0, 2, 0, 1, 0},          {"top1", 0.01, 0.001, 1, 0, 1, 0},
+        {"topk", 0.01, 0.001, 2, 1, 1, 0},    {"noisy", 0.01, 0, 2, 1, 1, 0},
+        {"sigmoid", 1e-4, 0, 2, 1, 1, 0},     {"hash", 0, 0, 2, 1, 1, 0},
+        {"position", 0, 0, 2, 1, 1, 0},       {"random", 0, 0, 2, 1, 1, 0},
+        {"random-step", 0, 0, 2, 1, 1, 0},    {"expert-choice", 0, 0.001, 2, 0, 1, 0},
+        {"threshold", 0, 0.001, 2, 0, 1, 0},  {"soft", 0, 0, 2, 1, 1, 32},
+        {"soft-batch", 0, 0, 2, 1, 1, 4},     {"soft-uniform", 0, 0, 2, 1, 1, 32},
+        {"uniform-soft", 0, 0, 2, 1, 1, 32},  {"uniform-uniform", 0, 0, 2, 1, 1, 32},
+        {"soft-identity", 0, 0, 1, 1, 1, 16}, {"soft-token", 0, 0.001, 8, 0, 1, 0},
+        {"coe", 0.01, 0.001, 2, 1, 2, 0},     {"forced", 0.01, 0.001, 2, 1, 1, 0},
     };
     size_t count = 0;
     for (const Router *router; (router = router_at((int)count)); count++) {

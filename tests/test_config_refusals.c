@@ -220,6 +220,7 @@ static void test_what_a_router_cannot_do(void **state) {
         /* capacity, drops, layout */
         {"--router soft --objective mlm --capacity-factor 2", "--router soft drops nothing: drop --capacity-factor"},
         {"--router soft-batch --capacity-factor 2", "drop --capacity-factor"},
+        {"--router soft-identity --seq 100 --slots 12", "8 experts have 96 slots for the 100 tokens"},
         {"--router soft-token --capacity-factor 2", "drop --capacity-factor"},
         {"--router expert-choice --objective mlm --capacity-factor 2", "drop --capacity-factor"},
         {"--router soft --objective mlm --drop slot", "--router soft drops nobody: drop --drop"},

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests of data/fetch.sh without a network: a copy of it, its table replaced by one with file:// addresses, or with those
-# of a server on this machine. What the built-in table says is checked for its form, not downloaded. And of
-# data/text_of_deb.sh.
+# of a server on this machine. What the built-in table says is checked for its form, not downloaded. And
+# of data/text_of_deb.sh.
 #
 #     tests/test_fetch.sh [NAME...]    from the repository's root; NAME: only the tests whose names contain it
 #

@@ -116,6 +116,8 @@ static const Variant variants[] = {
     {"soft-batch", "--router soft-batch", 0, false},
     {"soft-batch, three slots, shared", "--router soft-batch --slots 3 --shared-experts 1", 0, false},
     {"soft-batch, two slices", "--router soft-batch --batch 4 --grad-accum 2", 0, false},
+    {"soft slots, uniform tokens", "--router soft-uniform --slots 2", 0, false},
+    {"uniform slots, soft tokens", "--router uniform-soft --slots 2", 0, false},
     {"soft-token", "--router soft-token", 0, false},
     {"soft-token, plain, no z-loss", "--router soft-token --renorm 0 --z-coef 0", 0, false},
 

@@ -292,7 +292,7 @@ void soft_logits_backward(acc_t *dlogits, const acc_t *dweight, const acc_t *dmi
                                                                                               plan->weight, N, K);
         CUDA_LAUNCHED();
     } else {
-        cudaCheck(cudaMemsetAsync(dlogits, 0, (size_t)N * K * sizeof *dlogits, cuda_stream(stream)));
+        CUDA_CHECK(cudaMemsetAsync(dlogits, 0, (size_t)N * K * sizeof *dlogits, cuda_stream(stream)));
     }
     if (dmix) {
         token_softmax_backward_kernel<<<column_blocks(plan), dim3(COLUMNS, TOKEN_LANES), 0, cuda_stream(stream)>>>(

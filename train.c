@@ -194,6 +194,7 @@ static void open_log(Run *run) {
         return;
     }
     device_describe(device, sizeof device);
+    const Router *router = router_find(run->config.model.router);
     LogHeader header = {.device = device,
                         .params_total = tensors_parameters(&run->model.tensors),
                         .params_active = transformer_active_parameters(&run->model),
@@ -202,8 +203,9 @@ static void open_log(Run *run) {
                         .domains = run->domains,
                         .moe_layer_count = run->model.moe_count,
                         .moe_layers = run->model.moe_layers,
+                        .learned = router->learned && run->config.train.freeze != FREEZE_ROUTER,
                         .leaky = config_is_leaky(&run->config.model),
-                        .sees_batch = router_find(run->config.model.router)->sees_batch};
+                        .sees_batch = router->sees_batch};
     log_open(&run->log, &run->config, &header, run->config.train.resume[0] ? run->at.step : -1);
     char memory[512];
     int length = 0;

@@ -188,7 +188,8 @@ static void write_header(Log *log, const Config *config, const LogHeader *header
     for (int i = 0; i < header->moe_layer_count; i++) {
         fprintf(line, "%s%d", i ? "," : "", header->moe_layers[i]);
     }
-    fprintf(line, "],\"leaky\":%s,\"sees_batch\":%s}", header->leaky ? "true" : "false",
+    fprintf(line, "],\"learned\":%s", header->learned ? "true" : "false");
+    fprintf(line, ",\"leaky\":%s,\"sees_batch\":%s}", header->leaky ? "true" : "false",
             header->sees_batch ? "true" : "false");
     CHECK(fclose(line) == 0, "out of memory while writing the log's header");
     log_line(log, "%s", text);

@@ -39,6 +39,7 @@ typedef struct {
     const char *const *domains;
     int moe_layer_count;
     const int *moe_layers;
+    bool learned; /* the router is trained by the main loss: its gradient must not be 0 */
     bool leaky;
     bool sees_batch; /* the router looks at other sequences of the batch */
 } LogHeader;

@@ -112,7 +112,7 @@ static void test_header(void **state) {
     cJSON *line = cJSON_Parse(text);
     const char *keys[] = {"ts",         "program",  "git_sha",      "git_dirty",     "config",          "device",
                           "precision",  "versions", "params_total", "params_active", "flops_per_token", "domains",
-                          "moe_layers", "leaky",    "sees_batch"};
+                          "moe_layers", "learned",  "leaky",        "sees_batch"};
     const cJSON *item = line->child;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++, item = item->next) {
         assert_non_null(item);
@@ -133,6 +133,7 @@ static void test_header(void **state) {
     assert_true(number_of(line, "params_total") == 5e9);
     assert_true(number_of(line, "params_active") == 1234);
     assert_true(number_of(line, "flops_per_token") == 1.5e9);
+    assert_true(cJSON_IsTrue(cJSON_GetObjectItem(line, "learned")));
     assert_true(cJSON_IsTrue(cJSON_GetObjectItem(line, "leaky")));
     assert_true(cJSON_IsFalse(cJSON_GetObjectItem(line, "sees_batch")));
     assert_int_equal(cJSON_GetArraySize(cJSON_GetObjectItem(line, "domains")), 2);
@@ -153,12 +154,12 @@ static void test_header_of_a_router_that_sees_the_batch(void **state) {
     LogHeader other = header;
     char text[TEXT_SIZE];
     Log log;
-    other.leaky = false;
+    other.learned = other.leaky = false;
     other.sees_batch = true;
     log_open(&log, &config, &other, 0);
     log_close(&log);
     read_file(&config, "log.jsonl", text);
-    assert_non_null(strstr(text, ",\"leaky\":false,\"sees_batch\":true}\n"));
+    assert_non_null(strstr(text, ",\"learned\":false,\"leaky\":false,\"sees_batch\":true}\n"));
 }
 
 static void test_line_appends(void **state) {

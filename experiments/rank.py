@@ -16,6 +16,7 @@ marked, commits and devices that are mixed within a comparison are named.
 import argparse
 import collections
 import math
+import re
 import statistics
 import sys
 
@@ -75,9 +76,17 @@ class Comparison:
         self.sweep, self.size, self.budget = key
         self.arms, self.recipe, self.baseline = {}, None, None
         self.foot, self.refusals = [], 0
+        self.named = {}  # sentence with a place for names -> names
 
     def note(self, sentence):
         self.foot.append(sentence)
+
+    def note_of(self, name, sentence):
+        """One sentence for all arms of which it is true; {} is where their names go."""
+        self.named.setdefault(sentence, []).append(name)
+
+    def sentences(self):
+        return self.foot + [text.format(", ".join(names)) for text, names in self.named.items()]
 
     def refuse(self, sentence):
         self.foot.append(sentence)
@@ -125,8 +134,8 @@ def objections(comparison, arm, base):
         main = (run.get("router_gradient") or {}).get("main")
         if run.get("learned") and main and any(x == 0 for x in main):
             layers = [str(i) for i, x in enumerate(main) if x == 0]
-            found.append(f"{arm.name}, seed {run['seed']}: the router of layer {', '.join(layers)} got no gradient from "
-                         "the main loss in the first step: a router that does not learn is no learned router.")
+            found.append(f"{arm.name}, seed {run['seed']}: the router of layer {', '.join(layers)} got no gradient "
+                         "from the main loss in the first step; a router that does not learn is no learned router.")
             break
     if base is not arm and base.rate is not None and base.runs() and runs:
         mine, theirs = runs[0].get("config", {}), base.runs()[0].get("config", {})
@@ -159,9 +168,10 @@ def speed(comparison, arm):
         comparison.refuse(f"The speed of {arm.name} is not printed: {flops / 1e12:.4g} TFLOP/s is above the "
                           f"{peak / 1e12:.4g} of the device ({timing.get('peak_from')}).")
         return None, None
-    if (timing.get("others_busy") or 0) > 0.5:
-        comparison.note(f"The speed of {arm.name} was measured while other processes kept "
-                        f"{timing['others_busy']:.1f} cores busy.")
+    on_cpu = re.search(r"\d+ threads?, ", str(timing.get("device")))
+    if on_cpu and (timing.get("others_busy") or 0) > 0.5:
+        comparison.note_of(f"{arm.name} ({timing['others_busy']:.1f})", "Speed was measured while other processes kept "
+                           "cores busy (how many): {}.")
     return timing["ms"], rate
 
 
@@ -175,18 +185,33 @@ def check_provenance(comparison, arms):
     dirty = sorted({r["commit"] for r in records if str(r.get("commit")).endswith("-dirty")})
     if dirty:
         comparison.note(f"Made by a program that no commit describes: {', '.join(dirty)}.")
-    starts = {arm.name: str(arm.runs()[0].get("before") or "nothing") for arm in arms if arm.rate and arm.runs()}
-    if len(set(starts.values())) > 1:
-        comparison.note("Arms start from different weights: " + ", ".join(f"{a} from {b}" for a, b in starts.items())
-                        + ". What those cost is in no column.")
+    for arm in arms:
+        for start, steps in (arm.runs()[0].get("before") or {}).items() if arm.rate is not None and arm.runs() else []:
+            comparison.note_of(arm.name, f"Started from the weights of {start} ({steps} steps, which are in no column): "
+                               "{}.")
+
+
+def check_validation(comparison, arms):
+    """Says how much text the losses are of, and whose loss depends on what else is in a batch."""
+    counts = set()
+    for arm in arms:
+        for run in arm.runs()[:1] if arm.rate is not None else []:
+            config = run.get("config", {})
+            if all(config.get(name) for name in ("eval_batches", "batch", "seq")):
+                counts.add(config["eval_batches"] * config["batch"] * config["seq"])
+            if run.get("sees_batch"):
+                comparison.note_of(arm.name, "Looking at other sequences of a batch, so that the loss holds for such "
+                                   "batches: {}.")
+    if counts:
+        comparison.note(f"Validation losses are means over {say_set(counts)} tokens.")
 
 
 def check_rates(comparison, arm):
     rates = sorted(arm.losses)
     if len(rates) > 1 and arm.rate in (rates[0], rates[-1]):
         which = "lowest" if arm.rate == rates[0] else "highest"
-        comparison.note(f"The best rate of {arm.name}, {arm.rate:g}, is the {which} that was tried: its best may lie "
-                        "beyond.")
+        comparison.note_of(arm.name, f"Best at the {which} rate that was tried, so a better one may lie beyond: "
+                           "{}.")
 
 
 def check_seeds(comparison, arms):
@@ -230,17 +255,19 @@ def span(interval):
 
 
 def difference(comparison, arm, base):
-    """The paired difference to the baseline, None where there is none to give."""
-    mine, theirs = arm.seeds(), base.seeds() if base and base.rate is not None else {}
+    """The paired difference to the baseline, None where there is none to give. base: None where it has no rank."""
+    if base is None or arm is base:
+        return None
+    mine, theirs = arm.seeds(), base.seeds()
     shared = sorted(set(mine) & set(theirs))
-    if arm is base or not shared:
+    if len(shared) < LEAST_SEEDS:
         return None
     return intervals.paired([mine[s] for s in shared], [theirs[s] for s in shared])
 
 
 def verdict(paired):
     if paired is None:
-        return "baseline"
+        return "–"
     if not paired.resolved:
         return "not resolved"
     return "better" if paired.mean < 0 else "worse"
@@ -258,7 +285,7 @@ def row(comparison, arm, base):
     first = runs[0]
     return [arm.name + mark, f"{arm.rate:g}", str(len(runs)), plus_minus([r["val_loss"] for r in runs]),
             "–" if paired is None else f"{paired.mean:+.3f}", "–" if paired is None else span(paired.bootstrap),
-            "–" if paired is None else span(paired.t), verdict(paired) if paired or arm is base else "–",
+            "–" if paired is None else span(paired.t), "baseline" if arm is base else verdict(paired),
             number((first.get("params_total") or 0) / 1e6, 2), number((first.get("params_active") or 0) / 1e6, 2),
             number((first.get("flops_per_token") or 0) / 1e6, 2), say_set({r.get("steps") for r in runs}),
             significant(ms), "–" if tok_s is None else f"{tok_s:.0f}", number(mean_of(runs, "load_cv"), 2),
@@ -271,8 +298,8 @@ def choose_baseline(comparison, wanted):
         if name in comparison.arms:
             return comparison.arms[name]
     if wanted:
-        raise result_lines.ResultError(f"--baseline {wanted} has no run in {comparison.sweep}, {comparison.size}: choose "
-                                       + ", ".join(comparison.arms))
+        raise result_lines.ResultError(f"--baseline {wanted} has no run in {comparison.sweep}, {comparison.size}: "
+                                       "choose " + ", ".join(comparison.arms))
     return next(iter(comparison.arms.values()))
 
 
@@ -304,8 +331,8 @@ def write(comparison, wanted_baseline):
     for arm in arms:
         against = objections(comparison, arm, base)
         if arm.rate is not None and arm.runs() and any(run.get("leaky") for run in arm.runs()):
-            comparison.refuse(f"{arm.name} reads later tokens: its loss is none of a language model, and it is in a "
-                              "table of its own.")
+            comparison.refuse(f"{arm.name} reads later tokens: its loss is none of a language model, and it is in "
+                              "a table of its own.")
             leaking.append(arm)
         elif against:
             kept_out.append(arm)
@@ -316,16 +343,18 @@ def write(comparison, wanted_baseline):
             comparison.refuse("Not ranked: " + sentence)
     lines = [f"### {comparison.sweep}, {comparison.size}: equal {comparison.budget}", ""]
     if comparison.recipe:
-        lines += [f"Question: {comparison.recipe.get('question')}  ", f"Expected: {comparison.recipe.get('expect')}", ""]
+        lines += [f"Question: {comparison.recipe.get('question')}", ""]
+        lines += [f"Expected: {comparison.recipe.get('expect')}", ""]
     lines += rank_tables(comparison, ranked, leaking, base)
     check_seeds(comparison, arms)
+    check_validation(comparison, arms)
     check_provenance(comparison, arms)
     if kept_out:
         lines.append("Without a rank: " + ", ".join(
             f"{arm.name} ({plus_minus([r['val_loss'] for r in arm.runs()])})" if arm.rate is not None and arm.runs()
             else arm.name for arm in kept_out) + ".\n")
-    if comparison.foot:
-        lines += [f"- {sentence}" for sentence in comparison.foot] + [""]
+    if comparison.sentences():
+        lines += [f"- {sentence}" for sentence in comparison.sentences()] + [""]
     if len({rate for arm in arms for rate in arm.losses}) > 1:
         lines += ["Mean validation loss at every rate (seeds), the arm's own in bold:", ""] + rate_table(arms) + [""]
     return lines
@@ -333,25 +362,31 @@ def write(comparison, wanted_baseline):
 
 def rank_tables(comparison, ranked, leaking, base):
     lines = []
+    if base not in ranked and ranked:
+        comparison.note(f"The baseline {base.name} has no rank, so there are no differences.")
+    reference = base if base in ranked else None
     if ranked:
-        lines += table(HEADER, [row(comparison, arm, base) for arm in sorted(ranked, key=rank_order)]) + [""]
-    if base in ranked:
+        lines += table(HEADER, [row(comparison, arm, reference) for arm in sorted(ranked, key=rank_order)]) + [""]
+    if reference:
         losses = list(base.seeds().values())
         lines.append(f"Losses are nats per token, ± 95 % over seeds. From seed to seed {base.name} spreads by "
-                     f"{statistics.stdev(losses):.3f} (standard deviation), {max(losses) - min(losses):.3f} from lowest "
-                     "to highest.\n")
-    others = [arm for arm in ranked if arm is not base]
-    tests = {arm.name: difference(comparison, arm, base) for arm in others}
-    tests = {name: test for name, test in tests.items() if test and test.p is not None}
-    if len(tests) > 1:
-        corrected = dict(zip(tests, intervals.holm([test.p for test in tests.values()])))
-        weak = [name for name, test in tests.items() if test.resolved and corrected[name] > 0.05]
-        if weak:
-            comparison.note(f"Of {len(tests)} comparisons at once, these do not hold at 5 % (Holm): {', '.join(weak)}.")
+                     f"{statistics.stdev(losses):.3f} (standard deviation), {max(losses) - min(losses):.3f} from the "
+                     "lowest to the highest.\n")
+    correct_for_many(comparison, [arm for arm in ranked if arm is not base], reference)
     if leaking:
         lines += ["Runs that read later tokens, with no language-model loss:", ""]
-        lines += table(HEADER, [row(comparison, arm, base) for arm in sorted(leaking, key=rank_order)]) + [""]
+        lines += table(HEADER, [row(comparison, arm, None) for arm in sorted(leaking, key=rank_order)]) + [""]
     return lines
+
+
+def correct_for_many(comparison, arms, base):
+    """Names differences that are resolved one by one, but not when all are asked for at once."""
+    tests = {arm.name: difference(comparison, arm, base) for arm in arms}
+    tests = {name: test for name, test in tests.items() if test}
+    corrected = dict(zip(tests, intervals.holm([test.p for test in tests.values()])))
+    weak = [name for name, test in tests.items() if test.resolved and corrected[name] > 0.05]
+    if weak:
+        comparison.note(f"Of {len(tests)} comparisons at once, these do not hold at 5 % (Holm): {', '.join(weak)}.")
 
 
 def main(arguments):

@@ -47,7 +47,7 @@ class Log:
         skip = self.event("skip")
         most = (self.header or {}).get("config", {}).get("max_skips")
         if skip and most is not None and skip.get("in_a_row", 0) >= most:
-            return f"{skip['in_a_row']} steps in a row had a loss or gradient that is not finite, at step {skip['step']}"
+            return f"{skip['in_a_row']} steps in a row up to {skip['step']} had a loss or gradient that is not finite"
         return None
 
 

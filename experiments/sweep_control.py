@@ -4,8 +4,10 @@ Called by sweep with what its command line said. The order of things: the folder
 (sweep_probe.py), so that a typing error is told before the first run; the timings, where the budget is seconds; the
 runs (sweep_plan.py says which, sweep_jobs.py where); the timings.
 """
-import json
+import concurrent.futures
 import os
+import queue
+import shlex
 import shutil
 import tempfile
 import time
@@ -20,6 +22,8 @@ import sweep_probe
 import sweep_recipe
 import sweep_timing
 
+MOST_PROBES = 8  # at the same time
+
 
 def duration(seconds):
     seconds = int(round(seconds))
@@ -27,7 +31,7 @@ def duration(seconds):
 
 
 class Control:
-    def __init__(self, recipe, options, program, gpus):
+    def __init__(self, recipe, options, program, gpus, sizes, arms, seeds):
         self.recipe, self.options, self.program, self.gpus = recipe, options, program, gpus
         self.temporary = None if options.out else tempfile.mkdtemp(prefix="sweep")
         self.folder = sweep_folder.Folder(options.out or self.temporary)
@@ -35,25 +39,25 @@ class Control:
         self.probers = {}
         self.records, self.losses, self.broken, self.restarted = [], {}, {}, set()
         self.pace = {}  # (size, arm) -> seconds of a step among the others
-
-    def choose(self, sizes, arms, seeds):
-        self.plan = sweep_plan.Plan(self.recipe, self.folder, arms, sizes, seeds)
+        self.plan = sweep_plan.Plan(recipe, self.folder, arms, sizes, seeds)
 
     def main(self):
         try:
             self.folder.open()
-            if not self.options.dry_run:
-                self.folder.keep_recipe(self.recipe)
-                self.records = self.folder.read_results()
-            self.probe_arms()
+            shutil.rmtree(self.folder.inside("scratch"), ignore_errors=True)
             if self.options.dry_run:
+                self.probe_arms()
                 sweep_dry.print_plan(self)
                 return 0
+            self.records = self.folder.read_results()
+            if self.records:
+                self.folder.check_recipe(self.recipe)
+            self.probe_arms()
             self.keep_question()
             return self.work()
         finally:
-            for prober in self.probers.values():
-                prober.close()
+            if self.folder.lock is not None:
+                shutil.rmtree(self.folder.inside("scratch"), ignore_errors=True)
             if self.temporary:
                 shutil.rmtree(self.temporary, ignore_errors=True)
 
@@ -77,11 +81,13 @@ class Control:
             threads = self.options.threads * len(self.slots)
         return sweep_jobs.Slot(self.gpus[0] if self.gpus else None, threads, 1)
 
-    def prober(self, size, slot):
-        key = size, id(slot)
+    def prober(self, size, slot, name):
+        """name: of the place, for its scratch folder."""
+        key = size, name
         if key not in self.probers:
-            befores = {name: self.plan.options(size, name, "before") for name in self.recipe.befores}
-            self.probers[key] = sweep_probe.Prober(self.program, slot.environment(), self.probes, befores)
+            befores = {before: self.plan.options(size, before, "before") for before in self.recipe.befores}
+            self.probers[key] = sweep_probe.Prober(self.program, slot.environment(), self.probes, befores,
+                                                   self.folder.inside("scratch", f"{size}-{name}"), self.folder.lock)
         return self.probers[key]
 
     def probe_arms(self):
@@ -89,24 +95,35 @@ class Control:
         self.probes = self.folder.read_probes()
         known = len(self.probes)
         arms = self.plan.arms + [arm for arm in [self.recipe.baseline] if arm not in self.plan.arms]
-        for size in self.plan.sizes:
-            for arm in arms:
-                options = sweep_recipe.merge_options(self.plan.options(size, arm), [
-                    ("--lr", sweep_recipe.rate_text(self.recipe.rates_of(size)[0])),
-                    ("--seed", str(self.recipe.seeds[0]))])
-                try:
-                    self.plan.probes[size, arm] = self.prober(size, self.slots[0]).probe(options)
-                except sweep_probe.ProbeError as error:
-                    raise sweep_recipe.RecipeError(f"{self.recipe.where('arm', arm)}: arm {arm} of size {size}: "
-                                                   f"{self.program[-1]} says: {error}") from None
+        todo = [(size, arm) for size in self.plan.sizes for arm in arms]
+        places = queue.SimpleQueue()
+        for number, slot in enumerate(self.slots[:MOST_PROBES]):
+            places.put((str(number), slot))
+
+        def probe(task):
+            name, slot = place = places.get()
+            try:
+                return self.prober(task[0], slot, name).probe(self.plan.first_options(*task))
+            except sweep_probe.ProbeError as error:
+                return error
+            finally:
+                places.put(place)
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.slots[:MOST_PROBES])) as pool:
+            found = dict(zip(todo, pool.map(probe, todo)))
+        for (size, arm), probe in found.items():
+            if isinstance(probe, sweep_probe.ProbeError):
+                raise sweep_recipe.RecipeError(f"{self.recipe.where('arm', arm)}: arm {arm} of size {size}: "
+                                               f"{self.program[-1]} says: {probe}")
+        self.plan.probes.update(found)
         if len(self.probes) > known:
             self.folder.write_probes(self.probes)
         unequal = self.plan.unequal_tokens()
         if unequal:
             size, arm, mine, theirs = unequal
             raise sweep_recipe.RecipeError(
-                f"{self.recipe.where('arm', arm)}: arm {arm} of size {size} draws {mine} tokens and the baseline {theirs}: "
-                "give both the same --steps x --batch x --seq, or choose 'budget flops' or 'budget seconds'")
+                f"{self.recipe.where('arm', arm)}: arm {arm} of size {size} draws {mine} tokens and the baseline "
+                f"{theirs}: give both the same --steps x --batch x --seq, or choose 'budget flops' or 'budget seconds'")
 
     def keep_question(self):
         """The recipe among its results, so that they say what was asked and expected."""
@@ -115,6 +132,11 @@ class Control:
                   "expect": r.expect, "baseline": r.baseline, "budget": r.budget, "seeds": r.seeds,
                   "rate_seeds": r.rate_seeds, "rates": {size: r.rates_of(size) for size in r.sizes},
                   "sizes": list(r.sizes), "arms": list(r.arms), "text": r.text}
+        other = next((old["sweep"] for old in self.records if old.get("sweep") not in (None, r.name)), None)
+        if other:
+            raise sweep_folder.FolderError(f"--out {self.folder.path}: holds the sweep {other}, this one is {r.name}: "
+                                           "choose another folder")
+        self.folder.replace("recipe", r.text)
         if not any(old.get("kind") == "recipe" and old.get("text") == r.text for old in self.records):
             self.keep(record)
 
@@ -147,7 +169,7 @@ class Control:
                 if not measure:
                     raise sweep_folder.FolderError(f"budget seconds needs the time of a step of {arm}: leave "
                                                    "--no-timing out")
-                prober = self.prober(size, slot)
+                prober = self.prober(size, slot, "alone")
                 try:
                     record = sweep_timing.measure(self.plan, prober, size, arm, self.options.timing_steps)
                 except sweep_probe.ProbeError as error:
@@ -155,8 +177,9 @@ class Control:
                     continue
                 self.keep(record)
                 beside = record["others_busy"]
+                disturbed = f" (other processes kept {beside:.1f} cores busy)" if (beside or 0) > 0.5 else ""
                 self.folder.say(f"timing {size} {arm}: {record['ms']:.4g} ms a step, {record['tok_s']:.0f} tokens/s"
-                                + (f" (other processes kept {beside:.1f} cores busy)" if (beside or 0) > 0.5 else ""))
+                                f"{disturbed}")
 
     def fail(self, key, message):
         self.broken[key] = message
@@ -175,8 +198,9 @@ class Control:
         self.learn_pace()
         wanted, later = self.plan.wanted(self.losses), self.plan.unknown(self.losses)
         if self.plan.pending(self.losses):
-            self.folder.say(f"{len(wanted) + len(later)} runs, {len(wanted) - len(self.plan.pending(self.losses))} of them "
-                            f"finished, {len(self.slots)} at a time")
+            finished = len(wanted) - len(self.plan.pending(self.losses))
+            self.folder.say(f"{len(wanted) + len(later)} runs, {finished} of them finished, {len(self.slots)} at a "
+                            "time")
         changed = True
         try:
             while True:
@@ -190,9 +214,8 @@ class Control:
                     break
                 time.sleep(0.05)
         except BaseException:
-            saving = len(self.jobs.running)
-            if saving:
-                self.folder.say(f"stopping {saving} runs")
+            if self.jobs.running:
+                self.folder.say(f"asking {len(self.jobs.running)} runs to save and stop")
             self.jobs.stop()
             raise
 
@@ -240,7 +263,7 @@ class Control:
         log = run_record.read_log(os.path.join(run.folder, "log.jsonl"))
         ours = log.header is not None and self.plan.matches(run, log.header["config"])
         if ours and run.kind == "run" and (log.finished(run.steps) or log.diverged()):
-            self.record(run, log)
+            self.record(run, log, self.slots[0])
             return False
         resume = ours and os.path.exists(os.path.join(run.folder, "checkpoint", "manifest.json"))
         resume = resume and run not in self.restarted and not log.diverged()
@@ -256,7 +279,7 @@ class Control:
                 self.fail((run.kind,) + sweep_plan.key(run), f"{run.name()}, which others start from: {log.diverged()}")
                 return
             self.pace[run.size, run.arm] = (time.monotonic() - job.began) / run.steps
-            self.record(run, log)
+            self.record(run, log, job.slot)
         elif job.resumed:
             self.restarted.add(run)  # its checkpoint may be damaged: once more, from the start
             self.folder.say(f"{run.name()} did not go on from its checkpoint ({job.said()}): from the start")
@@ -265,11 +288,12 @@ class Control:
             how = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
             self.fail((run.kind,) + sweep_plan.key(run), f"{run.name()}, {how}: {job.said()} ({job.output})")
 
-    def record(self, run, log):
+    def record(self, run, log, slot):
+        """Appends the line of a run that came to its end, one way or the other."""
         why = log.diverged()
         record = {"kind": "before" if run.kind == "before" else "run", "sweep": self.recipe.name, "size": run.size,
                   "arm": run.arm, "rate": run.rate, "seed": run.seed, "budget": self.recipe.budget, "phase": run.phase,
-                  "command": " ".join(self.program + self.plan.words(run)), "side_by_side": self.slots[0].beside}
+                  "command": shlex.join(self.program + self.plan.words(run)), "side_by_side": slot.beside}
         record.update(run_record.summary(log))
         befores = self.plan.befores_of(run)
         if befores:
@@ -281,6 +305,7 @@ class Control:
         self.keep(record)
         self.remove_checkpoint(run)
         if run.kind == "before":
+            self.folder.say(f"{run.name()}, which others start from, is trained")
             return
         self.losses, _ = self.plan.finished(self.records)
         outcome = f"diverged: {why}" if why else f"{record['val_loss']:.4f} nats, {record['train_seconds'] or 0:.0f} s"

@@ -38,12 +38,11 @@ def print_plan(control):
     times = {}
     for size in plan.sizes:
         for arm in plan.arms + [arm for arm in [recipe.baseline] if arm not in plan.arms]:
-            options = sweep_recipe.merge_options(plan.options(size, arm), [
-                ("--lr", sweep_recipe.rate_text(recipe.rates_of(size)[0])), ("--seed", str(recipe.seeds[0]))])
             try:
-                timed = control.prober(size, control.slots[0]).probe(options, timed=True)
+                timed = control.prober(size, control.slots[0], "0").probe(plan.first_options(size, arm), timed=True)
             except sweep_probe.ProbeError as error:
-                raise sweep_recipe.RecipeError(f"{recipe.where('arm', arm)}: arm {arm} of size {size}: {error}") from None
+                raise sweep_recipe.RecipeError(f"{recipe.where('arm', arm)}: arm {arm} of size {size}: "
+                                               f"{error}") from None
             times[size, arm] = timed["ms"]
             plan.probes[size, arm]["peak_bytes"] = timed["peak_bytes"]
     control.folder.write_probes(control.probes)
@@ -70,6 +69,6 @@ def print_plan(control):
         for name in recipe.befores:
             print(f"{size:<16} {'before ' + name:<20} {len(plan.seeds):>5} "
                   f"{plan.own_steps(size, name, 'before'):>8}  (not in the sum)")
-    print(f"\n{total_runs} runs, {amount(total_flops)}FLOP, about {duration(total_seconds / slots)} with {slots} at a time "
-          f"on {next(iter(plan.probes.values()))['device']};\ntokens are of one run, FLOPs and time of all; a step was "
-          "timed with nothing beside it")
+    device = next(iter(plan.probes.values()))["device"]
+    print(f"\n{total_runs} runs, {amount(total_flops)}FLOP, about {duration(total_seconds / slots)} with {slots} at a "
+          f"time on {device};\ntokens are of one run, FLOPs and time of all; a step was timed with nothing beside it")

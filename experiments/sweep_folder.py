@@ -5,6 +5,7 @@
     FOLDER/sweep.log         what was done when
     FOLDER/probes.json       what short runs said of the arms (configuration, FLOPs, time of a step): a cache
     FOLDER/lock              the process at work
+    FOLDER/scratch/          of probes and timings; gone at the end
     FOLDER/runs/SIZE/ARM/RATE-SEED/     a run's directory as ./train writes it, and output.txt
 
 The lock is held by the sweep and by every run it starts (they inherit the descriptor), so a second sweep waits until
@@ -58,7 +59,8 @@ class Folder:
             self.lock = os.open(self.inside("lock"), os.O_RDWR | os.O_CREAT, 0o666)
             self.log_file = open(self.inside("sweep.log"), "a", encoding="utf-8")
         except OSError as error:
-            raise FolderError(f"--out {self.path}: cannot write there ({error.strerror}): choose another folder") from None
+            raise FolderError(f"--out {self.path}: cannot write there ({error.strerror}): choose another "
+                              "folder") from None
         self.take_lock()
 
     def take_lock(self):
@@ -81,7 +83,10 @@ class Folder:
 
     def say(self, text):
         """A line for the user, kept in sweep.log."""
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # nobody reads: sweep.log has it
+            pass
         self.note(text)
 
     def note(self, text):
@@ -92,17 +97,17 @@ class Folder:
 
     # ---- recipe
 
-    def keep_recipe(self, recipe):
-        """Copies the recipe; one that changed what earlier runs were made by is refused."""
+    def check_recipe(self, recipe):
+        """A recipe that changed what earlier results were made by is refused."""
         path = self.inside("recipe")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                earlier = sweep_recipe.parse(file.read(), path)
-            changed = sweep_recipe.difference(earlier, recipe)
-            if changed:
-                raise FolderError(f"--out {self.path}: made by a recipe with another {changed} ({path}): add arms, sizes, "
-                                  "seeds or rates, or choose another folder")
-        self.replace("recipe", recipe.text)
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            earlier = sweep_recipe.parse(file.read(), path)
+        changed = sweep_recipe.difference(earlier, recipe)
+        if changed:
+            raise FolderError(f"--out {self.path}: made by a recipe with another {changed} ({path}): add arms, sizes, "
+                              "seeds or rates, or choose another folder")
 
     def replace(self, name, text):
         """Gives the file NAME new content, all of it or none."""

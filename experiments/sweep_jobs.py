@@ -17,7 +17,6 @@ import sys
 import time
 
 import run_record
-import sweep_probe
 
 SET_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 try:
@@ -78,18 +77,34 @@ def end_with_parent(parent):
             os._exit(1)
 
 
+def start_trainer(words, environment, output, lock):
+    """The trainer in a process group of its own, which ends when this process does. output: an open file. lock: a
+    descriptor that it keeps open."""
+    parent = os.getpid()
+    return subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                            pass_fds=(lock,), start_new_session=True, preexec_fn=lambda: end_with_parent(parent))
+
+
+def last_words(path):
+    """The error line that the trainer left in its output, without the place in its source; else its last line."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file.read().splitlines() if line.strip()]
+    except OSError:
+        return "its output is gone"
+    said = [line[len("moelab: "):] for line in lines if line.startswith("moelab: ")]
+    if said:
+        return said[-1].rsplit(" [", 1)[0] if said[-1].endswith("]") else said[-1]
+    return lines[-1] if lines else "it said nothing"
+
+
 class Job:
     def __init__(self, run, process, slot, output, resumed):
         self.run, self.process, self.slot, self.output, self.resumed = run, process, slot, output, resumed
         self.began = time.monotonic()
 
     def said(self):
-        """The trainer's last words."""
-        try:
-            with open(self.output, encoding="utf-8", errors="replace") as file:
-                return sweep_probe.trainer_words(file.read()[-4000:])
-        except OSError:
-            return "its output is gone"
+        return last_words(self.output)
 
     def log(self):
         return run_record.read_log(os.path.join(self.run.folder, "log.jsonl"))
@@ -126,11 +141,8 @@ class Jobs:
         os.makedirs(run.folder, exist_ok=True)
         words = ["--resume", run.folder] if resume else words + ["--out", run.folder]
         output = os.path.join(run.folder, "output.txt")
-        parent = os.getpid()
         with open(output, "ab") as file:
-            process = subprocess.Popen(
-                self.program + words, env=slot.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                pass_fds=(self.folder.lock,), start_new_session=True, preexec_fn=lambda: end_with_parent(parent))
+            process = start_trainer(self.program + words, slot.environment(), file, self.folder.lock)
         slot.job = Job(run, process, slot, output, resume)
         self.running.append(slot.job)
         return slot.job

@@ -67,6 +67,12 @@ class Plan:
             options = sweep_recipe.merge_options(options, [("--steps", str(self.recipe.steps))])
         return options
 
+    def first_options(self, size, arm):
+        """At the first rate with the first seed: for probes and timings."""
+        rate, seed = self.recipe.rates_of(size)[0], self.recipe.seeds[0]
+        return sweep_recipe.merge_options(self.options(size, arm), [("--lr", sweep_recipe.rate_text(rate)),
+                                                                    ("--seed", str(seed))])
+
     def own_steps(self, size, arm, keyword="arm"):
         return int(dict(self.options(size, arm, keyword))["--steps"])
 

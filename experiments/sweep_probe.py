@@ -1,7 +1,8 @@
 """What short runs in a scratch folder say of every arm before the sweep begins: that ./train takes its options, the
 configuration they amount to, FLOPs, parameters and memory, and, for a dry run, the time of a step.
 
-    probes = Prober(program, environment, cache).probe(options)     ProbeError: the trainer's own words
+    probe = Prober(program, environment, cache, befores, scratch, lock).probe(options)
+    ProbeError: the trainer's own words
 
 A probe is a dictionary: config, device, params_total, params_active, flops_per_token, leaky, sees_batch, memory (bytes
 by category), and with `steps`: ms (of a step) and peak_bytes.
@@ -9,42 +10,26 @@ by category), and with `steps`: ms (of a step) and peak_bytes.
 import json
 import os
 import shutil
-import subprocess
-import tempfile
 
 import run_record
+import sweep_jobs
 import sweep_recipe
 
-TIMED_STEPS = 8
+TIMED_STEPS = 12
 
 
 class ProbeError(Exception):
     """What the trainer said."""
 
 
-def last_line(text):
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
-
-
-def trainer_words(output):
-    """The trainer's own last line, without the place in its source."""
-    said = [line for line in output.splitlines() if line.startswith("moelab: ")]
-    text = said[-1][len("moelab: "):] if said else last_line(output)
-    return text.rsplit(" [", 1)[0] if text.endswith("]") else text
-
-
 class Prober:
-    def __init__(self, program, environment, cache, befores):
+    def __init__(self, program, environment, cache, befores, scratch, lock):
         self.program = program  # words
         self.environment = environment
         self.cache = cache
         self.befores = befores  # name -> options of each run that others start from, in this size
-        self.scratch = tempfile.mkdtemp(prefix="sweep")
+        self.scratch, self.lock = scratch, lock
         self.made = {}
-
-    def close(self):
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def identity(self):
         """Changes when the program does."""
@@ -72,19 +57,23 @@ class Prober:
         return resolved
 
     def run(self, options, folder):
-        words = self.program + sweep_recipe.option_words(options) + ["--out", folder]
-        done = subprocess.run(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, errors="replace")
-        if done.returncode != 0:
-            raise ProbeError(trainer_words(done.stdout))
-        log = run_record.read_log(os.path.join(folder, "log.jsonl"))
-        if not log.header:
-            raise ProbeError(f"no log was written: {last_line(done.stdout)}")
-        return log, done.stdout
-
-    def run_fresh(self, options, folder):
+        """The log and the output of a run in the folder, which is emptied before."""
         shutil.rmtree(folder, ignore_errors=True)
-        return self.run(options, folder)
+        os.makedirs(folder)
+        output = os.path.join(folder, "output.txt")
+        with open(output, "wb") as file:
+            process = sweep_jobs.start_trainer(self.program + sweep_recipe.option_words(options) + ["--out", folder],
+                                               self.environment, file, self.lock)
+        try:
+            process.wait()
+        finally:
+            process.kill()  # where the wait was interrupted
+            process.wait()
+        log = run_record.read_log(os.path.join(folder, "log.jsonl"))
+        if process.returncode != 0 or not log.header:
+            raise ProbeError(sweep_jobs.last_words(output))
+        with open(output, encoding="utf-8", errors="replace") as file:
+            return log, file.read()
 
     def probe(self, options, timed=False):
         steps = str(TIMED_STEPS) if timed else "0"
@@ -97,7 +86,7 @@ class Prober:
         key = json.dumps([self.identity(), options, wanted, threads])
         if key not in self.cache:
             folder = os.path.join(self.scratch, "probe")
-            log, _ = self.run_fresh(self.resolve(options), folder)
+            log, _ = self.run(self.resolve(options), folder)
             found = {name: log.header.get(name) for name in
                      ("config", "device", "params_total", "params_active", "flops_per_token", "leaky", "sees_batch")}
             memory = log.event("memory") or {}

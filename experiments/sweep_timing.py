@@ -10,6 +10,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import statistics
 import time
 
@@ -24,11 +25,9 @@ PROFILED = 20
 
 
 def timing_options(plan, size, arm, steps):
-    recipe = plan.recipe
-    rate = sweep_recipe.rate_text(recipe.rates_of(size)[0])
-    return sweep_recipe.merge_options(plan.options(size, arm), [
-        ("--steps", str(WARMUP + steps)), ("--lr", rate), ("--seed", str(recipe.seeds[0])), ("--eval-every", "0"),
-        ("--eval-batches", "1"), ("--log-every", "1"), ("--save-every", "0")])
+    return sweep_recipe.merge_options(plan.first_options(size, arm), [
+        ("--steps", str(WARMUP + steps)), ("--eval-every", "0"), ("--eval-batches", "1"), ("--log-every", "1"),
+        ("--save-every", "0")])
 
 
 def is_current(plan, record, size, arm):
@@ -84,7 +83,7 @@ def measure(plan, prober, size, arm, steps):
     resolved = prober.resolve(options)
     folder = os.path.join(prober.scratch, "timing")
     busy, ours, began = busy_seconds(), child_seconds(), time.monotonic()
-    log, _ = prober.run_fresh(resolved, folder)
+    log, _ = prober.run(resolved, folder)
     seconds = time.monotonic() - began
     others = None
     if busy is not None:
@@ -93,7 +92,7 @@ def measure(plan, prober, size, arm, steps):
     if not measured:
         raise sweep_probe.ProbeError("the log has no time of a step")
     profile_options = sweep_recipe.merge_options(resolved, [("--steps", str(PROFILED)), ("--profile", None)])
-    profiled, output = prober.run_fresh(profile_options, folder)
+    profiled, output = prober.run(profile_options, folder)
     ms = statistics.median(measured)
     tokens = log.header["config"]["batch"] * log.header["config"]["seq"]
     record = {"kind": "timing", "sweep": plan.recipe.name, "size": size, "arm": arm, "budget": plan.recipe.budget,
@@ -101,7 +100,7 @@ def measure(plan, prober, size, arm, steps):
     record.update(run_record.provenance(log.header))
     peak, peak_from = peaks.of_device(record["device"])
     record.update(
-        ts=sweep_folder.now(), command=" ".join(prober.program + sweep_recipe.option_words(options)),
+        ts=sweep_folder.now(), command=shlex.join(prober.program + sweep_recipe.option_words(options)),
         steps=len(measured), warmup_steps=WARMUP, ms=ms, ms_p95=percentile(measured, 0.95), tokens_per_step=tokens,
         tok_s=tokens / ms * 1e3, stages_ms=read_stages(output, run_record.middle(profiled.steps) or ms),
         peak_bytes=(log.event("end") or {}).get("peak_bytes"), peak_flops=peak, peak_from=peak_from,

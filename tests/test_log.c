@@ -24,6 +24,7 @@ static const LogHeader header = {
     .domains = domain_names,
     .moe_layer_count = 2,
     .moe_layers = moe_layers,
+    .learned = true,
     .leaky = true,
 };
 

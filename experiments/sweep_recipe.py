@@ -4,7 +4,7 @@ One keyword a line; what follows a # at the start of a line or after a blank is 
 trainer's own spelling; quotes work as in a shell.
 
     question    TEXT          what the sweep is to decide
-    expect      TEXT          the sign and size that are expected
+    expect      TEXT          the sign and size that are expected (both may go on in another line of their keyword)
     baseline    ARM           what every other arm is compared with
     seeds       N ...         all arms run with all of them
     rates       X ...         learning rates; each arm is compared at its own best
@@ -35,8 +35,9 @@ from typing import Dict, List, Optional, Tuple
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*$")
 BUDGETS = ("tokens", "flops", "seconds")
 OURS = {"--seed": "seeds", "--lr": "rates", "--out": "the sweep's --out", "--resume": "nothing: the sweep resumes runs"}
-ONCE = ("question", "expect", "baseline", "seeds", "rate-seeds", "budget", "steps")
-KEYWORDS = ONCE + ("rates", "options", "size", "arm", "before")
+TEXTS = ("question", "expect")
+ONCE = ("baseline", "seeds", "rate-seeds", "budget", "steps")
+KEYWORDS = TEXTS + ONCE + ("rates", "options", "size", "arm", "before")
 
 Options = List[Tuple[str, Optional[str]]]
 
@@ -144,8 +145,8 @@ def read_line(recipe, keyword, rest, number):
     if not rest:
         raise ValueError(f"{keyword} says nothing")
     key = (keyword, "")
-    if keyword in ("question", "expect"):
-        setattr(recipe, keyword, rest)
+    if keyword in TEXTS:
+        setattr(recipe, keyword, f"{getattr(recipe, keyword)} {rest}".strip())
     elif keyword == "baseline":
         recipe.baseline = rest
     elif keyword == "budget":

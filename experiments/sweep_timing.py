@@ -27,7 +27,7 @@ PROFILED = 20
 def timing_options(plan, size, arm, steps):
     return sweep_recipe.merge_options(plan.first_options(size, arm), [
         ("--steps", str(WARMUP + steps)), ("--eval-every", "0"), ("--eval-batches", "1"), ("--log-every", "1"),
-        ("--save-every", "0")])
+        ("--save-every", "0"), ("--warmup", "1")])
 
 
 def is_current(plan, record, size, arm):

@@ -14,7 +14,7 @@ become tables of their own, one for each sweep and size; other kinds are skipped
     NMI        of expert and task or domain, 2 I / (H + H), mean over layers; 1: each has its own
     MI         I of language, in nats, mean over layers
     entropy    of the gate, in nats, mean over tokens and layers
-    solved     of the toy: seeds whose loss is below a hundredth of the floor
+    solved     of the toy: seeds whose loss is below a hundredth of the floor; which are not, where some are
 
 Several learning rates of an arm: the one of the lowest mean loss. A line that is not JSON is named with its number.
 Standard library only.
@@ -129,12 +129,15 @@ def best_rate(runs):
 
 def row(arm, runs, base, total):
     values = [figures(run) for run in runs]
-    loss, floor, nmi, mi, gate, solved = zip(*values)
+    loss, floor, nmi, mi, gate, _ = zip(*values)
     paired = [figures(run)[0] - base[run.get("seed")] for run in runs if run.get("seed") in base]
     lacking = f" ({total - len(runs)} without a loss)" if total > len(runs) else ""
+    failed = [str(run.get("seed")) for run in runs if not figures(run)[5]]
+    successes = f"{len(runs) - len(failed)} of {len(runs)}" + (
+        f" (not {', '.join(failed)})" if len(failed) < len(runs) and failed else "")
     cells = [arm, f"{len(runs)}{lacking}", plus_minus(loss), against(paired) if paired else "–", plus_minus(floor),
              plus_minus(nmi), plus_minus(mi), plus_minus(gate),
-             f"{sum(map(bool, solved))} of {len(runs)}" if runs[0]["kind"] == "toy" else "–"]
+             successes if runs[0]["kind"] == "toy" else "–"]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -207,7 +210,8 @@ def print_line(run, pairs):
     record = {"kind": "run", "ts": header["ts"]}
     for pair in pairs:
         key, _, value = pair.partition("=")
-        record[key] = int(value) if key in ("seed", "side_by_side") else float(value) if key == "rate" else value
+        convert = {"seed": int, "side_by_side": int, "steps_before": int, "rate": float}.get(key, str)
+        record[key] = convert(value)
     record.update(config=header["config"], commit=header["git_sha"] + ("-dirty" if header["git_dirty"] else ""))
     for key in ("device", "versions", "driver", "params_total", "params_active", "flops_per_token", "leaky",
                 "sees_batch"):

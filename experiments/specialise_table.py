@@ -10,7 +10,9 @@ become tables of their own, one for each sweep and size; other kinds are skipped
 
     loss       mean over seeds ± half of its 95 % interval (Student's t), of the final evaluation
     against    the difference to the baseline seed by seed, with the same interval; "not resolved" when it holds 0
-    floor      of the toy the loss of one expert for all tasks, of language the loss that no model can beat
+    floor      of the toy the loss of one expert for all tasks, of language the loss that no model can beat (each seed
+               has a validation text of its own, and so a floor)
+    above      loss - floor
     NMI        of expert and task or domain, 2 I / (H + H), mean over layers; 1: each has its own
     MI         I of language, in nats, mean over layers
     entropy    of the gate, in nats, mean over tokens and layers
@@ -130,13 +132,14 @@ def best_rate(runs):
 def row(arm, runs, base, total):
     values = [figures(run) for run in runs]
     loss, floor, nmi, mi, gate, _ = zip(*values)
+    above = [a - b for a, b in zip(loss, floor) if is_number(b)]
     paired = [figures(run)[0] - base[run.get("seed")] for run in runs if run.get("seed") in base]
     lacking = f" ({total - len(runs)} without a loss)" if total > len(runs) else ""
     failed = [str(run.get("seed")) for run in runs if not figures(run)[5]]
     successes = f"{len(runs) - len(failed)} of {len(runs)}" + (
         f" (not {', '.join(failed)})" if len(failed) < len(runs) and failed else "")
     cells = [arm, f"{len(runs)}{lacking}", plus_minus(loss), against(paired) if paired else "–", plus_minus(floor),
-             plus_minus(nmi), plus_minus(mi), plus_minus(gate),
+             plus_minus(above), plus_minus(nmi), plus_minus(mi), plus_minus(gate),
              successes if runs[0]["kind"] == "toy" else "–"]
     return "| " + " | ".join(cells) + " |"
 
@@ -152,8 +155,8 @@ def print_table(title, records, baseline):
             chosen[arm] = best_rate(finished)
     base = {run.get("seed"): figures(run)[0] for run in chosen.get(baseline, [])}
     print(f"\n### {title}\n")
-    print(f"| arm | seeds | loss | against {baseline} | floor | NMI | MI | entropy | solved |")
-    print("|" + "---|" * 9)
+    print(f"| arm | seeds | loss | against {baseline} | floor | above | NMI | MI | entropy | solved |")
+    print("|" + "---|" * 10)
     for arm, runs in chosen.items():
         paired = {} if arm == baseline else base
         seeds = sum(run.get("rate") == runs[0].get("rate") for run in arms[arm])

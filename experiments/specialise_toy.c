@@ -13,19 +13,24 @@
  *     joint-explore   joint, with half of the answers left to chance at first, none from half of the steps on
  *     decoupled       half of the steps for the experts, who answers being left to chance; then they are frozen and the
  *                     other half is for the gate
+ *     decoupled-drawn the same, but in the first half the gate as it was drawn decides who answers, with weights large
+ *                     enough to choose: half of the argument below falls away
  *     gate            the gate alone: experts stay as they were drawn
- *     experts         the experts alone: the gate stays as it was drawn, with weights large enough to choose
+ *     experts         the experts alone: that gate stays as it was drawn
  *
  * Why decoupled has a floor. While chance decides who answers, the objective is the mean over experts of one and the
  * same convex function, each expert's mean error on all tasks; so all of them descend to its minimum, the least-squares
  * fit of the mixture, and what they differed in dies out geometrically. A gate that chooses between equals chooses
  * nothing: whatever it learns afterwards, the loss is that of the one fit, which is above 0 when tasks differ. That is
  * "floor", computed from the data. "oracle" is the loss with the best expert picked for every sample by hindsight: for
- * decoupled it says how much the experts still differ. Trained together there is no floor: where an expert is a little
- * better the gate sends more, which makes it better still, down to a loss of 0.
+ * decoupled it says how much the experts still differ. A gate that sorts inputs, even at random, shows its experts
+ * different mixtures, and this floor is not theirs: the fault is in what experts saw, not in when the gate learned.
+ * Trained together there is no floor: where an expert is a little better the gate sends more, which makes it better
+ * still, down to a loss of 0.
  *
- * What joint training needs. Without anything it may end with two tasks on one expert and an expert that nobody asks:
- * no descent leads out of there. The balance loss prevents it; the small start lets nearly all be decided by the data.
+ * What joint training needs. From some starts it ends with two tasks on one expert and an expert that nobody asks, and
+ * stays there: each task alone would lose by moving. Chance answers at first make that likelier; a balance loss is what
+ * helps, and as all tasks are equally frequent it has nothing against the solution.
  * "solved" counts seeds below a hundredth of the floor; the table keeps the others.
  *
  * One line of JSON for each arm and seed: "kind":"toy", provenance, "config", "loss", "floor", "oracle", "nmi" (of
@@ -63,6 +68,7 @@ static const Arm arms[] = {
     {"joint-balance", TRAIN_GATE | TRAIN_EXPERTS, TRAIN_GATE | TRAIN_EXPERTS, 0, false, 1, 0.01},
     {"joint-explore", TRAIN_GATE | TRAIN_EXPERTS, TRAIN_GATE | TRAIN_EXPERTS, 0.5, true, 0, 0.01},
     {"decoupled", TRAIN_EXPERTS, TRAIN_GATE, 1, false, 0, 0.01},
+    {"decoupled-drawn", TRAIN_EXPERTS, TRAIN_GATE, 0, false, 0, 1},
     {"gate", TRAIN_GATE, TRAIN_GATE, 0, false, 0, 0.01},
     {"experts", TRAIN_EXPERTS, TRAIN_EXPERTS, 0, false, 0, 1},
 };

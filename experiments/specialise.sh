@@ -69,7 +69,8 @@ read -ra extra <<<"$extra"
 
 runs=$(mktemp -d "${TMPDIR:-/tmp}/specialise.XXXXXX")
 trap 'rm -rf "$runs"' EXIT
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# More ranks than cores: who waits lets others work.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} OMPI_MCA_mpi_yield_when_idle=1
 
 # train_on FOLDER OPTION...: options that come later replace those before. Leaves the command in $command.
 train_on() {

@@ -29,8 +29,8 @@
  * still, down to a loss of 0.
  *
  * What joint training needs. From some starts it ends with two tasks on one expert and an expert that nobody asks, and
- * stays there: each task alone would lose by moving. Chance answers at first make that likelier; a balance loss is what
- * helps, and as all tasks are equally frequent it has nothing against the solution.
+ * stays there. Chance answers at first make that likelier; a balance loss is what helps, and as all tasks are equally
+ * frequent it has nothing against the solution.
  * "solved" counts seeds below a hundredth of the floor; the table keeps the others.
  *
  * One line of JSON for each arm and seed: "kind":"toy", provenance, "config", "loss", "floor", "oracle", "nmi" (of

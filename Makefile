@@ -313,7 +313,8 @@ TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
                       $(if $(filter test_exchange%.sh,$(TESTS)),build/exchange_ranks build/exchange_ranks_double \
                       $(if $(filter 0,$(SANITIZE)),,build/exchange_ranks_asan)) \
-                      $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall)
+                      $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall) \
+                      $(if $(filter test_specialise.sh,$(TESTS)),build/specialise_toy)
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
@@ -344,10 +345,12 @@ bench: build/bench_train
 build/bench_train: build/cpu/experiments/bench_train.o
 build/bench_layer: build/cpu/experiments/bench_layer.o
 build/bench_alltoall: build/cpu/experiments/bench_alltoall.o build/cpu/experiments/scale_rows.o
+build/specialise_toy: build/cpu/experiments/specialise_toy.o
 build/hf_logits: build/cpu/tests/hf_logits.o
 build/comm_ranks: build/cpu/tests/comm_ranks.o
 build/exchange_ranks: build/cpu/tests/exchange_ranks.o
-$(addprefix build/,bench_train bench_layer bench_alltoall hf_logits comm_ranks exchange_ranks): build/cpu/libmoelab.a
+$(addprefix build/,bench_train bench_layer bench_alltoall specialise_toy hf_logits comm_ranks \
+    exchange_ranks): build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
 build/exchange_ranks_%: build/%/tests/exchange_ranks.o build/%/libmoelab.a

@@ -110,6 +110,8 @@ static void open_corpus(Run *run) {
                              .seq = c->model.seq,
                              .batch = c->train.batch,
                              .vocab = c->model.vocab,
+                             .domains = c->train.domains,
+                             .ranks = comm_ranks(GROUP_WORLD),
                              .shuffle = c->train.shuffle,
                              .seed = c->train.seed};
     if (c->model.objective == OBJECTIVE_MLM) { /* the last token of the vocabulary hides others */
@@ -147,10 +149,10 @@ static double *count_tokens(Run *run) {
     double *frequency = calloc(c->model.vocab, sizeof(double));
     CHECK(frequency, "out of memory for %d token frequencies", c->model.vocab);
     Batch batch = {.tokens = run->batch.host_tokens};
-    int B = run->model.B, slice = B * comm_ranks(GROUP_WORLD); /* the same counts on every rank */
     for (int64_t step = 0; step < BATCHES && router_find(c->model.router)->init; step++) {
-        for (int first = 0; first < slice; first += B) {
-            corpus_batch(run->corpus, SPLIT_TRAIN, step, first, B, &batch);
+        for (int rank = 0; rank < comm_ranks(GROUP_WORLD); rank++) { /* the same counts on every rank */
+            int first = corpus_first(run->corpus, SPLIT_TRAIN, 0, run->model.slices, rank, comm_ranks(GROUP_WORLD));
+            corpus_batch(run->corpus, SPLIT_TRAIN, step, first, run->model.B, &batch);
             for (int n = 0; n < run->model.N; n++) {
                 frequency[batch.tokens[n]]++;
             }
@@ -252,15 +254,15 @@ static void open_run(Run *run, int argc, char **argv) {
 
 /* ---- one step ---- */
 
-/* Reads this rank's share of slice `slice` of a step to place `place` on the device: sequences in the order of the
- * ranks, so that a slice is the same tokens however many ranks there are. */
+/* Reads this rank's share of slice `slice` of a step to place `place` on the device. */
 static void read_batch(Run *run, Split split, int64_t step, int slice, int place) {
     BatchBuffers *b = &run->batch;
     bool evaluation = split == SPLIT_VAL;
     Batch batch = {b->host_tokens, b->host_targets, evaluation ? b->domain : NULL, evaluation ? b->floor : NULL,
                    evaluation ? b->bytes : NULL};
-    int count = run->model.B, share = slice * comm_ranks(GROUP_WORLD) + comm_rank(GROUP_WORLD);
-    corpus_batch(run->corpus, split, step, share * count, count, &batch);
+    int rank = comm_rank(GROUP_WORLD), ranks = comm_ranks(GROUP_WORLD);
+    int first = corpus_first(run->corpus, split, slice, run->model.slices, rank, ranks);
+    corpus_batch(run->corpus, split, step, first, run->model.B, &batch);
     batch_to_device(b, place);
 }
 

@@ -21,7 +21,8 @@
 
 #include <assert.h>
 #include <math.h>
-#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
 
 #include "../kernels/random.h"
 
@@ -308,7 +309,8 @@ static void write_echo(Writer *w) {
 
 /* ---- the mixture ---- */
 
-/* Of every WEIGHTS documents, `weight` are of a domain: more where the skill takes longer to learn. */
+/* A domain's share of the documents is its weight over the sum of the weights: more where the skill takes longer to
+ * learn. */
 static const struct {
     const char *name;
     const char *prompt;
@@ -323,7 +325,7 @@ static const struct {
     {.name = "echo", .prompt = "echo kdjfh=", .weight = 2, .write = write_echo},
 };
 
-enum { DOMAINS = sizeof domains / sizeof domains[0], WEIGHTS = 14 };
+enum { DOMAINS = sizeof domains / sizeof domains[0] };
 
 int builtin_domains(void) {
     return DOMAINS;
@@ -337,14 +339,59 @@ const char *builtin_prompt(int domain) {
     return domains[domain].prompt;
 }
 
-int builtin_document(uint64_t key, uint64_t index, unsigned char *bytes, double *nats, int *domain) {
-    Writer w = {.bytes = bytes, .nats = nats, .key = random_bits(key, index)};
-    int ticket = draw(&w, WEIGHTS);
-    int d = 0;
-    while (ticket >= domains[d].weight) {
-        ticket -= domains[d++].weight;
+DomainSet builtin_all_domains(void) {
+    return (1U << DOMAINS) - 1;
+}
+
+/* The domain whose name is the first `length` bytes of the text, -1 when there is none. */
+static int find_domain(const char *name, size_t length) {
+    for (int d = 0; d < DOMAINS; d++) {
+        if (strlen(domains[d].name) == length && strncmp(domains[d].name, name, length) == 0) {
+            return d;
+        }
     }
-    w.pending = log((double)WEIGHTS / domains[d].weight);
+    return -1;
+}
+
+bool builtin_find_domains(const char *names, DomainSet *set, char *error, size_t error_size) {
+    *set = 0;
+    for (const char *name = names;; name++) {
+        size_t length = strcspn(name, ",");
+        int d = find_domain(name, length);
+        if (d < 0 || *set & 1U << d) {
+            int used = snprintf(error, error_size, "'%.*s' %s", length < 40 ? (int)length : 40, name,
+                                d < 0 ? "is no domain, they are" : "stands twice, the domains are");
+            for (int i = 0; i < DOMAINS && used < (int)error_size; i++) {
+                used += snprintf(error + used, error_size - (size_t)used, "%s %s", i ? "," : "", domains[i].name);
+            }
+            return false;
+        }
+        *set |= 1U << d;
+        name += length;
+        if (!*name) {
+            return true;
+        }
+    }
+}
+
+/* Of domain d, 0 outside the set. */
+static int weight_in(DomainSet set, int d) {
+    return set >> d & 1 ? domains[d].weight : 0;
+}
+
+int builtin_document(uint64_t key, uint64_t index, DomainSet set, unsigned char *bytes, double *nats, int *domain) {
+    assert(set && !(set & ~builtin_all_domains()));
+    Writer w = {.bytes = bytes, .nats = nats, .key = random_bits(key, index)};
+    int weights = 0;
+    for (int d = 0; d < DOMAINS; d++) {
+        weights += weight_in(set, d);
+    }
+    int ticket = draw(&w, weights);
+    int d = 0;
+    while (ticket >= weight_in(set, d)) {
+        ticket -= weight_in(set, d++);
+    }
+    w.pending = log((double)weights / domains[d].weight);
     domains[d].write(&w);
     put_text(&w, "\n");
     *domain = d;

@@ -1,7 +1,8 @@
 /* Training data as a function of (split, step, sequence). Two kinds stand behind it:
  *
  *     builtin   sequence g is made of documents of its own, numbers g*D, g*D + 1, ... of the split's stream, the last
- *               one cut; so the floor is exact from the first token of a sequence on
+ *               one cut; so the floor is exact from the first token of a sequence on. Which domains they are drawn from
+ *               may depend on the place in the step, so that each rank trains on others
  *     text      a window of T+1 tokens of the stream; the next window starts T tokens later, so that each token is a
  *               target once. W = (tokens - 1) / T windows. The stream is a loader's, or what a tokenizer makes of
  *               its text
@@ -44,9 +45,11 @@ typedef struct {
 
 struct Corpus {
     bool builtin;
-    uint64_t keys[2]; /* of the builtin documents, by Split */
-    Part parts[2];    /* of text, by Split; they may share a loader */
-    int *token_bytes; /* (vocab) of text, by token; NULL: unknown */
+    uint64_t keys[2];  /* of the builtin documents, by Split */
+    DomainSet domains; /* of the builtin training text */
+    int ranks;         /* they are dealt out to so many; 0: not dealt out */
+    Part parts[2];     /* of text, by Split; they may share a loader */
+    int *token_bytes;  /* (vocab) of text, by token; NULL: unknown */
     int seq;
     int batch;
     int vocab;
@@ -164,6 +167,27 @@ static void open_text(Corpus *corpus, const char *train, const char *val, const 
     }
 }
 
+/* Takes over which domains the training text is written from. */
+static void choose_domains(Corpus *corpus, const char *names, int ranks) {
+    char error[256];
+    corpus->domains = builtin_all_domains();
+    if (!names || strcmp(names, "all") == 0) {
+        return;
+    }
+    CHECK(corpus->builtin, "--domains %s is for the builtin corpus alone: drop it, or give --data builtin", names);
+    if (strcmp(names, "by-rank") == 0) {
+        CHECK(
+            ranks > 1,
+            "--domains by-rank deals the domains out to the ranks, and there is one: start several with mpirun -n, or "
+            "give --domains all");
+        assert(corpus->batch % ranks == 0);
+        corpus->ranks = ranks;
+        return;
+    }
+    bool found = builtin_find_domains(names, &corpus->domains, error, sizeof error);
+    CHECK(found, "--domains %s: %s; give all, by-rank, or names with commas between", names, error);
+}
+
 Corpus *corpus_open(const CorpusOptions *options) {
     assert(options->seq >= 1 && options->batch >= 1 && options->vocab >= 1);
     assert(options->mask_share >= 0 && options->mask_share <= 1);
@@ -200,6 +224,7 @@ Corpus *corpus_open(const CorpusOptions *options) {
     } else {
         open_text(corpus, train, val, options->tokenizer);
     }
+    choose_domains(corpus, options->domains, options->ranks);
     return corpus;
 }
 
@@ -272,18 +297,36 @@ static void read_text(const Corpus *corpus, Split split, uint64_t g, int *tokens
     }
 }
 
+/* What the documents of sequence g are drawn from. */
+static DomainSet domains_of(const Corpus *corpus, Split split, uint64_t g) {
+    if (split == SPLIT_VAL) {
+        return builtin_all_domains();
+    }
+    if (!corpus->ranks) {
+        return corpus->domains;
+    }
+    int D = builtin_domains(), place = (int)(g % (uint64_t)corpus->batch);
+    int rank = place / (corpus->batch / corpus->ranks);
+    DomainSet dealt = 0;
+    for (int d = rank % D; d < D; d += corpus->ranks) {
+        dealt |= 1U << d;
+    }
+    return dealt;
+}
+
 /* Any of the arrays, each of T, may be NULL. */
 static void make_documents(const Corpus *corpus, Split split, uint64_t g, int *tokens, int *targets,
                            unsigned char *domains, double *floors) {
     unsigned char bytes[BUILTIN_DOCUMENT_BYTES];
     double nats[BUILTIN_DOCUMENT_BYTES];
     int seq = corpus->seq, shift = target_shift(corpus);
+    DomainSet set = domains_of(corpus, split, g);
     /* D: as many documents as T+1 bytes may take; at least 64, so that a sequence of another T often starts alike. */
     int documents = seq / SHORTEST_DOCUMENT + 1;
     uint64_t index = g * (uint64_t)(documents > 64 ? documents : 64);
     for (int t = 0; t < seq + shift;) {
         int domain;
-        int length = builtin_document(corpus->keys[split], index++, bytes, nats, &domain);
+        int length = builtin_document(corpus->keys[split], index++, set, bytes, nats, &domain);
         assert(length >= SHORTEST_DOCUMENT);
         for (int i = 0; i < length && t < seq + shift; i++, t++) {
             if (tokens && t < seq) {
@@ -362,6 +405,12 @@ void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, in
             measure_targets(corpus, targets, batch->bytes + row);
         }
     }
+}
+
+int corpus_first(const Corpus *corpus, Split split, int slice, int slices, int rank, int ranks) {
+    bool dealt = split == SPLIT_TRAIN && corpus->ranks > 0;
+    assert(!dealt || ranks == corpus->ranks);
+    return (dealt ? rank * slices + slice : slice * ranks + rank) * (corpus->batch / slices / ranks);
 }
 
 int corpus_masked_tokens(const Corpus *corpus) {

@@ -31,7 +31,10 @@ typedef struct {
     int seq;                    /* T */
     int batch;                  /* B, sequences of one step over all ranks */
     int vocab;                  /* tokens must be below it */
-    bool shuffle;               /* false: sequence j of step s is the T+1 tokens from (s*B + j)*T of the stream */
+    const char *domains; /* of the builtin text to train on: "all" (NULL is the same), "by-rank", or some of their
+                                 * names with commas between; validation text is always of all */
+    int ranks;           /* with by-rank: the ranks the domains are dealt out to, see corpus_first */
+    bool shuffle;        /* false: sequence j of step s is the T+1 tokens from (s*B + j)*T of the stream */
     uint64_t seed;
     double mask_share; /* share of each sequence that is hidden and predicted, at most 1; 0: next-token prediction */
     int mask_token;    /* stands where a token is hidden; not below vocab, so that no token of the data is it */
@@ -45,16 +48,17 @@ typedef struct {
     int *targets;          /* the token after each token; with masks the token hidden there, -1 where none is */
     unsigned char *domain; /* domain of the token after each token, 0 .. corpus_domains - 1; with masks of the token
                             * itself, hidden or not */
-    double *floor;         /* -ln of the target's true probability given all before it, in nats; NAN where unknown, and
-                            * with masks, when a token is predicted from both sides */
+    double *floor;         /* -ln of the target's true probability given all before it and the domains that the sequence
+                            * is written from, in nats; NAN where unknown, and with masks, when a token is predicted
+                            * from both sides */
     int *bytes;            /* of text that the target stands for; 0 for a special token, -1 where unknown or where there
                             * is no target. Only with targets */
 } Batch;
 
 /* Opens and checks the data. A text is encoded here, on all cores, its two parts apart: whatever the tokenizer, the
  * validation text is the same. Ends the program with one line when a path is missing or empty, a shard is malformed,
- * damaged or made with another tokenizer, or there is less than one sequence of T+1 tokens (naming how many there
- * are). Copies what it needs of the options. Caller closes. */
+ * damaged or made with another tokenizer, there is less than one sequence of T+1 tokens (naming how many there are), or
+ * the domains are none that this text has. Copies what it needs of the options. Caller closes. */
 Corpus *corpus_open(const CorpusOptions *options);
 void corpus_close(Corpus *corpus);
 
@@ -63,6 +67,14 @@ void corpus_close(Corpus *corpus);
  * step, sequence) too: training hides other places each time that a text comes round, validation step 0 always the same
  * ones. Ends the program on a token at or above vocab (file, position, value). Thread-safe. */
 void corpus_batch(const Corpus *corpus, Split split, int64_t step, int first, int count, Batch *batch);
+
+/* The first of the sequences of a step that a rank reads in a slice; they are B / slices / ranks. Slice after slice in
+ * the order of the ranks, so that a slice is the same tokens however many ranks there are.
+ *
+ * But in training with domains dealt out by rank, rank after rank in the order of the slices: rank r of R reads part r
+ * of R equal ones in whatever slices, and this part is written from its domains alone. These are r, r + R, r + 2R, ...
+ * of the D there are; a rank for which none is left has domain r mod D. */
+int corpus_first(const Corpus *corpus, Split split, int slice, int slices, int rank, int ranks);
 
 /* How many tokens of each sequence are predicted: T, or with masks the nearest to mask_share * T, at least 1. */
 int corpus_masked_tokens(const Corpus *corpus);

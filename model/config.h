@@ -56,6 +56,7 @@ typedef struct {
 typedef struct {
     /* data */
     char data[CONFIG_TEXT], val[CONFIG_TEXT], tokenizer[CONFIG_TEXT];
+    char domains[CONFIG_TEXT]; /* of the builtin text to train on */
     int shuffle;
     int allow_leak;
     double mask_share;

@@ -23,6 +23,8 @@ const Option option_table[] = {
     {"data", "val", true, TYPE_TEXT, TRAIN(val), "", 0, TEXT, "SAME",
      "text to evaluate on; empty: the last tenth of FILE, or the shards named *val*"},
     {"data", "tokenizer", true, TYPE_TEXT, TRAIN(tokenizer), "byte", 0, TEXT, "byte|FILE", "what a token is"},
+    {"data", "domains", true, TYPE_TEXT, TRAIN(domains), "all", 0, TEXT, "all|by-rank|NAME[,NAME]",
+     "which of the builtin domains to train on; by-rank: each rank has its own; evaluation is always on all"},
     {"data", "shuffle", true, TYPE_INT, TRAIN(shuffle), "1", 0, 1, "0|1", "0: read the text in order"},
     {"data", "allow-leak", false, TYPE_SWITCH, TRAIN(allow_leak), "0", 0, 1, "",
      "let a router see later tokens (marked in the log)"},

@@ -38,7 +38,8 @@ static uint64_t val_key(void) {
 }
 
 static void make(Document *document, uint64_t key, uint64_t index) {
-    document->length = builtin_document(key, index, document->bytes, document->nats, &document->domain);
+    document->length =
+        builtin_document(key, index, builtin_all_domains(), document->bytes, document->nats, &document->domain);
     document->bytes[document->length] = 0;
 }
 
@@ -395,6 +396,64 @@ static void test_late_choices_are_uniform(void **state) {
     assert_true(chi_square(times, 2) < 15.2);
 }
 
+/* ---- a part of the mixture ---- */
+
+static DomainSet set_of(const char *names) {
+    DomainSet set;
+    char error[256];
+    if (!builtin_find_domains(names, &set, error, sizeof error)) {
+        fail_msg("%s: %s", names, error);
+    }
+    return set;
+}
+
+/* Fewer domains to choose from make a document likelier by its first byte alone. */
+static void test_a_document_of_few_domains_has_their_probability(void **state) {
+    static Document all, few;
+    DomainSet pair = set_of("sort,story");
+    assert_int_equal(pair, 1U << STORY | 1U << SORT);
+    int in_pair[DOMAINS] = {0}, n = 20000;
+    for (int i = 0; i < n; i++) {
+        make(&all, train_key(), (uint64_t)i);
+        DomainSet own = set_of(builtin_domain_name(all.domain));
+        for (int sets = 0; sets < 2; sets++) {
+            DomainSet set = sets ? pair : own;
+            few.length = builtin_document(train_key(), (uint64_t)i, set, few.bytes, few.nats, &few.domain);
+            in_pair[few.domain] += sets;
+            if (few.domain == all.domain) {
+                double share = sets ? weights[few.domain] / 5.0 : 1.0;
+                assert_int_equal(few.length, all.length);
+                assert_memory_equal(few.bytes, all.bytes, (size_t)all.length);
+                double choice = log((double)WEIGHTS / weights[all.domain]) + log(share);
+                assert_close(few.nats[0], all.nats[0] - choice, 1e-12, "the first byte");
+                assert_memory_equal(few.nats + 1, all.nats + 1, (size_t)(all.length - 1) * sizeof *all.nats);
+            } else {
+                assert_true(sets);
+            }
+        }
+    }
+    assert_int_equal(in_pair[STORY] + in_pair[SORT], n);
+    assert_true(fabs(in_pair[STORY] - 0.4 * n) < 5 * sqrt(0.24 * n));
+}
+
+static void test_names_that_are_no_domains(void **state) {
+    const char *bad[][2] = {
+        {"sorted", "'sorted' is no domain, they are story, arithmetic, brackets, recall, sort, echo"},
+        {"sor", "'sor' is no domain"},
+        {"", "'' is no domain"},
+        {"sort,", "'' is no domain"},
+        {",sort", "'' is no domain"},
+        {"sort, echo", "' echo' is no domain"},
+        {"echo,sort,echo", "'echo' stands twice"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        DomainSet set;
+        char error[256];
+        assert_false(builtin_find_domains(bad[i][0], &set, error, sizeof error));
+        assert_memory_equal(error, bad[i][1], strlen(bad[i][1]));
+    }
+    assert_int_equal(set_of("echo,sort,story,arithmetic,recall,brackets"), builtin_all_domains());
+}
+
 /* ---- size of the space ---- */
 
 static void test_every_document_is_one_of_more_than_2_to_the_60(void **state) {
@@ -448,6 +507,8 @@ int main(void) {
         cmocka_unit_test(test_documents_are_right_and_as_likely_as_stated),
         cmocka_unit_test(test_frequencies_are_the_stated_probabilities),
         cmocka_unit_test(test_late_choices_are_uniform),
+        cmocka_unit_test(test_a_document_of_few_domains_has_their_probability),
+        cmocka_unit_test(test_names_that_are_no_domains),
         cmocka_unit_test(test_every_document_is_one_of_more_than_2_to_the_60),
         cmocka_unit_test(test_no_document_comes_twice_in_training_or_validation),
     };

@@ -29,6 +29,8 @@ test_refuses_bad_data() {
     refuses 'matches no file' --data 'none_*.bin'
     refuses '/dev/null is not a regular file' --data /dev/null
     refuses 'cannot open missing.txt' --data letters.txt --val missing.txt
+    refuses "domains sorted: 'sorted' is no domain, they are story, .*; give all, by-rank" --domains sorted
+    refuses '--domains sort is for the builtin corpus alone' --data letters.txt --domains sort
 }
 
 test_refuses_a_token_beyond_the_vocabulary() {

@@ -205,7 +205,8 @@ static void test_stable_names(void **state) {
         "max_skips prompt temperature sample_top_k top_p eval_drop objective mask_share slots router_groups "
         "router_kept_groups router_scale force chain_inner chain_outer chain_norm bias_rate threshold_rate "
         "threshold_warmup dump_routing head_dim init_from upcycle export_gguf choices choices_most graph "
-        "recompute exchange exchange_rows wire wire_back patience exchange_chunks overlap peer_memory exchange_margin";
+        "domains recompute exchange exchange_rows wire wire_back patience exchange_chunks overlap peer_memory "
+        "exchange_margin";
     char copy[1024];
     Config config;
     config_defaults(&config);

@@ -41,7 +41,8 @@ static void check_sequences(int seq, int batch, uint64_t documents) {
             uint64_t index = ((uint64_t)step * (uint64_t)batch + (uint64_t)j) * documents;
             int at = -1; /* of the next byte among the targets; the first byte is a token only */
             while (at < seq) {
-                d.length = builtin_document(random_key(1337, RANDOM_VAL_DATA, 0), index++, d.bytes, d.nats, &d.domain);
+                d.length = builtin_document(random_key(1337, RANDOM_VAL_DATA, 0), index++, builtin_all_domains(),
+                                            d.bytes, d.nats, &d.domain);
                 for (int t = 0; t < d.length && at < seq; t++, at++) {
                     int k = j * seq + at;
                     if (at >= 0) {
@@ -88,6 +89,85 @@ static void test_corpus_describes_the_builtin_text(void **state) {
     assert_true(corpus_bytes_per_token(corpus) == 1.0);
     assert_int_equal(corpus_tokens(corpus, SPLIT_TRAIN), -1);
     corpus_close(corpus);
+}
+
+static Corpus *open_domains(const char *domains, int ranks, int seq, int batch) {
+    CorpusOptions options = options_of("builtin", seq, batch, true);
+    options.domains = domains;
+    options.ranks = ranks;
+    return corpus_open(&options);
+}
+
+/* The domains that a rank of `ranks` meets in training, when it reads its share of a step in `slices`. */
+static DomainSet domains_met(const Corpus *corpus, int slices, int rank, int ranks, int seq, int batch) {
+    static Arrays a;
+    DomainSet met = 0;
+    int count = batch / slices / ranks;
+    for (int64_t step = 0; step < 20; step++) {
+        for (int slice = 0; slice < slices; slice++) {
+            int first = corpus_first(corpus, SPLIT_TRAIN, slice, slices, rank, ranks);
+            read_batch(corpus, SPLIT_TRAIN, step, first, count, &a, 0);
+            for (int t = 0; t < count * seq; t++) {
+                met |= 1U << a.domain[t];
+            }
+        }
+    }
+    return met;
+}
+
+static void test_training_text_of_some_domains(void **state) {
+    static Arrays all, some;
+    enum { T = 200, B = 8 };
+    Corpus *whole = open_domains("all", 4, T, B), *unsaid = open_domains(NULL, 1, T, B);
+    Corpus *two = open_domains("sort,arithmetic", 4, T, B), *dealt = open_domains("by-rank", 4, T, B);
+    assert_int_equal(domains_met(whole, 1, 0, 1, T, B), builtin_all_domains());
+    assert_int_equal(domains_met(two, 1, 0, 1, T, B), 1U << 1 | 1U << 4);
+    Corpus *others[] = {unsaid, two, dealt};
+    for (int i = 0; i < 3; i++) {
+        read_batch(whole, SPLIT_TRAIN, 3, 0, B, &all, 0);
+        read_batch(others[i], SPLIT_TRAIN, 3, 0, B, &some, 0);
+        assert_int_equal(memcmp(&all, &some, sizeof all) == 0, others[i] == unsaid);
+        read_batch(whole, SPLIT_VAL, 3, 0, B, &all, 0); /* validation text is the same whatever the domains */
+        read_batch(others[i], SPLIT_VAL, 3, 0, B, &some, 0);
+        assert_memory_equal(&all, &some, sizeof all);
+        corpus_close(others[i]);
+    }
+    corpus_close(whole);
+}
+
+/* Each sequence of a step is read once, dealt out or not. */
+static void check_shares(const Corpus *corpus, Split split, int slices, int ranks, int batch) {
+    bool read[64] = {false};
+    int count = batch / slices / ranks;
+    for (int slice = 0; slice < slices; slice++) {
+        for (int rank = 0; rank < ranks; rank++) {
+            int first = corpus_first(corpus, split, slice, slices, rank, ranks);
+            for (int i = 0; i < count; i++) {
+                assert_true(first + i < batch && !read[first + i]);
+                read[first + i] = true;
+            }
+        }
+    }
+}
+
+/* Six domains dealt out to 2, 4 and 8 ranks. */
+static void test_domains_are_dealt_out_to_ranks(void **state) {
+    enum { T = 200, B = 16 };
+    const DomainSet of_2[] = {1 | 4 | 16, 2 | 8 | 32}, of_4[] = {1 | 16, 2 | 32, 4, 8},
+                    of_8[] = {1, 2, 4, 8, 16, 32, 1, 2}, *of[] = {of_2, of_4, of_8};
+    for (int i = 0; i < 3; i++) {
+        int ranks = 2 << i;
+        Corpus *corpus = open_domains("by-rank", ranks, T, B);
+        for (int rank = 0; rank < ranks; rank++) {
+            assert_int_equal(domains_met(corpus, 1, rank, ranks, T, B), of[i][rank]);
+            assert_int_equal(domains_met(corpus, 2, rank, ranks, T, B), of[i][rank]);
+        }
+        check_shares(corpus, SPLIT_TRAIN, 2, ranks, B);
+        check_shares(corpus, SPLIT_VAL, 2, ranks, B);
+        assert_int_equal(corpus_first(corpus, SPLIT_TRAIN, 1, 2, 1, ranks), 3 * (B / 2 / ranks));
+        assert_int_equal(corpus_first(corpus, SPLIT_VAL, 1, 2, 1, ranks), B / 2 + B / 2 / ranks);
+        corpus_close(corpus);
+    }
 }
 
 /* ---- text and shards ---- */
@@ -336,12 +416,28 @@ static void test_contradictory_options_end_the_program_with_one_line(void **stat
     assert_dies(options, "few.txt has 5 tokens for validation", "give more data with --val");
 }
 
+static void test_domains_that_are_refused(void **state) {
+    write_text("a.txt", 1000);
+    CorpusOptions options = options_of("a.txt", 8, 1, true);
+    options.domains = "sort";
+    assert_dies(options, "--domains sort is for the builtin corpus alone", "--data builtin");
+    options.train = "builtin";
+    options.domains = "sort,story,sorted";
+    assert_dies(options, "--domains sort,story,sorted: 'sorted' is no domain, they are story,", "give all, by-rank");
+    options.domains = "by-rank";
+    options.ranks = 1;
+    assert_dies(options, "--domains by-rank deals the domains out to the ranks, and there is one", "--domains all");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_batch_does_not_depend_on_shares),
         cmocka_unit_test(test_sequences_are_their_documents),
         cmocka_unit_test(test_batch_skips_arrays_that_are_not_wanted),
         cmocka_unit_test(test_corpus_describes_the_builtin_text),
+        cmocka_unit_test(test_training_text_of_some_domains),
+        cmocka_unit_test(test_domains_are_dealt_out_to_ranks),
+        IN_FOLDER(test_domains_that_are_refused),
         IN_FOLDER(test_sequential_windows_follow_the_stream),
         IN_FOLDER(test_sequences_far_into_a_long_text),
         IN_FOLDER(test_an_epoch_visits_each_window_once),

@@ -194,6 +194,22 @@ test_slices_and_ranks_commute() {
     same slices both
 }
 
+# A rank reads from its domains alone, and the same tokens in however many slices (whose balance losses would differ).
+test_domains_by_rank() {
+    local dealt=("${SHAPE[@]}" --domains by-rank --aux-coef 0)
+    on 2 "${dealt[@]}" --out one
+    succeeds
+    on 2 "${dealt[@]}" --grad-accum 4 --ep 2 --out slices
+    succeeds
+    python3 "$HERE/ranks_compare.py" --losses 1e-6 one slices >compared 2>&1 || fail "slices differ: $(cat compared)"
+    on 2 "${SHAPE[@]}" --aux-coef 0 --out all
+    python3 "$HERE/ranks_compare.py" --losses 1e-6 one all >/dev/null 2>&1 && fail "the text is that of all domains"
+    resume one --steps 7
+    refused 'by-rank deals the domains out to the ranks, and there is one: .*or give --domains all'
+    resume one --steps 7 --domains all
+    succeeds
+}
+
 test_same_command_same_bits() {
     for out in first second; do
         on 4 "${SHAPE[@]}" --ep 2 --out $out

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Learning to specialise where each rank has data of its own: the builtin domains are dealt out to the ranks, which hold
+# the experts between them. Trains the arms one after the other, appends one JSON line for each to OUT.jsonl and prints
+# the table (specialise_table.py). Minutes on a laptop.
+#
+#   experiments/specialise.sh [-r RANKS] [-s SEEDS] [-l RATE] [-n STEPS] [-a ARMS] [-p OPTIONS] TRAIN OUT.jsonl
+#
+#   TRAIN        the program (./train)        OUT.jsonl  a run that it has a line of is not repeated
+#   -r -s -l -n  4   "1 2 3"   4e-3   450
+#   -a           only these arms, separated by commas
+#   -p           further options of ./train for all arms, each with its value, such as "--dim 32"; they come last
+#
+#   together         all ranks read from all domains
+#   joint            each rank reads from its own domains, as in all that follow
+#   gate             experts stay as they were drawn
+#   experts          the gate stays as it was drawn
+#   decoupled        half of the steps with the gate as it was drawn; then the gate alone, all else frozen
+#   decoupled-trunk  the same; then all but the experts
+#
+# Four ranks share six domains as story and sort, arithmetic and echo, brackets, recall, so joint sees another mixture
+# than together: the difference of the two is that of the text too. An expert's gradient is summed over the ranks that
+# sent it tokens, which is all that "aggregated from the clients that used it" means here. MPIRUN starts the ranks,
+# default: mpirun --oversubscribe --bind-to none. The same question on one rank: recipes/r7_specialise.sweep.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+say() { echo "specialise.sh: $*" >&2; }
+usage() { sed -n '6s/^#  */usage: /p' "$0" >&2; exit 1; }
+ranks=4 seeds='1 2 3' rate=4e-3 steps=450 only='' extra=''
+while getopts 'r:s:l:n:a:p:' option; do
+    case $option in
+        r) ranks=$OPTARG ;;
+        s) seeds=$OPTARG ;;
+        l) rate=$OPTARG ;;
+        n) steps=$OPTARG ;;
+        a) only=$OPTARG ;;
+        p) extra=$OPTARG ;;
+        *) usage ;;
+    esac
+done
+shift $((OPTIND - 1))
+if [ $# != 2 ]; then usage; fi
+if [[ ! $ranks =~ ^[1-9][0-9]*$ || $ranks = 1 ]]; then say "-r $ranks: give two ranks or more"; exit 1; fi
+if [[ ! $steps =~ ^[1-9][0-9]*$ || $((steps % 2)) = 1 ]]; then
+    say "-n $steps: give an even number of steps, which have two halves"
+    exit 1
+fi
+train=$1 out=$2
+[ -x "$train" ] || { say "$train is not a program: run make first"; exit 1; }
+read -ra mpirun <<<"${MPIRUN:-mpirun --oversubscribe --bind-to none --quiet}"
+if ! command -v "${mpirun[0]}" >/dev/null; then
+    say "${mpirun[0]} is not found: install Open MPI, or name another in MPIRUN"
+    exit 1
+fi
+if [ "$(id -u)" = 0 ] && [ -z "${MPIRUN:-}" ]; then mpirun+=(--allow-run-as-root); fi
+touch "$out" || exit 1
+
+# name, options; "first" stands for a run of half of the steps with the gate as it was drawn, which the arm starts from
+arms='
+together         --domains all
+joint            --domains by-rank
+gate             --domains by-rank --freeze experts
+experts          --domains by-rank --freeze router
+decoupled        --domains by-rank --freeze all-but-router first
+decoupled-trunk  --domains by-rank --freeze experts first'
+options=(--data builtin --router topk --experts 8 --top-k 2 --layers 2 --dim 64 --heads 2 --expert-dim 64 --seq 128
+         --batch 8 --min-lr 0.02 --eval-every 150 --eval-batches 32)
+read -ra extra <<<"$extra"
+
+runs=$(mktemp -d "${TMPDIR:-/tmp}/specialise.XXXXXX")
+trap 'rm -rf "$runs"' EXIT
+# More ranks than cores: who waits lets others work.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} OMPI_MCA_mpi_yield_when_idle=1
+
+# train_on FOLDER OPTION...: options that come later replace those before. Leaves the command in $command.
+train_on() {
+    local folder=$1 words=() kept=() seen=' ' i
+    words=("${options[@]}" --ep "$ranks" --lr "$rate" --seed "$seed" "${@:2}" ${extra[@]+"${extra[@]}"})
+    for ((i = ${#words[@]} - 2; i >= 0; i -= 2)); do
+        [[ $seen == *" ${words[i]} "* ]] || kept=("${words[i]}" "${words[i + 1]}" "${kept[@]}")
+        seen+="${words[i]} "
+    done
+    command="mpirun -n $ranks ./train ${kept[*]}"
+    "${mpirun[@]}" -n "$ranks" "$train" "${kept[@]}" --out "$folder" </dev/null >"$runs/output" 2>&1 ||
+        { say "stopped: $(grep -am 1 moelab "$runs/output" || tail -n 1 "$runs/output")"; exit 1; }
+}
+
+has_line() {
+    grep -qF -- "\"arm\": \"$1\", \"rate\": $(python3 -c "print(float('$rate'))"), \"seed\": $seed," "$out"
+}
+
+for seed in $seeds; do
+    while read -r arm words; do
+        if [ -z "$arm" ] || [[ -n $only && ,$only, != *",$arm,"* ]] || has_line "$arm"; then continue; fi
+        read -ra words <<<"$words"
+        if [[ "${words[*]}" == *all-but-router* ]] && ! "$train" --help | grep -q all-but-router; then
+            say "$arm is left out: this program cannot freeze all but the router"
+            continue
+        fi
+        more=()
+        if [ "${words[-1]}" = first ]; then
+            unset 'words[-1]'
+            first=$runs/first-$seed
+            [ -e "$first" ] || train_on "$first" --domains by-rank --freeze router --steps $((steps / 2))
+            words+=(--init-from "$first" --steps $((steps / 2)))
+            more=("steps_before=$((steps / 2))")
+        else
+            words+=(--steps "$steps")
+        fi
+        say "seed $seed, $arm"
+        train_on "$runs/$arm-$seed" "${words[@]}"
+        "$here/specialise_table.py" line "$runs/$arm-$seed" sweep=specialise_by_rank size=small "arm=$arm" \
+            "rate=$rate" "seed=$seed" phase=seeds budget=tokens "command=${command//$runs\//}" \
+            ${more[@]+"${more[@]}"} >>"$out"
+        rm -rf "${runs:?}/$arm-$seed"
+    done <<<"$arms"
+    rm -rf "$runs/first-$seed"
+done
+"$here/specialise_table.py" "$out"

@@ -33,7 +33,7 @@ typedef struct {
 /* What the header says beside ts, git sha and the configuration. */
 typedef struct {
     const char *device;
-    int64_t params_total, params_active;
+    int64_t params_total, params_active, params_trainable;
     double flops_per_token; /* of training, forward and backward */
     int domain_count;
     const char *const *domains;

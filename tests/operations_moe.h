@@ -306,7 +306,7 @@ static inline void combine_case_finish(Case *c) {
 /* ---- experts */
 
 static inline ExpertShape experts_case_shape(const Case *c) {
-    return (ExpertShape){.rows = c->n[0], .C = c->n[1], .H = c->n[2], .E = c->n[3], .gelu = c->n[4]};
+    return (ExpertShape){.rows = c->n[0], .C = c->n[1], .H = c->n[2], .E = c->n[3], .act = c->n[4]};
 }
 
 /* The first rows as the skew says, the rest evenly; the last expert ends at `rows`. */
@@ -379,7 +379,7 @@ enum {
 
 static inline ExpertShape moe_shape(const Case *c) {
     return (ExpertShape){
-        .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .gelu = c->n[MOE_GELU]};
+        .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .act = c->n[MOE_GELU]};
 }
 
 /* The step at hand is the last of a warm-up of so many, counted from 0. */

@@ -19,8 +19,9 @@ static inline void activate_stored(acc_t *h, const acc_t *a, const int *offset, 
     for (size_t r = (size_t)offset[0]; r < (size_t)offset[shape.E]; r++) {
         for (size_t i = 0; i < H; i++) {
             double x = (double)a[r * A + i];
-            h[r * H + i] = shape.gelu ? (acc_t)(0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))))
-                                      : (acc_t)(x / (1 + exp(-x)) * (double)a[r * A + H + i]);
+            h[r * H + i] = shape.act == ACT_GELU
+                               ? (acc_t)(0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))))
+                               : (acc_t)(x / (1 + exp(-x)) * (double)a[r * A + H + i]);
         }
     }
 }

@@ -42,8 +42,8 @@ typedef struct {
  *     void PATH_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g);
  * y (rows,C) overwritten, or added to
  *     void PATH_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g);
- * h (rows,H), da (rows,A), drow_weight (rows; may be NULL) overwritten, the last added to with add_parts; a (rows,A); row_weight (rows), NULL: all 1.
- * h is made again from a, not read.
+ * h (rows,H), da (rows,A), drow_weight (rows; may be NULL) overwritten, the last added to with add_parts; a (rows,A);
+ * row_weight (rows), NULL: all 1. h is made again from a, not read.
  *     void PATH_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
  *                      const acc_t *row_weight, const real_t *w2, Grouped g);
  * dx (rows,C) overwritten, or added to

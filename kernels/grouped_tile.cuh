@@ -101,8 +101,8 @@ __device__ static inline HiddenBack silu_back(float a, float wu, float scale) {
     return {scale * (a * s), wu * scale * s * (1 + a * (1 - s)), 0};
 }
 
-/* sum[r] = part[0][r] + part[1][r] + ..., or added to it, part (parts, rows): blocks that own columns of a row leave one part each.
- * A thread to a row; the loop over parts is the tail of the CPU's sum over H. */
+/* sum[r] = part[0][r] + part[1][r] + ..., or added to it, part (parts, rows): blocks that own columns of a row leave
+ * one part each. A thread to a row; the loop over parts is the tail of the CPU's sum over H. */
 static __global__ void sum_parts_kernel(acc_t *sum, const float *part, int parts, int rows, const int *offset, int E,
                                         int add) {
     int r = blockIdx.x * blockDim.x + threadIdx.x;

@@ -82,8 +82,7 @@ const Option option_table[] = {
      "who keeps a place at a full expert: earlier tokens, first choices, heavier weights"},
 
     {"fine-tuning", "perft", true, TYPE_CHOICE, MODEL(perft), "none", PERFT_NONE, 0, "none|r|e|d|s",
-     "adapters of the experts, all else frozen: routed by a router of their own (r), one inside each expert (e), "
-     "several (d) or one (s) for every token"},
+     "train adapters beside frozen experts: routed (r), one in each expert (e), several (d) or one (s) for all tokens"},
     {"fine-tuning", "perft-count", true, TYPE_INT, MODEL(perft_count), "4", 1, 4096, "N",
      "r, d: adapters beside each MoE layer"},
     {"fine-tuning", "perft-top-k", true, TYPE_INT, MODEL(perft_top_k), "2", 1, 4096, "N", "r: adapters per token"},
@@ -96,10 +95,10 @@ const Option option_table[] = {
     {"fine-tuning", "perft-aux-coef", true, TYPE_REAL, TRAIN(perft_aux_coef), "0.01", 0, 1000, "X",
      "r: coefficient of the adapters' balance loss"},
     {"fine-tuning", "lora", true, TYPE_CHOICE, MODEL(lora), "none", LORA_NONE, 0, "none|attention",
-     "adapters of the attention's projections instead, or besides"},
+     "train adapters of the frozen attention's projections"},
 
     {"losses", "aux-coef", true, TYPE_REAL, TRAIN(aux_coef), "auto", 0, 1000, "auto|X",
-     "coefficient of the balance loss; auto: 0.01, sigmoid 0.0001, 0 where nothing needs balancing"},
+     "coefficient of the balance loss; auto: 0.01, sigmoid 0.0001, 0 where nothing needs balancing or learns"},
     {"losses", "z-coef", true, TYPE_REAL, TRAIN(z_coef), "auto", 0, 1000, "auto|X",
      "coefficient of the z-loss; auto: 0.001 for routers with a softmax over experts, else 0"},
     {"losses", "bias-rate", true, TYPE_REAL, TRAIN(bias_rate), "0.001", 0, 1, "X",
@@ -128,7 +127,7 @@ const Option option_table[] = {
      "largest norm of the whole gradient; 0: no clipping"},
     {"training", "seed", true, TYPE_INT64, TRAIN(seed), "1337", 0, EXACT, "N", "of weights, data and sampling"},
     {"training", "freeze", true, TYPE_CHOICE, TRAIN(freeze), "none", FREEZE_NONE, 0,
-     "none|experts|router|all-but-router", "what stays at its initial values"},
+     "none|experts|router|all-but-router", "what stays as it is"},
     {"training", "recompute", false, TYPE_CHOICE, TRAIN(recompute), "none", RECOMPUTE_NONE, 0, "none|norms|experts",
      "made again in the backward, not kept: norms; or also what is inside experts and attention (same bits)"},
     {"training", "max-skips", false, TYPE_INT, TRAIN(max_skips), "10", 1, 1000000, "N",

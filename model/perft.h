@@ -2,15 +2,15 @@
  * trained beside the experts of a model whose own weights, routers included, are frozen. x is the MoE layer's input, y
  * what it computes:
  *
- *     r  routed     y += sum of p'_j A_j(x) over the K' most probable of M adapters     p' = softmax(W' x), not renormalised
- *     e  embedded   y  = sum of w_i (E_i(x) + A_i(x)) over the chosen experts           the model's own router
+ *     r  routed     y += sum of p'_j A_j(x) over the K' most probable of M adapters      p' = softmax(W' x)
+ *     e  embedded   y  = sum of w_i (E_i(x) + A_i(x)) over the chosen experts            the model's own router
  *     d  dense      y += sum of A_j(x) over all M
  *     s  single     y += A(x)
  *
- * The weights of r are those of its own router, which therefore learns from the loss, and from a balance loss of its own
- * (--perft-aux-coef); with the weights of the model's router it would stay as it was born. e stands inside the experts,
- * in moe.c. r is a second MoE layer with adapters for experts. M adapters that see every token are one of rank M R, so d
- * and s are one dense adapter.
+ * The weights of r are those of its own router, not renormalised, so that it learns from the loss (and from a balance
+ * loss of its own, --perft-aux-coef); with the weights of the model's router it would stay as it was born. e stands
+ * inside the experts, in moe.c. r is a second MoE layer with adapters for experts. M adapters that see every token are
+ * one of rank M R, so d and s are one dense adapter.
  *
  * Trained parameters of a layer: r M(2CR + C), e 2ECR, d 2MCR, s 2CR. Called by transformer.c; calls moe.c, adapter.c.
  */
@@ -48,8 +48,8 @@ void perft_free(Perft *perft);
 void perft_forward(Perft *perft, MoeScratch *scratch, real_t *branch, real_t *sum, const real_t *x, acc_t *load,
                    Profile *profile, Stream *stream);
 
-/* After perft_forward with the same x: dx (N,C) +=; dy (N,C) is the gradient of the branch. add_dw: see moe.h; sum (N,C)
- * is scratch. */
+/* After perft_forward with the same x: dx (N,C) +=; dy (N,C) is the gradient of the branch. add_dw: see moe.h; sum
+ * (N,C) is scratch. */
 void perft_backward(Perft *perft, MoeScratch *scratch, real_t *dx, real_t *sum, const real_t *dy, const real_t *x,
                     int add_dw, Profile *profile, Stream *stream);
 

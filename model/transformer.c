@@ -41,8 +41,8 @@ static int att_width(const ModelConfig *config) {
 
 /* ---- parameters ---- */
 
-/* The adapters of the attention: one for queries, keys and values together, as their weights are one matrix, and one for
- * what attention puts out. rows: 0 for the list of tensors. */
+/* The adapters of the attention: one for queries, keys and values together, as their weights are one matrix, and one
+ * for what attention puts out. rows: 0 for the list of tensors. */
 static ExpertShape lora_qkv_shape(const ModelConfig *c, int E, int rows) {
     return adapter_shape(c, E, c->dim, c->perft_rank, qkv_width(c), rows);
 }
@@ -246,7 +246,8 @@ static void reserve_around_layers(Transformer *model, Arena *arena) {
     reserve(arena, &model->demand, statistics * c->experts, sizeof(int), kind);
     if (c->perft == PERFT_R) {
         reserve(arena, &model->perft_sum, N * C, sizeof(real_t), kind);
-        reserve(arena, &model->perft_load, (size_t)model->slices * c->layers * LOAD_VALUES, sizeof(acc_t), kind);
+        reserve(arena, &model->perft_load, (size_t)model->context.ranks * model->slices * c->layers * LOAD_VALUES,
+                sizeof(acc_t), kind);
     }
 }
 
@@ -469,7 +470,7 @@ static acc_t *load_of_rank(const Transformer *model) {
 
 /* What layer l's router of adapters says of a slice. */
 static acc_t *perft_load(const Transformer *model, int slice, int l) {
-    size_t place = (size_t)slice * model->config->layers + l;
+    size_t place = ((size_t)comm_rank(GROUP_WORLD) * model->slices + slice) * model->config->layers + l;
     return model->perft_load ? model->perft_load + place * LOAD_VALUES : NULL;
 }
 
@@ -572,6 +573,10 @@ void transformer_sum_ranks(Transformer *model, Stream *stream) {
     }
     comm_sum(GROUP_WORLD, model->step_loss, 1, stream);
     comm_gather(GROUP_WORLD, model->load, load_of_rank(model), statistics, stream);
+    if (model->perft_load) {
+        size_t bytes = (size_t)model->slices * model->config->layers * LOAD_VALUES * sizeof(acc_t);
+        comm_gather(GROUP_WORLD, model->perft_load, perft_load(model, 0, 0), bytes, stream);
+    }
 }
 
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream) {

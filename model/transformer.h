@@ -78,7 +78,7 @@ typedef struct {
     acc_t *slice_loss; /* (slices) mean of losses */
     acc_t *step_loss;  /* mean of slice_loss over slices and, after transformer_sum_ranks, ranks */
     acc_t *load;       /* (ranks, slices, moe_count, LOAD_VALUES); other ranks' after transformer_sum_ranks */
-    acc_t *perft_load; /* (slices, L, LOAD_VALUES) this rank's, of layers of adapters; NULL without */
+    acc_t *perft_load; /* (ranks, slices, L, LOAD_VALUES) as load, of the adapters' routers; NULL without */
     int *demand;       /* (slices, moe_count, E) entries of all ranks that chose each expert */
 
     real_t *perft_sum;   /* (N,C) what a layer of adapters makes, and its gradient; NULL without */

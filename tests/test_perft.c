@@ -1,5 +1,5 @@
-/* Fine-tuning: --perft, --lora and what --freeze leaves. Gradients against differences are in test_model_grad.c; here is
- * what a run must keep: the function it starts from, the frozen bits, the adapters in a checkpoint, and its refusals.
+/* Fine-tuning: --perft, --lora and what --freeze leaves. Gradients against differences are in test_model_grad.c; here
+ * is what a run must keep: the function it starts from, the frozen bits, the adapters in a checkpoint, its refusals.
  */
 #include "trainer.h"
 
@@ -74,8 +74,8 @@ static void test_fresh_adapters_change_nothing(void **state) {
 
 /* ---- what moves */
 
-/* After some steps frozen tensors have their bits, every other tensor has not, and no frozen matrix but a router's got a
- * gradient. */
+/* After some steps frozen tensors have their bits, every other tensor has not, and no frozen matrix but a router's got
+ * a gradient. */
 static void check_what_moves(const char *options) {
     Trainer t;
     trainer_open(&t, options);
@@ -124,8 +124,8 @@ static void test_frozen_bits_stay(void **state) {
     check_what_moves("--freeze all-but-router --router top1 --shared-experts 1 --moe-every 2");
 }
 
-/* The adapters' router learns from the loss itself, not from the balance loss alone, as soon as B is no longer zero: its
- * weights are its own probabilities. */
+/* The adapters' router learns from the loss itself, not from the balance loss alone, as soon as B is no longer zero:
+ * its weights are its own probabilities. */
 static void test_router_of_adapters_learns_from_the_loss(void **state) {
     Trainer t;
     trainer_open(&t, "--perft r --perft-rank 4 --perft-aux-coef 0 --warmup 0 --weight-decay 0");
@@ -133,6 +133,11 @@ static void test_router_of_adapters_learns_from_the_loss(void **state) {
     acc_t *before = copy_flat(&t, t.model.master);
     train_step(&t);
     train_step(&t);
+    StepFigures figures = read_figures(&t);
+    assert_true(figures.perft && figures.perft_main_gradient > 0 && figures.perft_balance_gradient == 0);
+    assert_true(figures.norms.router > 0); /* the model's are frozen */
+    assert_true(figures.perft_aux >= 1 - 1e-6 && figures.perft_entropy > 0);
+    figures_free(&figures);
     for (int l = 0; l < t.config.model.layers; l++) {
         char name[64];
         snprintf(name, sizeof name, "layers.%d.perft.router.w", l);

@@ -28,6 +28,7 @@
 #include "model/evaluate.h"
 #include "model/exchange.h"
 #include "model/export.h"
+#include "model/freeze.h"
 #include "model/import.h"
 #include "model/log.h"
 #include "model/optimizer.h"
@@ -200,6 +201,7 @@ static void open_log(Run *run) {
     LogHeader header = {.device = device,
                         .params_total = tensors_parameters(&run->model.tensors),
                         .params_active = transformer_active_parameters(&run->model),
+                        .params_trainable = freeze_trainable(&run->model.tensors),
                         .flops_per_token = transformer_flops_per_token(&run->model),
                         .domain_count = corpus_domains(run->corpus),
                         .domains = run->domains,

@@ -13,10 +13,6 @@ enum { LEAST_ROWS = 8 * TILE_ROWS, MOST_ROWS = 2 * TILE_BLOCK, WEIGHT_ROWS = TIL
 #define GELU_CUBIC 0.044715
 #define GELU_SLOPE 0.7978845608028654 /* sqrt(2 / pi) */
 
-int experts_a_width(ExpertShape shape) {
-    return shape.gelu ? shape.H : 2 * shape.H;
-}
-
 /* tanh(x) = 2 sigmoid(2x) - 1 */
 static inline real_t gelu_gate(real_t a) {
     real_t inner = (real_t)GELU_SLOPE * (a + (real_t)GELU_CUBIC * a * a * a);
@@ -24,10 +20,20 @@ static inline real_t gelu_gate(real_t a) {
 }
 
 /* h (H) from one row of a. */
-static void activate(real_t *restrict h, const real_t *restrict a, int H, int gelu) {
-    if (gelu) {
+static void activate(real_t *restrict h, const real_t *restrict a, ExpertShape shape) {
+    int H = shape.H;
+    real_t scale = (real_t)experts_scale(shape);
+    if (shape.act == ACT_GELU) {
         for (int i = 0; i < H; i++) {
             h[i] = a[i] * gelu_gate(a[i]);
+        }
+    } else if (shape.act == ACT_SILU) {
+        for (int i = 0; i < H; i++) {
+            h[i] = scale * (a[i] * sigmoid(a[i]));
+        }
+    } else if (shape.act == ACT_IDENTITY) {
+        for (int i = 0; i < H; i++) {
+            h[i] = scale * a[i];
         }
     } else {
         for (int i = 0; i < H; i++) {
@@ -54,13 +60,38 @@ static inline real_t gelu_backward(real_t *h, real_t *da, real_t a, real_t u, re
     return a * s;
 }
 
+static inline real_t silu_backward(real_t *h, real_t *da, real_t a, real_t u, real_t w, real_t scale) {
+    real_t s = sigmoid(a);
+    *da = w * u * scale * s * (1 + a * (1 - s));
+    *h = w * scale * (a * s);
+    return scale * (a * s);
+}
+
+static inline real_t identity_backward(real_t *h, real_t *da, real_t a, real_t u, real_t w, real_t scale) {
+    *da = w * u * scale;
+    *h = w * scale * a;
+    return scale * a;
+}
+
 /* One row: from u = dy W2 (in da's first H elements) to w h, da, and <u, h>, the gradient of the weight. */
-static acc_t activate_backward(real_t *restrict h, real_t *restrict da, const real_t *restrict a, real_t w, int H,
-                               int gelu) {
+static acc_t activate_backward(real_t *restrict h, real_t *restrict da, const real_t *restrict a, real_t w,
+                               ExpertShape shape) {
     acc_t lane[LANES] = {0};
+    int H = shape.H;
+    real_t scale = (real_t)experts_scale(shape);
     for (int i = 0; i < H; i += LANES) {
         int count = H - i < LANES ? H - i : LANES;
-        if (gelu) {
+        if (shape.act == ACT_SILU) {
+            for (int j = 0; j < count; j++) {
+                real_t u = da[i + j];
+                lane[j] += u * silu_backward(h + i + j, da + i + j, a[i + j], u, w, scale);
+            }
+        } else if (shape.act == ACT_IDENTITY) {
+            for (int j = 0; j < count; j++) {
+                real_t u = da[i + j];
+                lane[j] += u * identity_backward(h + i + j, da + i + j, a[i + j], u, w, scale);
+            }
+        } else if (shape.act == ACT_GELU) {
             for (int j = 0; j < count; j++) {
                 real_t u = da[i + j];
                 lane[j] += u * gelu_backward(h + i + j, da + i + j, a[i + j], u, w);
@@ -114,19 +145,19 @@ void experts_forward(real_t *y, real_t *a, real_t *h, RowSource source, const re
                      const int *offset, ExpertShape shape, int add_y, Stream *stream) {
     assert(!source.entry && "the CPU's dispatch writes rows out");
     const real_t *x = source.x;
-    size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
+    size_t C = shape.C, D = experts_y_width(shape), H = shape.H, A = experts_a_width(shape);
     int size = piece_rows(offset[shape.E]);
     int pieces = count_pieces(offset, shape.E, size);
 #pragma omp parallel for schedule(dynamic)
     for (int i = 0; i < pieces; i++) {
         Piece p = find_piece(offset, size, i);
         const real_t *p_x = x + p.first * C;
-        real_t *p_a = a + p.first * A, *p_h = h + p.first * H, *p_y = y + p.first * C;
+        real_t *p_a = a + p.first * A, *p_h = h + p.first * H, *p_y = y + p.first * D;
         block_multiply(p_a, A, p_x, C, 1, w1 + p.expert * A * C, 1, C, p.rows, A, C, 0);
         for (int r = 0; r < p.rows; r++) {
-            activate(p_h + r * H, p_a + r * A, H, shape.gelu);
+            activate(p_h + r * H, p_a + r * A, shape);
         }
-        block_multiply(p_y, C, p_h, H, 1, w2 + p.expert * C * H, 1, H, p.rows, C, H, add_y);
+        block_multiply(p_y, D, p_h, H, 1, w2 + p.expert * D * H, 1, H, p.rows, D, H, add_y);
     }
 }
 
@@ -155,7 +186,7 @@ void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da
                            ExpertShape shape, int add_dx, Stream *stream) {
     assert(!dy_source.entry && "the CPU's dispatch writes rows out");
     const real_t *dy = dy_source.x;
-    size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
+    size_t C = shape.C, D = experts_y_width(shape), H = shape.H, A = experts_a_width(shape);
     int size = piece_rows(offset[shape.E]);
     int pieces = count_pieces(offset, shape.E, size);
 #pragma omp parallel for schedule(dynamic)
@@ -163,12 +194,12 @@ void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da
         Piece p = find_piece(offset, size, i);
         const real_t *p_a = a + p.first * A;
         real_t *p_h = h + p.first * H, *p_da = da + p.first * A, *p_dx = dx + p.first * C;
-        block_multiply(p_da, A, dy + p.first * C, C, 1, w2 + p.expert * C * H, H, 1, p.rows, H, C, 0);
+        block_multiply(p_da, A, dy + p.first * D, D, 1, w2 + p.expert * D * H, H, 1, p.rows, H, D, 0);
         for (int r = 0; r < p.rows; r++) {
             acc_t weight = row_weight ? row_weight[p.first + r] : 1;
-            acc_t dweight = activate_backward(p_h + r * H, p_da + r * A, p_a + r * A, weight, H, shape.gelu);
+            acc_t dweight = activate_backward(p_h + r * H, p_da + r * A, p_a + r * A, weight, shape);
             if (drow_weight) {
-                drow_weight[p.first + r] = dweight;
+                drow_weight[p.first + r] = add_dx ? drow_weight[p.first + r] + dweight : dweight;
             }
         }
         block_multiply(p_dx, C, p_da, A, 1, w1 + p.expert * A * C, C, 1, p.rows, C, A, add_dx);
@@ -179,9 +210,9 @@ void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const rea
                               RowSource source, const int *offset, ExpertShape shape, int add_dw, Stream *stream) {
     assert(!source.entry && !dy_source.entry && "the CPU's dispatch writes rows out");
     const real_t *x = source.x, *dy = dy_source.x;
-    size_t C = shape.C, H = shape.H, A = experts_a_width(shape);
+    size_t C = shape.C, D = experts_y_width(shape), H = shape.H, A = experts_a_width(shape);
     int blocks1 = (A + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
-    int blocks2 = (C + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+    int blocks2 = (D + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
     int blocks = blocks1 + blocks2;
 #pragma omp parallel for schedule(dynamic)
     for (int i = 0; i < shape.E * blocks; i++) {
@@ -191,7 +222,7 @@ void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const rea
         if (block < blocks1) {
             weight_gradient(dw1 + e * A * C, da + first * A, x + first * C, block * WEIGHT_ROWS, A, C, rows, add_dw);
         } else {
-            weight_gradient(dw2 + e * C * H, dy + first * C, h + first * H, (block - blocks1) * WEIGHT_ROWS, C, H, rows,
+            weight_gradient(dw2 + e * D * H, dy + first * D, h + first * H, (block - blocks1) * WEIGHT_ROWS, D, H, rows,
                             add_dw);
         }
     }

@@ -17,14 +17,11 @@ extern "C" {
 #include "grouped_wgmma.cuh"
 #endif
 
-int experts_a_width(ExpertShape shape) {
-    return shape.gelu ? shape.H : 2 * shape.H;
-}
-
 /* The path of a call, all of whose products take the same. `addresses` is the bitwise or of its arrays of real_t:
  * every row must begin at a multiple of 16 bytes for the tensor cores. */
 static KernelPath choose_path(Grouped g, uintptr_t addresses) {
-    bool tensor_cores = sizeof(real_t) == 2 && g.shape.C % 8 == 0 && g.shape.H % 8 == 0 && addresses % 16 == 0;
+    bool widths = g.shape.C % 8 == 0 && g.shape.H % 8 == 0 && experts_y_width(g.shape) % 8 == 0;
+    bool tensor_cores = sizeof(real_t) == 2 && widths && addresses % 16 == 0;
     if (cuda_fastest_path() == PATH_PLAIN || !tensor_cores) {
         return PATH_PLAIN;
     }
@@ -34,6 +31,12 @@ static KernelPath choose_path(Grouped g, uintptr_t addresses) {
     }
 #endif
     return PATH_MMA;
+}
+
+/* The same for products with an activation in them, where those of adapters are plain. */
+static KernelPath choose_active_path(Grouped g, uintptr_t addresses) {
+    bool adapter = g.shape.act == ACT_SILU || g.shape.act == ACT_IDENTITY;
+    return adapter ? PATH_PLAIN : choose_path(g, addresses);
 }
 
 #define BITS(pointer) reinterpret_cast<uintptr_t>(pointer)
@@ -56,34 +59,34 @@ static KernelPath choose_path(Grouped g, uintptr_t addresses) {
 
 void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
                      const int *offset, ExpertShape shape, int add_y, Stream *stream) {
-    Grouped g = {shape, offset, cuda_stream(stream)};
-    KernelPath path = choose_path(g, BITS(y) | BITS(a) | BITS(h) | BITS(x.x) | BITS(w1) | BITS(w2));
+    Grouped g = {shape, offset, cuda_stream(stream), 0};
+    KernelPath path = choose_active_path(g, BITS(y) | BITS(a) | BITS(h) | BITS(x.x) | BITS(w1) | BITS(w2));
     BY(path, up(a, h, x, w1, g))
     BY(path, down(y, h, w2, add_y, g))
 }
 
 void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, const int *offset, ExpertShape shape,
                            Stream *stream) {
-    Grouped g = {shape, offset, cuda_stream(stream)};
-    KernelPath path = choose_path(g, BITS(a) | BITS(h) | BITS(x.x) | BITS(w1));
+    Grouped g = {shape, offset, cuda_stream(stream), 0};
+    KernelPath path = choose_active_path(g, BITS(a) | BITS(h) | BITS(x.x) | BITS(w1));
     BY(path, up(a, h, x, w1, g))
 }
 
 void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy, const real_t *a,
                            const acc_t *row_weight, const real_t *w1, const real_t *w2, const int *offset,
                            ExpertShape shape, int add_dx, Stream *stream) {
-    Grouped g = {shape, offset, cuda_stream(stream)};
-    KernelPath path = choose_path(g, BITS(dx) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(a) | BITS(w1) | BITS(w2));
+    Grouped g = {shape, offset, cuda_stream(stream), add_dx};
+    KernelPath path = choose_active_path(g, BITS(dx) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(a) | BITS(w1) | BITS(w2));
     BY(path, hidden(h, da, drow_weight, dy, a, row_weight, w2, g))
     BY(path, input(dx, da, w1, add_dx, g))
 }
 
 void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy, RowSource x,
                               const int *offset, ExpertShape shape, int add_dw, Stream *stream) {
-    Grouped g = {shape, offset, cuda_stream(stream)};
+    Grouped g = {shape, offset, cuda_stream(stream), 0};
     KernelPath path = choose_path(g, BITS(dw1) | BITS(dw2) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(x.x));
     int A = experts_a_width(shape);
     RowSource da_rows = {da, NULL, 0}, h_rows = {h, NULL, 0};
-    BY(path, weight(dw2, dy, h_rows, shape.C, shape.H, add_dw, g))
+    BY(path, weight(dw2, dy, h_rows, experts_y_width(shape), shape.H, add_dw, g))
     BY(path, weight(dw1, da_rows, x, A, shape.C, add_dw, g))
 }

@@ -2,6 +2,10 @@
  *
  *     SwiGLU   a = x W1^T, W1 (2H,C): gate rows first, then up     h = silu(a_gate) * a_up      y = h W2^T, W2 (C,H)
  *     GELU     a = x W1^T, W1 (H,C)                                h = gelu(a) (tanh form)      y = h W2^T
+ *     SiLU     likewise                                            h = s silu(a), s a constant
+ *     identity likewise: a product of low rank (LoRA)              h = s a
+ *
+ * The last two are for adapters, whose H is small (model/adapter.h): a GPU computes them without tensor cores.
  *
  * Backward, with dy the gradient of the combined output in row order (not yet weighted) and w the row's combine weight:
  *
@@ -14,18 +18,34 @@
 
 #include "plan.h"
 
+typedef enum { ACT_SWIGLU, ACT_GELU, ACT_IDENTITY, ACT_SILU } Activation;
+
 typedef struct {
     int E, C, H;
     int rows; /* length of the row arrays */
-    int gelu; /* 1: GELU, 0: SwiGLU */
+    Activation act;
+    /* of ACT_SILU and ACT_IDENTITY alone */
+    int D;        /* columns of y and dy, rows of W2; 0: C */
+    double scale; /* s; 0: 1 */
 } ExpertShape;
 
-/* Columns of a: 2H for SwiGLU, H for GELU. */
-int experts_a_width(ExpertShape shape);
+/* Columns of a: 2H for SwiGLU, H for the others. */
+static inline int experts_a_width(ExpertShape shape) {
+    return shape.act == ACT_SWIGLU ? 2 * shape.H : shape.H;
+}
+
+/* Columns of y. */
+static inline int experts_y_width(ExpertShape shape) {
+    return shape.D > 0 ? shape.D : shape.C;
+}
+
+static inline double experts_scale(ExpertShape shape) {
+    return shape.scale != 0 ? shape.scale : 1;
+}
 
 /* y (rows,C) = the experts' outputs, unweighted, added to y when add_y is 1; a (rows, 2H or H) is saved for the
  * backward; h (rows,H) is scratch; x: rows (rows,C), by index only where dispatch_forward gives such (dispatch.h);
- * w1 (E, 2H or H, C); w2 (E,C,H); offset (E+1), on the device. */
+ * w1 (E, 2H or H, C); w2 (E, C or D, H); offset (E+1), on the device. */
 void experts_forward(real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
                      const int *offset, ExpertShape shape, int add_y, Stream *stream);
 
@@ -35,7 +55,7 @@ void experts_forward_again(real_t *a, real_t *h, RowSource x, const real_t *w1, 
 
 /* Backward in two halves, so that dx can leave before the weights' gradients are made:
  *
- * rows: dx (rows,C) overwritten, or added to when add_dx is 1; drow_weight (rows) overwritten, NULL with row_weight
+ * rows: dx (rows,C) and drow_weight (rows) overwritten, or added to when add_dx is 1; drow_weight NULL with row_weight
  * NULL (all weights 1); h (rows,H) and da (rows, 2H or H) are made for the other half; dy: rows (rows,C), as x;
  * row_weight (rows); a, w1, w2, offset as in the forward.
  * weights: dw1, dw2 overwritten, or added to when add_dw is 1: for an expert without rows the one means zeros, the

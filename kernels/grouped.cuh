@@ -1,5 +1,5 @@
 /* The five grouped products behind experts.h, as each path provides them. Rows of expert e are offset[e] ..
- * offset[e+1]; a row's inner width is C towards the tokens, A = 2H (SwiGLU) or H (GELU) before the activation, H after
+ * offset[e+1]; a row's inner width is C towards the tokens, A = 2H (SwiGLU) or H before the activation, H after
  * it.
  *
  *     up       a = x W1^T        h = act(a)                              x (rows,C) by index, W1 (E,A,C)
@@ -33,6 +33,7 @@ typedef struct {
     ExpertShape shape;
     const int *offset; /* (E+1) on the device */
     cudaStream_t stream;
+    int add_parts; /* whether `hidden` adds to drow_weight */
 } Grouped;
 
 /* For PATH = wgmma, mma, plain (plain takes real_t of either type, the others bf16):
@@ -41,8 +42,8 @@ typedef struct {
  *     void PATH_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g);
  * y (rows,C) overwritten, or added to
  *     void PATH_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g);
- * h (rows,H), da (rows,A), drow_weight (rows; may be NULL) overwritten; a (rows,A); row_weight (rows), NULL: all 1.
- * h is made again from a, not read.
+ * h (rows,H), da (rows,A), drow_weight (rows; may be NULL) overwritten, the last added to with add_parts; a (rows,A);
+ * row_weight (rows), NULL: all 1. h is made again from a, not read.
  *     void PATH_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
  *                      const acc_t *row_weight, const real_t *w2, Grouped g);
  * dx (rows,C) overwritten, or added to

@@ -92,7 +92,7 @@ static void mma_launch_up(real_t *a, real_t *h, RowSource x, const real_t *w1, G
 }
 
 static void mma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g) {
-    g.shape.gelu ? mma_launch_up<true>(a, h, x, w1, g) : mma_launch_up<false>(a, h, x, w1, g);
+    g.shape.act == ACT_GELU ? mma_launch_up<true>(a, h, x, w1, g) : mma_launch_up<false>(a, h, x, w1, g);
 }
 
 /* y (rows,N) = x (rows,inner) W of each expert: W (N,inner) read ALONG its rows, or (inner,N) across them. Grid: x the
@@ -242,8 +242,8 @@ static void mma_launch_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSour
 
 static void mma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
                        const acc_t *row_weight, const real_t *w2, Grouped g) {
-    g.shape.gelu ? mma_launch_hidden<true>(h, da, drow_weight, dy, a, row_weight, w2, g)
-                 : mma_launch_hidden<false>(h, da, drow_weight, dy, a, row_weight, w2, g);
+    g.shape.act == ACT_GELU ? mma_launch_hidden<true>(h, da, drow_weight, dy, a, row_weight, w2, g)
+                            : mma_launch_hidden<false>(h, da, drow_weight, dy, a, row_weight, w2, g);
 }
 
 static void mma_input(real_t *dx, const real_t *da, const real_t *w1, int add, Grouped g) {

@@ -75,19 +75,31 @@ __device__ static void plain_sum(float (&sum)[PLAIN_EACH][PLAIN_EACH], const Pla
     }
 }
 
+/* h of an activation with a single a; s is scale. */
+__device__ static inline float plain_active(float a, Activation act, float scale) {
+    return act == ACT_GELU ? gelu(a) : scale * (act == ACT_SILU ? silu(a) : a);
+}
+
+__device__ static inline HiddenBack plain_active_back(float a, float wu, Activation act, float scale) {
+    return act == ACT_GELU   ? gelu_back(a, wu)
+           : act == ACT_SILU ? silu_back(a, wu, scale)
+                             : HiddenBack{scale * a, wu * scale, 0};
+}
+
 /* Grid: x the CPU's loop over pieces of rows, y its loop over columns of a (SwiGLU: 32 of the gate and the same 32 of
- * up; GELU: 64). */
-static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const real_t *w1, ExpertShape shape,
-                                       const int *offset) {
+ * up; others: 64). */
+static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const real_t *w1, float scale,
+                                       ExpertShape shape, const int *offset) {
     RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int C = shape.C, H = shape.H, A = shape.gelu ? H : 2 * H, hidden = shape.gelu ? PLAIN_TILE : PLAIN_HALF;
+    bool gated = shape.act == ACT_SWIGLU;
+    int C = shape.C, H = shape.H, A = gated ? 2 * H : H, hidden = gated ? PLAIN_HALF : PLAIN_TILE;
     int first = blockIdx.y * hidden;
     PlainOperand left = plain_run(x, C, rows.first, rows.end);
     PlainOperand right = plain_weights(w1 + (size_t)rows.expert * A * C, C, first, H);
-    if (!shape.gelu) {
+    if (gated) {
         right.first[1] = H + first;
         right.end[1] = 2 * H;
     }
@@ -104,8 +116,8 @@ static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const 
             }
             real_t gate = to_real<real_t>(sum[i][j]), up = to_real<real_t>(sum[i][(j + 2) % PLAIN_EACH]);
             a[r * A + c] = gate; /* h is made of what was rounded, as the backward makes it again */
-            if (shape.gelu) {
-                h[r * H + c] = to_real<real_t>(gelu(to_float(gate)));
+            if (!gated) {
+                h[r * H + c] = to_real<real_t>(plain_active(to_float(gate), shape.act, scale));
             } else {
                 a[r * A + H + c] = up;
                 h[r * H + c] = to_real<real_t>(swiglu(to_float(gate), to_float(up)));
@@ -115,9 +127,10 @@ static __global__ void plain_up_kernel(real_t *a, real_t *h, RowSource x, const 
 }
 
 static void plain_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g) {
-    int hidden = g.shape.gelu ? PLAIN_TILE : PLAIN_HALF;
+    int hidden = g.shape.act == ACT_SWIGLU ? PLAIN_HALF : PLAIN_TILE;
     dim3 grid(most_row_tiles(g.shape, PLAIN_TILE), ceil_div(g.shape.H, hidden));
-    plain_up_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(a, h, x, w1, g.shape, g.offset);
+    float scale = (float)experts_scale(g.shape);
+    plain_up_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(a, h, x, w1, scale, g.shape, g.offset);
     CUDA_LAUNCHED();
 }
 
@@ -157,23 +170,24 @@ static void plain_product(real_t *y, const real_t *x, const real_t *w, int N, in
 }
 
 static void plain_down(real_t *y, const real_t *h, const real_t *w2, int add, Grouped g) {
-    plain_product<true>(y, h, w2, g.shape.C, g.shape.H, add, g);
+    plain_product<true>(y, h, w2, experts_y_width(g.shape), g.shape.H, add, g);
 }
 
 /* Grid: x the CPU's loop over pieces of rows, y columns of h, 64 to a block. part (blocks in y, shape.rows) takes each
  * block's share of <u, h>. */
 static __global__ void plain_hidden_kernel(real_t *h, real_t *da, float *part, RowSource dy, const real_t *a,
-                                           const acc_t *row_weight, const real_t *w2, ExpertShape shape,
-                                           const int *offset) {
+                                           const acc_t *row_weight, const real_t *w2, int D, float scale,
+                                           ExpertShape shape, const int *offset) {
     RowTile rows = find_row_tile(offset, shape.E, PLAIN_TILE, blockIdx.x);
     if (rows.expert < 0) {
         return;
     }
-    int C = shape.C, H = shape.H, A = shape.gelu ? H : 2 * H, first = blockIdx.y * PLAIN_TILE;
-    PlainOperand left = plain_run(dy, C, rows.first, rows.end);
-    PlainOperand right = plain_weights(w2 + (size_t)rows.expert * C * H, H, first, H);
+    bool gated = shape.act == ACT_SWIGLU;
+    int H = shape.H, A = gated ? 2 * H : H, first = blockIdx.y * PLAIN_TILE;
+    PlainOperand left = plain_run(dy, D, rows.first, rows.end);
+    PlainOperand right = plain_weights(w2 + (size_t)rows.expert * D * H, H, first, H);
     float u[PLAIN_EACH][PLAIN_EACH] = {};
-    plain_sum<true, false>(u, left, right, 0, C);
+    plain_sum<true, false>(u, left, right, 0, D);
 #pragma unroll
     for (int i = 0; i < PLAIN_EACH; i++) {
         int r = rows.first + threadIdx.x / PLAIN_SIDE + PLAIN_SIDE * i;
@@ -185,10 +199,10 @@ static __global__ void plain_hidden_kernel(real_t *h, real_t *da, float *part, R
                 continue;
             }
             size_t at = (size_t)r * A + c;
-            HiddenBack back = shape.gelu ? gelu_back(to_float(a[at]), w * u[i][j])
-                                         : swiglu_back(to_float(a[at]), to_float(a[at + H]), w * u[i][j]);
+            HiddenBack back = gated ? swiglu_back(to_float(a[at]), to_float(a[at + H]), w * u[i][j])
+                                    : plain_active_back(to_float(a[at]), w * u[i][j], shape.act, scale);
             da[at] = to_real<real_t>(back.da);
-            if (!shape.gelu) {
+            if (gated) {
                 da[at + H] = to_real<real_t>(back.da_up);
             }
             h[(size_t)r * H + c] = to_real<real_t>(w * back.h);
@@ -207,8 +221,8 @@ static void plain_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy
                          const acc_t *row_weight, const real_t *w2, Grouped g) {
     dim3 grid(most_row_tiles(g.shape, PLAIN_TILE), ceil_div(g.shape.H, PLAIN_TILE));
     float *part = drow_weight ? (float *)cuda_workspace((size_t)grid.y * g.shape.rows * sizeof(float)) : NULL;
-    plain_hidden_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(h, da, part, dy, a, row_weight, w2, g.shape,
-                                                                        g.offset);
+    plain_hidden_kernel<<<grid, PLAIN_SIDE * PLAIN_SIDE, 0, g.stream>>>(
+        h, da, part, dy, a, row_weight, w2, experts_y_width(g.shape), (float)experts_scale(g.shape), g.shape, g.offset);
     CUDA_LAUNCHED();
     sum_parts(drow_weight, part, grid.y, g);
 }

@@ -76,6 +76,10 @@ __device__ static inline float gelu(float a) {
     return a * gelu_gate(a);
 }
 
+__device__ static inline float silu(float a) {
+    return a * expert_sigmoid(a);
+}
+
 /* One element of the hidden layer on the way back, as in experts.c: h not yet weighted, da times the weight. */
 typedef struct {
     float h, da, da_up; /* da is the gate's for SwiGLU; da_up is SwiGLU's alone */
@@ -92,9 +96,15 @@ __device__ static inline HiddenBack gelu_back(float a, float wu) {
     return {a * s, wu * (s + a * s * (1 - s) * slope), 0};
 }
 
-/* sum[r] = part[0][r] + part[1][r] + ..., part (parts, rows): blocks that own columns of a row leave one part each.
- * A thread to a row; the loop over parts is the tail of the CPU's sum over H. */
-static __global__ void sum_parts_kernel(acc_t *sum, const float *part, int parts, int rows, const int *offset, int E) {
+__device__ static inline HiddenBack silu_back(float a, float wu, float scale) {
+    float s = expert_sigmoid(a);
+    return {scale * (a * s), wu * scale * s * (1 + a * (1 - s)), 0};
+}
+
+/* sum[r] = part[0][r] + part[1][r] + ..., or added to it, part (parts, rows): blocks that own columns of a row leave
+ * one part each. A thread to a row; the loop over parts is the tail of the CPU's sum over H. */
+static __global__ void sum_parts_kernel(acc_t *sum, const float *part, int parts, int rows, const int *offset, int E,
+                                        int add) {
     int r = blockIdx.x * blockDim.x + threadIdx.x;
     if (r < offset[0] || r >= offset[E]) {
         return;
@@ -103,13 +113,13 @@ static __global__ void sum_parts_kernel(acc_t *sum, const float *part, int parts
     for (int p = 0; p < parts; p++) {
         total += part[(size_t)p * rows + r];
     }
-    sum[r] = total;
+    sum[r] = add ? sum[r] + total : total;
 }
 
 static void sum_parts(acc_t *sum, const float *part, int parts, Grouped g) {
     if (sum && g.shape.rows > 0) {
         sum_parts_kernel<<<ceil_div(g.shape.rows, 256), 256, 0, g.stream>>>(sum, part, parts, g.shape.rows, g.offset,
-                                                                            g.shape.E);
+                                                                            g.shape.E, g.add_parts);
         CUDA_LAUNCHED();
     }
 }

@@ -87,7 +87,7 @@ static void wgmma_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Groupe
     p.width = g.shape.H;
     p.out = a;
     p.h = h;
-    if (g.shape.gelu) {
+    if (g.shape.act == ACT_GELU) {
         rows_product<FINISH_UP, true, 0>(p, w1, g.shape.H, g);
     } else {
         rows_product<FINISH_UP, false, 0>(p, w1, 2 * g.shape.H, g);
@@ -116,7 +116,7 @@ static void wgmma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy
     p.saved = a;
     p.row_weight = row_weight;
     p.part = drow_weight ? (float *)cuda_workspace(sizeof(float) * parts * g.shape.rows) : NULL;
-    if (g.shape.gelu) {
+    if (g.shape.act == ACT_GELU) {
         rows_product<FINISH_HIDDEN, true, 1>(p, w2, g.shape.C, g);
     } else {
         rows_product<FINISH_HIDDEN, false, 1>(p, w2, g.shape.C, g);

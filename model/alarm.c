@@ -6,16 +6,16 @@
 #include <stdlib.h>
 
 #include "../kernels/check.h"
+#include "freeze.h"
 
 static bool is_silent(const StepFigures *f, const Transformer *model, int i) {
     const MoeLayer *moe = model->moes[i];
-    return moe->router->learned && moe->pass.config->train.freeze != FREEZE_ROUTER && f->layer_main_norm[i] == 0;
+    return moe->router->learned && !freeze_holds_routers(moe->pass.config) && f->layer_main_norm[i] == 0;
 }
 
 static bool is_unbalanced(const StepFigures *f, const Transformer *model, int i) {
     const MoeLayer *moe = model->moes[i];
-    bool weighs =
-        moe->router->has_balance_loss && moe->pass.aux_scale > 0 && moe->pass.config->train.freeze != FREEZE_ROUTER;
+    bool weighs = moe->router->has_balance_loss && moe->pass.aux_scale > 0 && !freeze_holds_routers(moe->pass.config);
     return weighs && f->layer_balance_norm[i] == 0 && load_summary(f->counts + (size_t)i * f->E, f->E).cv > 0;
 }
 

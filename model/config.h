@@ -13,13 +13,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../kernels/experts.h"
 #include "../kernels/plan.h"
 #include "../kernels/wire.h"
 
 typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
-typedef enum { ACT_SWIGLU, ACT_GELU } Activation;
 typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
-typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER } Freeze;
+typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER, FREEZE_ALL_BUT_ROUTER } Freeze;
+typedef enum { PERFT_NONE, PERFT_R, PERFT_E, PERFT_D, PERFT_S } PerftKind;
+typedef enum { LORA_NONE, LORA_ATTENTION } Lora;
 typedef enum { EXCHANGE_FLAT, EXCHANGE_BUCKETED, EXCHANGE_DEDUP, EXCHANGE_PADDED, EXCHANGE_P2P } ExchangeWay;
 enum { EXCHANGE_MOST_PARTS = 8 };
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORMS, RECOMPUTE_EXPERTS } Recompute;
@@ -51,6 +53,11 @@ typedef struct {
     int layout;                                            /* Layout */
     int drop;                                              /* DropPolicy */
     double norm_eps, rope_base;
+    /* adapters of fine-tuning: perft.h, adapter.h */
+    int perft, lora; /* PerftKind, Lora */
+    int perft_count, perft_rank, perft_top_k;
+    int perft_act; /* Activation */
+    double perft_scale;
 } ModelConfig;
 
 typedef struct {
@@ -63,6 +70,7 @@ typedef struct {
     /* losses */
     double aux_coef, z_coef; /* auto until config_finish takes the router's own */
     double bias_rate, threshold_rate;
+    double perft_aux_coef;
     int threshold_warmup;
     /* training */
     int batch, grad_accum, steps, warmup, schedule;
@@ -146,6 +154,9 @@ void config_difference(const Config *a, const Config *b, char *names, size_t siz
  * given by choice or by weight, where a later token can take an earlier one's. Such runs need --allow-leak and are
  * marked in their log. Masked prediction leaks nothing: every token may see every other. */
 bool config_is_leaky(const ModelConfig *model);
+
+/* Whether it is fine-tuned: adapters are trained and all else is frozen. */
+bool config_has_adapters(const ModelConfig *model);
 
 /* Width of the MLP of a dense layer: the active width of a MoE layer, (top_k + shared_experts) * expert_dim for each
  * step of its chain. */

@@ -38,11 +38,12 @@ void config_derive(Config *config) {
     if (router->fixed_top_k) {
         model->top_k = router->fixed_top_k == ROUTER_ALL_EXPERTS ? model->experts : router->fixed_top_k;
     }
+    bool tuned = config_has_adapters(model); /* a frozen router has nothing to learn from losses of its own */
     if (config->train.aux_coef == OPTION_AUTO) {
-        config->train.aux_coef = router->aux_default;
+        config->train.aux_coef = tuned ? 0 : router->aux_default;
     }
     if (config->train.z_coef == OPTION_AUTO) {
-        config->train.z_coef = router->z_default;
+        config->train.z_coef = tuned ? 0 : router->z_default;
     }
     if (router->plan == PLAN_SOFT && model->slots == 0) { /* as many rows as top-k would make */
         int64_t group = router->across ? config->train.batch / config->train.grad_accum : model->seq;
@@ -58,6 +59,10 @@ void config_derive(Config *config) {
         bool constant = model->top_k == 1 && router->learned && router->plan != PLAN_SOFT;
         model->renorm = router->renorm_default && !constant;
     }
+}
+
+bool config_has_adapters(const ModelConfig *model) {
+    return model->perft != PERFT_NONE || model->lora != LORA_NONE;
 }
 
 int config_dense_width(const ModelConfig *model) {
@@ -180,6 +185,37 @@ static void check_routing(const Config *config) {
           model->drop == DROP_SLOT ? "slot" : "weight");
 }
 
+static void check_adapters(const Config *config) {
+    static const char *const letters[] = {"none", "r", "e", "d", "s"};
+    const ModelConfig *model = &config->model;
+    const TrainConfig *train = &config->train;
+    const char *kind = letters[model->perft];
+    bool tuned = config_has_adapters(model);
+    CHECK(tuned || !(config_given(config, "perft-rank") || config_given(config, "perft-act") ||
+                     config_given(config, "perft-scale")),
+          "--perft-rank, --perft-act and --perft-scale are of adapters, and there are none: add --perft r or --lora "
+          "attention, or drop them");
+    CHECK(model->perft == PERFT_R || model->perft == PERFT_D || !config_given(config, "perft-count"),
+          "--perft-count is for --perft r and d, not %s: drop it", kind);
+    CHECK(model->perft == PERFT_R || !(config_given(config, "perft-top-k") || config_given(config, "perft-aux-coef")),
+          "--perft-top-k and --perft-aux-coef are for --perft r, not %s: drop them", kind);
+    CHECK(model->perft != PERFT_R || model->perft_top_k <= model->perft_count,
+          "--perft-top-k %d is above --perft-count %d: lower the one or raise the other", model->perft_top_k,
+          model->perft_count);
+    CHECK(model->perft == PERFT_NONE || router_find(model->router)->plan != PLAN_NONE,
+          "--perft %s adapts experts, but --router %s has none: use --lora attention", kind, model->router);
+    CHECK(model->perft == PERFT_NONE || (model->chain_steps == 1 && !model->chain_inner && model->chain_outer),
+          "--perft %s adapts a MoE layer that is run once and added, not a chain: use --lora attention", kind);
+    CHECK(!tuned || train->freeze == FREEZE_NONE,
+          "--perft and --lora freeze everything but their adapters: drop --freeze");
+    CHECK(
+        !tuned || !train->upcycle,
+        "--upcycle makes a router that has to be trained, and --perft and --lora freeze it: drop the one or the other");
+    CHECK(model->perft != PERFT_R || train->ep == 1,
+          "--perft r with --ep %d: its adapters are not spread over ranks; take --ep 1, whose ranks are data parallel",
+          train->ep);
+}
+
 /* The kernels count rows in an int. */
 static void check_sizes(const Config *config) {
     const ModelConfig *model = &config->model;
@@ -242,5 +278,6 @@ void config_finish(Config *config) {
     check_router_options(config);
     check_routing(config);
     check_chain(model);
+    check_adapters(config);
     check_sizes(config);
 }

@@ -8,6 +8,7 @@
 
 #include "../kernels/comm.h"
 #include "cost.h"
+#include "freeze.h"
 
 /* Not under mpirun, which gives ranks a terminal of its own, wherever that leads. */
 static bool on_terminal(void) {
@@ -78,6 +79,29 @@ static void print_ranks(const Config *config, const Transformer *model) {
     }
 }
 
+/* What is trained, where that is not everything. */
+static void print_trainable(const Config *config, const Transformer *model) {
+    const ModelConfig *m = &config->model;
+    size_t total = tensors_parameters(&model->tensors), trainable = freeze_trainable(&model->tensors);
+    if (trainable == total) {
+        return;
+    }
+    printf("trains   %zu of %zu parameters (%.2f %%), the rest is frozen", trainable, total, 100.0 * trainable / total);
+    if (m->perft == PERFT_R) {
+        printf("; %d adapters of rank %d beside each MoE layer, %d per token", m->perft_count, m->perft_rank,
+               m->perft_top_k);
+    } else if (m->perft == PERFT_E) {
+        printf("; an adapter of rank %d in each expert", m->perft_rank);
+    } else if (m->perft != PERFT_NONE) {
+        int count = m->perft == PERFT_D ? m->perft_count : 1;
+        printf("; %d adapter%s of rank %d beside each MoE layer", count, count > 1 ? "s" : "", m->perft_rank);
+    }
+    printf("%s\n", m->lora == LORA_ATTENTION ? "; adapters beside the attention's projections" : "");
+    if (config_has_adapters(m) && !config->train.init_from[0]) {
+        printf("note     nothing was trained before: name the model to tune with --init-from DIR\n");
+    }
+}
+
 void console_start(const Config *config, const Transformer *model, const Arena *arena) {
     const ModelConfig *m = &config->model;
     const TrainConfig *t = &config->train;
@@ -89,6 +113,7 @@ void console_start(const Config *config, const Transformer *model, const Arena *
     }
     printf("; %.2f M parameters, %.2f M active\n", tensors_parameters(&model->tensors) / 1e6,
            transformer_active_parameters(model) / 1e6);
+    print_trainable(config, model);
     if (model->moe_count > 0) {
         print_routing(config, model);
     }

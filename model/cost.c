@@ -4,14 +4,20 @@
 
 #include <string.h>
 
+/* Of --perft r: a tensor of several adapters, of which a token meets some. */
+static bool is_routed_adapter(const Tensor *t) {
+    return t->adapter && t->kind == TENSOR_DENSE && t->ndim == 3;
+}
+
 size_t transformer_active_parameters(const Transformer *model) {
     const ModelConfig *c = model->config;
     size_t active = 0, visits = (size_t)c->top_k * c->chain_steps, E = c->experts;
     for (int i = 0; i < model->tensors.count; i++) {
         const Tensor *t = &model->tensors.items[i];
-        active += t->kind == TENSOR_EXPERT  ? t->count * t->parts / E * (visits < E ? visits : E)
-                  : t->kind == TENSOR_STATE ? 0
-                                            : t->count;
+        active += is_routed_adapter(t)       ? t->count / c->perft_count * c->perft_top_k
+                  : t->kind == TENSOR_EXPERT ? t->count * t->parts / E * (visits < E ? visits : E)
+                  : t->kind == TENSOR_STATE  ? 0
+                                             : t->count;
     }
     return active;
 }
@@ -30,8 +36,12 @@ double transformer_flops_per_token(const Transformer *model) {
         bool only_looked_up = strcmp(t->name, "embedding.w") == 0 && !c->tie;
         bool shared = strstr(t->name, ".moe.shared.") != NULL;
         if (t->ndim >= 2 && !only_looked_up && t->kind != TENSOR_STATE) {
-            double visits = t->kind == TENSOR_EXPERT ? rows_per_token(model) / t->shape[0] : 1;
-            matrices += visits * (t->kind == TENSOR_EXPERT || shared ? c->chain_steps : 1) * (double)t->count;
+            double visits = t->kind == TENSOR_EXPERT ? rows_per_token(model) / t->shape[0]
+                            : is_routed_adapter(t)   ? (double)c->perft_top_k / c->perft_count
+                                                     : 1;
+            double products = t->frozen ? 2.0 / 3 : 1; /* without that of the weight's gradient */
+            matrices +=
+                products * visits * (t->kind == TENSOR_EXPERT || shared ? c->chain_steps : 1) * (double)t->count;
         }
     }
     double scores = c->objective == OBJECTIVE_LM ? 0.5 : 1; /* share of the T x T that is computed */

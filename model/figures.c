@@ -14,20 +14,29 @@ static double square(double x) {
     return x * x;
 }
 
-/* What a readback holds, in this order: step_loss, the optimizer's state, its sums, load, demand. */
+/* Of all ranks; 0 without routers of adapters. */
+static size_t perft_values(const Transformer *model) {
+    return model->perft_load ? (size_t)model->context.ranks * model->slices * model->config->layers * LOAD_VALUES : 0;
+}
+
+/* What a readback holds, in this order: step_loss, the optimizer's state, its sums, load, demand, perft_load. */
 void figures_request(Readback *readback, const Transformer *model, const Optimizer *optimizer, Stream *stream) {
     size_t places = (size_t)model->slices * model->moe_count;
     size_t sums = optimizer->count * sizeof(double);
     size_t load = model->context.ranks * places * LOAD_VALUES * sizeof(acc_t);
     size_t demand = places * model->config->experts * sizeof(int);
+    size_t perft = perft_values(model) * sizeof(acc_t);
     if (readback->capacity == 0) {
-        readback_reserve(readback, sizeof(acc_t) + sizeof(AdamState) + sums + load + demand);
+        readback_reserve(readback, sizeof(acc_t) + sizeof(AdamState) + sums + load + demand + perft);
     }
     readback_add(readback, model->step_loss, sizeof(acc_t), stream);
     readback_add(readback, optimizer->state, sizeof(AdamState), stream);
     readback_add(readback, optimizer->sums, sums, stream);
     readback_add(readback, model->load, load, stream);
     readback_add(readback, model->demand, demand, stream);
+    if (perft > 0) {
+        readback_add(readback, model->perft_load, perft, stream);
+    }
     readback_queued(readback, stream);
 }
 
@@ -56,6 +65,23 @@ static void sum_load(StepFigures *f, const acc_t *load, int parts) {
         f->layer_main_norm[i % layers] += square(values[LOAD_MAIN_GRADIENT]); /* the parts are different tokens */
         f->layer_balance_norm[i % layers] += square(values[LOAD_BALANCE_GRADIENT]);
     }
+}
+
+/* The same of the adapters' routers, which stand beside those of the model: one to each. */
+static void sum_perft_load(StepFigures *f, const acc_t *load, const Transformer *model) {
+    int layers = model->config->layers;
+    size_t values = perft_values(model), parts = values / LOAD_VALUES / layers, places = parts * f->moe_count;
+    for (size_t i = 0; i < values / LOAD_VALUES; i++) {
+        const acc_t *of = load + i * LOAD_VALUES;
+        if (perft_is_routed(model->config, (int)(i % layers))) {
+            f->perft_aux += of[LOAD_BALANCE] / places;
+            f->perft_entropy += of[LOAD_ENTROPY] / places;
+            f->perft_main_gradient += square(of[LOAD_MAIN_GRADIENT]);
+            f->perft_balance_gradient += square(of[LOAD_BALANCE_GRADIENT]);
+        }
+    }
+    f->perft_main_gradient = sqrt(f->perft_main_gradient);
+    f->perft_balance_gradient = sqrt(f->perft_balance_gradient);
 }
 
 /* Adds the choices of each slice, which are those of all ranks. */
@@ -87,16 +113,20 @@ static void summarise_layers(StepFigures *f) {
 
 StepFigures figures_read(Readback *readback, const Transformer *model, const Optimizer *optimizer) {
     int layers = model->moe_count, slices = model->slices, E = model->config->experts, ranks = model->context.ranks;
-    StepFigures f = {
-        .moe_count = layers, .E = E, .flops_per_token = transformer_flops_per_token(model), .ranks = ranks};
+    StepFigures f = {.moe_count = layers,
+                     .E = E,
+                     .perft = perft_values(model) > 0,
+                     .flops_per_token = transformer_flops_per_token(model),
+                     .ranks = ranks};
     size_t places = (size_t)slices * layers;
     acc_t step_loss, *load = calloc(ranks * places * LOAD_VALUES + 1, sizeof(acc_t));
     int *demand = calloc(places * E + 1, sizeof(int));
     double *sums = calloc(optimizer->count + 1, sizeof(double));
+    acc_t *perft = calloc(perft_values(model) + 1, sizeof(acc_t));
     f.counts = calloc((size_t)layers * E + 1, sizeof(double));
     f.layer_entropy = calloc(4 * layers + 1, sizeof(double)); /* the four (moe_count) arrays in one piece */
-    CHECK(load && demand && sums && f.counts && f.layer_entropy, "out of memory for the statistics of %d layers",
-          layers);
+    CHECK(load && demand && sums && perft && f.counts && f.layer_entropy,
+          "out of memory for the statistics of %d layers", layers);
     f.layer_main_norm = f.layer_entropy + layers;
     f.layer_balance_norm = f.layer_entropy + 2 * layers;
     f.layer_margin = f.layer_entropy + 3 * layers;
@@ -107,14 +137,17 @@ StepFigures figures_read(Readback *readback, const Transformer *model, const Opt
     take(sums, &from, optimizer->count * sizeof(double));
     take(load, &from, ranks * places * LOAD_VALUES * sizeof(acc_t));
     take(demand, &from, places * E * sizeof(int));
+    take(perft, &from, perft_values(model) * sizeof(acc_t));
     f.norms = optimizer_norms(optimizer, &model->tensors, sums);
     f.loss = step_loss;
     sum_load(&f, load, ranks * slices);
     sum_demand(&f, demand, slices);
+    sum_perft_load(&f, perft, model);
     summarise_layers(&f);
     free(load);
     free(demand);
     free(sums);
+    free(perft);
     return f;
 }
 
@@ -192,6 +225,12 @@ void figures_log(const StepFigures *f, Log *log, const Config *config, int64_t s
     print_value(out, "margin", f->margin);
     fprintf(out, ",\"dead\":%d,\"near_dead\":%d,\"leaky\":%s,\"skipped\":%lld", f->load.dead, f->load.near_dead,
             config_is_leaky(&config->model) ? "true" : "false", (long long)f->adam.skipped);
+    if (f->perft) {
+        print_value(out, "perft_aux", f->perft_aux);
+        print_value(out, "perft_entropy", f->perft_entropy);
+        print_value(out, "perft_main_norm", f->perft_main_gradient);
+        print_value(out, "perft_balance_norm", f->perft_balance_gradient);
+    }
     print_counts(out, f);
     print_layers(out, "layer_entropy", f->layer_entropy, f->moe_count);
     print_layers(out, "layer_main_norm", f->layer_main_norm, f->moe_count);

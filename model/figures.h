@@ -20,8 +20,10 @@ typedef struct {
     double dropped;          /* share of entries without a place */
     double tokens_dropped;   /* share of tokens without any expert */
     double padding;          /* share of computed rows that hold no token */
-    LoadSummary load;        /* mean over the MoE layers; dead and near_dead are sums */
-    GradientNorms norms;     /* before clipping */
+    bool perft;              /* --perft r: these are of the adapters' routers, as those above */
+    double perft_aux, perft_entropy, perft_main_gradient, perft_balance_gradient;
+    LoadSummary load;    /* mean over the MoE layers; dead and near_dead are sums */
+    GradientNorms norms; /* before clipping */
     AdamState adam;
     int moe_count, E, ranks;
     double flops_per_token;

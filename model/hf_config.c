@@ -41,6 +41,11 @@ static bool is_plain_mixture(const ModelConfig *model, char *error, size_t size)
                       "--router %s: Qwen3-MoE and Mixtral choose the top-k of a softmax; use --router topk or top1",
                       model->router);
     }
+    if (config_has_adapters(model)) {
+        return refuse(
+            error, size,
+            "--perft and --lora: Qwen3-MoE and Mixtral have no adapters; export the run they were tuned from");
+    }
     if (model->act != ACT_SWIGLU) {
         return refuse(error, size, "--act gelu: experts of Qwen3-MoE and Mixtral are SwiGLU; use --act swiglu");
     }

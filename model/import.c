@@ -212,6 +212,8 @@ void import_weights(acc_t *host, const TensorList *tensors, const ModelConfig *m
         acc_t *values = host + tensor->offset;
         if (upcycle && tensor->kind == TENSOR_EXPERT) {
             upcycle_experts(values, tensor, &source);
+        } else if (tensor->adapter && tensors_find(&source.tensors, tensor->name) < 0) {
+            continue; /* it begins here */
         } else if (!upcycle || (tensor->kind != TENSOR_ROUTER && tensor->kind != TENSOR_STATE)) {
             const acc_t *there = find_values(&source, tensor->name, tensor->shape, tensor->ndim);
             memcpy(values, there, tensor->count * sizeof(acc_t));

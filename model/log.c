@@ -179,6 +179,7 @@ static void write_header(Log *log, const Config *config, const LogHeader *header
     fprintf(line, ",\"openmp\":%d,\"cjson\":\"%s\"}", _OPENMP, cJSON_Version());
     fprintf(line, ",\"params_total\":%lld", (long long)header->params_total);
     fprintf(line, ",\"params_active\":%lld", (long long)header->params_active);
+    fprintf(line, ",\"params_trainable\":%lld", (long long)header->params_trainable);
     fprintf(line, ",\"flops_per_token\":%.9g,\"domains\":[", header->flops_per_token);
     for (int i = 0; i < header->domain_count; i++) {
         const char *domain = header->domains[i];

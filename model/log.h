@@ -6,6 +6,8 @@
  *                "token_drop":..,"padding":..,"load_cv":..,"load_kl":..,"max_vio":..,"entropy":..,"mean_entropy":..,
  *                "margin":..,"dead":0,"near_dead":0,"leaky":false,"skipped":0,"counts":[[E ints] per router],
  *                "layer_entropy":[..],"layer_main_norm":[..],"layer_balance_norm":[..],"layer_margin":[..]}
+ *                with --perft r, before "counts": "perft_aux":..,"perft_entropy":..,"perft_main_norm":..,
+ *                "perft_balance_norm":.., of the adapters' routers
  *   evaluation  {"step":..,"tokens":..,"val_loss":..,"val_bpb":..,"val_floor":.. or null,
  *                "val_domains":{"stories":{"loss":..,"floor":..,"tokens":..},..},
  *                "domain_expert":[[[E shares] per domain] per router],"mi":[nats per router],
@@ -33,7 +35,7 @@ typedef struct {
 /* What the header says beside ts, git sha and the configuration. */
 typedef struct {
     const char *device;
-    int64_t params_total, params_active;
+    int64_t params_total, params_active, params_trainable;
     double flops_per_token; /* of training, forward and backward */
     int domain_count;
     const char *const *domains;

@@ -21,7 +21,7 @@ bool moe_is_routed(const ModelConfig *config, int layer) {
 }
 
 static ExpertShape expert_shape(const ModelConfig *config, int E, int H, int rows) {
-    return (ExpertShape){.E = E, .C = config->dim, .H = H, .rows = rows, .gelu = config->act == ACT_GELU};
+    return (ExpertShape){.E = E, .C = config->dim, .H = H, .rows = rows, .act = config->act};
 }
 
 static void add_experts(TensorList *tensors, const ModelConfig *config, int layer) {
@@ -149,8 +149,14 @@ static int reserve_routing(MoeLayer *moe, const Config *config, int layer, const
     grow(&size->rows, rows);
     grow(&size->slot_rows, soft && exchange_travels(&moe->exchange) ? plan_rows : 0);
     grow(&size->entries, entries);
+    grow(&size->experts, c->experts);
     size->soft |= soft;
     return rows;
+}
+
+void moe_grow_scratch(ScratchSize *size, ExpertShape shape) {
+    grow(&size->h, (size_t)shape.rows * shape.H);
+    grow(&size->a, (size_t)shape.rows * experts_a_width(shape));
 }
 
 void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const RouterContext *context, int site,
@@ -166,22 +172,25 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
         moe->experts = expert_shape(c, moe->exchange.experts, c->expert_dim, most);
     }
     size_t rows = moe->experts.rows, width = experts_a_width(moe->experts);
+    size_t parts = moe->router ? moe->exchange.parts : 1;
     bool keep = config->train.recompute != RECOMPUTE_EXPERTS;
     if (keep) {
-        size_t parts = moe->router ? moe->exchange.parts : 1;
         arena_reserve(arena, (void **)&moe->a, parts * rows * width * sizeof(real_t), MEMORY_ACTIVATIONS);
     }
     size->a_again |= !keep;
-    grow(&size->h, rows * moe->experts.H);
-    grow(&size->a, rows * width);
+    moe_grow_scratch(size, moe->experts);
+    if (moe->router && c->perft == PERFT_E) {
+        ExpertShape shape = adapter_shape(c, moe->experts.E, c->dim, c->perft_rank, 0, moe->experts.rows);
+        adapter_reserve(&moe->adapters, shape, parts * rows, arena);
+        moe_grow_scratch(size, shape);
+    }
     if (moe->router && c->shared_experts > 0) {
         moe->shared = expert_shape(c, 1, c->shared_experts * c->expert_dim, N);
         size_t shared_width = experts_a_width(moe->shared);
         if (keep) {
             arena_reserve(arena, (void **)&moe->shared_a, N * shared_width * sizeof(real_t), MEMORY_ACTIVATIONS);
         }
-        grow(&size->h, (size_t)N * moe->shared.H);
-        grow(&size->a, N * shared_width);
+        moe_grow_scratch(size, moe->shared);
     }
 }
 
@@ -206,7 +215,7 @@ void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, Scratch
         arena_reserve(arena, (void **)&scratch->in_rows, row_bytes, MEMORY_ACTIVATIONS);
     }
     arena_reserve(arena, (void **)&scratch->out_rows, row_bytes, MEMORY_ACTIVATIONS);
-    arena_reserve(arena, (void **)&scratch->mean_prob, config->experts * sizeof(acc_t), MEMORY_ACTIVATIONS);
+    arena_reserve(arena, (void **)&scratch->mean_prob, size.experts * sizeof(acc_t), MEMORY_ACTIVATIONS);
     arena_reserve(arena, (void **)&scratch->h, size.h * sizeof(real_t), MEMORY_ACTIVATIONS);
     if (size.a_again) {
         arena_reserve(arena, (void **)&scratch->a, size.a * sizeof(real_t), MEMORY_ACTIVATIONS);
@@ -237,7 +246,17 @@ static acc_t *gradient_of(const TensorList *tensors, acc_t *grads, int layer, co
     char name[64];
     snprintf(name, sizeof name, "layers.%d.%s", layer, part);
     int t = tensors_find(tensors, name);
-    return t < 0 || !grads ? NULL : grads + tensors->items[t].offset;
+    return t < 0 || !grads || tensors->items[t].frozen ? NULL : grads + tensors->items[t].offset;
+}
+
+void moe_connect_router(MoeLayer *moe, const TensorList *tensors, const char *prefix, acc_t *master, acc_t *grads) {
+    for (int t = 0, i = 0; t < tensors->count && i < ROUTER_PARAMS; t++) {
+        const Tensor *tensor = &tensors->items[t];
+        if (strncmp(tensor->name, prefix, strlen(prefix)) == 0) {
+            bool trained = grads && tensor->kind != TENSOR_STATE;
+            moe->pass.param[i++] = (RouterParam){master + tensor->offset, trained ? grads + tensor->offset : NULL};
+        }
+    }
 }
 
 void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char *router_prefix, const real_t *weights,
@@ -249,13 +268,16 @@ void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char
     moe->shared_w2 = weight_of(tensors, weights, layer, "moe.shared.w2");
     moe->dshared_w1 = gradient_of(tensors, grads, layer, "moe.shared.w1");
     moe->dshared_w2 = gradient_of(tensors, grads, layer, "moe.shared.w2");
-    for (int t = 0, i = 0; t < tensors->count && i < ROUTER_PARAMS; t++) {
-        const Tensor *tensor = &tensors->items[t];
-        if (strncmp(tensor->name, router_prefix, strlen(router_prefix)) == 0) {
-            bool trained = grads && tensor->kind != TENSOR_STATE;
-            moe->pass.param[i++] = (RouterParam){master + tensor->offset, trained ? grads + tensor->offset : NULL};
-        }
+    if (moe->adapters.shape.H > 0) {
+        char name[64];
+        snprintf(name, sizeof name, "layers.%d.perft", layer);
+        adapter_connect(&moe->adapters, tensors, name, weights, grads);
     }
+    moe_connect_router(moe, tensors, router_prefix, master, grads);
+}
+
+AdapterScratch moe_adapter_scratch(const MoeScratch *scratch) {
+    return (AdapterScratch){scratch->h, scratch->da, scratch->all_rows};
 }
 
 /* ---- the layer ---- */
@@ -299,6 +321,25 @@ static const real_t *a_again(const real_t *kept, MoeScratch *scratch, RowSource 
     return kept;
 }
 
+/* Where the adapters of a part keep theirs. */
+static real_t *kept_by_adapters(const MoeLayer *moe, int part) {
+    return moe->adapters.kept + (size_t)part * moe->adapters.shape.rows * moe->adapters.shape.H;
+}
+
+/* What the experts, and the adapters in them, make of a part's rows. */
+static void rows_forward(MoeLayer *moe, int part, MoeScratch *scratch, real_t *made, RowSource rows, Profile *profile,
+                         Stream *stream) {
+    const Adapter *adapters = &moe->adapters;
+    const int *offset = exchange_experts(&moe->exchange, part)->offset;
+    profile_stage(profile, STAGE_EXPERTS, stream);
+    experts_forward(made, a_of(kept_a(moe, part), scratch), scratch->h, rows, moe->w1, moe->w2, offset, moe->experts, 0,
+                    stream);
+    if (adapters->shape.H > 0) {
+        experts_forward(made, kept_by_adapters(moe, part), scratch->h, rows, adapters->a, adapters->b, offset,
+                        adapters->shape, 1, stream);
+    }
+}
+
 /* y from x by way of a sparse plan. */
 static void sparse_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x, Profile *profile,
                            Stream *stream) {
@@ -307,9 +348,7 @@ static void sparse_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const 
     exchange_dispatch_begin(exchange, wire, x, true, profile, stream);
     for (int p = 0; p < exchange->parts; p++) {
         RowSource rows = exchange_dispatch(exchange, p, wire, scratch->in_rows, x, true, profile, stream);
-        profile_stage(profile, STAGE_EXPERTS, stream);
-        experts_forward(scratch->out_rows, a_of(kept_a(moe, p), scratch), scratch->h, rows, moe->w1, moe->w2,
-                        exchange_experts(exchange, p)->offset, moe->experts, 0, stream);
+        rows_forward(moe, p, scratch, scratch->out_rows, rows, profile, stream);
         exchange_combine(exchange, p, wire, y, scratch->out_rows, profile, stream);
     }
     exchange_combine_end(exchange, wire, y, profile, stream);
@@ -331,9 +370,7 @@ static void soft_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const re
     soft_dispatch_forward(slots, x, &moe->plan, moe->C, stream);
     exchange_dispatch_begin(exchange, wire, slots, true, profile, stream);
     RowSource rows = exchange_dispatch(exchange, 0, wire, scratch->in_rows, slots, true, profile, stream);
-    profile_stage(profile, STAGE_EXPERTS, stream);
-    experts_forward(made, a_of(moe->a, scratch), scratch->h, rows, moe->w1, moe->w2,
-                    exchange_experts(exchange, 0)->offset, moe->experts, 0, stream);
+    rows_forward(moe, 0, scratch, made, rows, profile, stream);
     exchange_combine(exchange, 0, wire, moe->out_rows, made, profile, stream);
     exchange_combine_end(exchange, wire, moe->out_rows, profile, stream);
     soft_combine_forward(y, moe->out_rows, &moe->plan, moe->C, 0, stream);
@@ -379,13 +416,27 @@ static void rows_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSourc
     const real_t *a = a_again(kept_a(moe, part), scratch, rows, moe->w1, offset, moe->experts, stream);
     experts_backward_rows(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, scratch->h, scratch->da, dy_rows,
                           a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0, stream);
+    const Adapter *adapters = &moe->adapters;
+    if (adapters->shape.H > 0) { /* their experts are frozen and need h and da no more */
+        experts_backward_rows(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, scratch->h, scratch->da,
+                              dy_rows, kept_by_adapters(moe, part), row_weight, adapters->a, adapters->b, offset,
+                              adapters->shape, 1, stream);
+    }
 }
 
 static void weights_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
                              int add_dw, Profile *profile, Stream *stream) {
+    const Adapter *adapters = &moe->adapters;
+    const int *offset = exchange_experts(&moe->exchange, part)->offset;
+    int add = add_dw || part > 0;
     profile_stage(profile, STAGE_EXPERTS, stream);
-    experts_backward_weights(moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows, rows,
-                             exchange_experts(&moe->exchange, part)->offset, moe->experts, add_dw || part > 0, stream);
+    if (adapters->shape.H > 0) {
+        experts_backward_weights(adapters->da, adapters->db, scratch->h, scratch->da, dy_rows, rows, offset,
+                                 adapters->shape, add, stream);
+    } else if (moe->dw1) {
+        experts_backward_weights(moe->dw1, moe->dw2, scratch->h, scratch->da, dy_rows, rows, offset, moe->experts, add,
+                                 stream);
+    }
 }
 
 /* From dy to dx (added to where the shared experts have written) and dweight, by way of a soft plan. */
@@ -429,21 +480,32 @@ static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, cons
     exchange_backward_end(exchange, wire, dx, scratch->dweight, add_dx, profile, stream);
 }
 
+/* Of the one expert that takes every token. */
+static void mlp_backward(MoeScratch *scratch, real_t *dx, acc_t *dw1, acc_t *dw2, const real_t *dy, const real_t *x,
+                         const real_t *a, const real_t *w1, const real_t *w2, ExpertShape shape, int add_dw,
+                         Stream *stream) {
+    const int *all = scratch->all_rows;
+    experts_backward_rows(dx, NULL, scratch->h, scratch->da, rows_of(dy), a, NULL, w1, w2, all, shape, 0, stream);
+    if (dw1) {
+        experts_backward_weights(dw1, dw2, scratch->h, scratch->da, rows_of(dy), rows_of(x), all, shape, add_dw,
+                                 stream);
+    }
+}
+
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,
                   Profile *profile, Stream *stream) {
     if (!moe->router) {
         profile_stage(profile, STAGE_EXPERTS, stream);
         const real_t *a = a_again(moe->a, scratch, rows_of(x), moe->w1, scratch->all_rows, moe->experts, stream);
-        experts_backward(dx, NULL, moe->dw1, moe->dw2, scratch->h, scratch->da, rows_of(dy), rows_of(x), a, NULL,
-                         moe->w1, moe->w2, scratch->all_rows, moe->experts, 0, add_dw, stream);
+        mlp_backward(scratch, dx, moe->dw1, moe->dw2, dy, x, a, moe->w1, moe->w2, moe->experts, add_dw, stream);
         return;
     }
     if (moe->shared.H > 0) {
         profile_stage(profile, STAGE_EXPERTS, stream);
         const real_t *a =
             a_again(moe->shared_a, scratch, rows_of(x), moe->shared_w1, scratch->all_rows, moe->shared, stream);
-        experts_backward(dx, NULL, moe->dshared_w1, moe->dshared_w2, scratch->h, scratch->da, rows_of(dy), rows_of(x),
-                         a, NULL, moe->shared_w1, moe->shared_w2, scratch->all_rows, moe->shared, 0, add_dw, stream);
+        mlp_backward(scratch, dx, moe->dshared_w1, moe->dshared_w2, dy, x, a, moe->shared_w1, moe->shared_w2,
+                     moe->shared, add_dw, stream);
     }
     if (moe->plan.slots > 0) {
         moe->pass.dmix = scratch->dmix;

@@ -13,6 +13,7 @@
 #include "../kernels/device.h"
 #include "../kernels/experts.h"
 #include "../kernels/plan.h"
+#include "adapter.h"
 #include "config.h"
 #include "exchange.h"
 #include "router.h"
@@ -25,9 +26,10 @@ typedef struct {
     Exchange exchange;
     ExpertShape experts; /* this rank's routed experts, or the one MLP of a dense layer */
     ExpertShape shared;  /* the shared experts as one MLP; H 0: none */
+    Adapter adapters;    /* of --perft e, one in each of `experts`; H 0: none */
     Plan asked;          /* its sizes as the options ask, for moe_set_dropless */
     const real_t *w1, *w2, *shared_w1, *shared_w2;
-    acc_t *dw1, *dw2, *dshared_w1, *dshared_w2;
+    acc_t *dw1, *dw2, *dshared_w1, *dshared_w2; /* NULL: frozen */
     /* saved by forward */
     real_t *a;        /* (rows, 2H or H) of the experts before the activation; NULL: made again in scratch->a */
     real_t *shared_a; /* (N, ..) of the shared ones; likewise */
@@ -46,14 +48,14 @@ typedef struct {
     acc_t *drow_weight; /* (rows) */
     acc_t *dweight;     /* (N,K of the plan) */
     acc_t *dmix;        /* (N,K of the plan), soft */
-    acc_t *mean_prob;   /* (E) mean probabilities, for the statistics */
+    acc_t *mean_prob;   /* (E of the most) mean probabilities, for the statistics */
     int *all_rows;      /* {0, N}: the offsets of a single expert that takes every token */
     ExchangeScratch exchange;
 } MoeScratch;
 
 /* What the layers need of those: rows of experts, of soft plans that travel, elements of h and da, entries of plans. */
 typedef struct {
-    size_t rows, slot_rows, h, a, entries;
+    size_t rows, slot_rows, h, a, entries, experts;
     ExchangeSize exchange;
     bool soft, a_again;
 } ScratchSize;
@@ -71,14 +73,23 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
                  ScratchSize *size, Arena *arena);
 void moe_free(MoeLayer *moe);
 
+/* Makes `size` large enough for experts, or adapters, of this shape. */
+void moe_grow_scratch(ScratchSize *size, ExpertShape shape);
+
 /* Connects it to its parameters in the flat buffers of the list; gradients NULL: none. The router's are those whose
  * names begin with `router_prefix`. */
 void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char *router_prefix, const real_t *weights,
                  acc_t *master, acc_t *grads);
 
+/* The router alone. */
+void moe_connect_router(MoeLayer *moe, const TensorList *tensors, const char *prefix, acc_t *master, acc_t *grads);
+
 /* Reserves the shared buffers, those of backward only where there is one. */
 void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
                          Arena *arena);
+
+/* What adapters that see all N tokens may use between two layers. */
+AdapterScratch moe_adapter_scratch(const MoeScratch *scratch);
 
 /* Takes every choice (no capacity, compact rows), or works as configured again. Experts that choose exactly their share
  * and soft plans have nothing to drop. */
@@ -91,7 +102,7 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
 
 /* After moe_forward of the same layer with the same x, whose plan and activations it reads: another forward in between
  * (an evaluation) ruins them. dx (N,C) is overwritten; the gradients of the experts' weights, shared and dense ones as
- * well, are overwritten, or added to when add_dw is 1; the router's accumulate. */
+ * well, and of the adapters in them are overwritten, or added to when add_dw is 1; the router's accumulate. */
 void moe_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const real_t *dy, const real_t *x, int add_dw,
                   Profile *profile, Stream *stream);
 

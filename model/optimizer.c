@@ -8,11 +8,6 @@
 #include "../kernels/check.h"
 #include "../kernels/comm.h"
 
-static bool is_frozen(const Tensor *tensor, Freeze freeze) {
-    return tensor->kind == TENSOR_STATE || (freeze == FREEZE_EXPERTS && tensor->kind == TENSOR_EXPERT) ||
-           (freeze == FREEZE_ROUTER && tensor->kind == TENSOR_ROUTER);
-}
-
 /* Pieces of the tensors (host, the caller frees), their chunks numbered. */
 static AdamPiece *list_pieces(const TensorList *tensors, int *chunks) {
     AdamPiece *pieces = calloc(tensors->count, sizeof *pieces);
@@ -42,7 +37,7 @@ void optimizer_reserve(Optimizer *optimizer, const TensorList *tensors, Arena *a
 void optimizer_connect(Optimizer *optimizer, const TensorList *tensors, const TrainConfig *train) {
     AdamPiece *pieces = list_pieces(tensors, &optimizer->chunks);
     for (int i = 0; i < tensors->count; i++) {
-        pieces[i].trained = !is_frozen(&tensors->items[i], train->freeze);
+        pieces[i].trained = !tensors->items[i].frozen;
         pieces[i].keep_grad = tensors->items[i].grad_overwritten;
         pieces[i].spread = tensors->items[i].parts > 1;
         pieces[i].decay = tensors->items[i].decay ? train->weight_decay : 0;

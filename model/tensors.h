@@ -30,6 +30,8 @@ typedef struct {
     int layer;             /* -1: outside the layers */
     double init_std;       /* normal(0, std); 0: zeros; < 0: ones */
     bool decay;            /* weight decay: two or more dimensions */
+    bool adapter;          /* fine-tuning adds it to a model (adapter.h): it may be absent where weights come from */
+    bool frozen;           /* nothing trains it (freeze.h) */
     bool grad_overwritten; /* by the first backward of a step; else every backward adds, and the optimizer clears */
 } Tensor;
 

@@ -22,6 +22,7 @@
 #include "../kernels/norm.h"
 #include "../kernels/random.h"
 #include "../kernels/rope.h"
+#include "freeze.h"
 
 enum { LEAST_HEAD_ROWS = 256 };
 
@@ -40,6 +41,26 @@ static int att_width(const ModelConfig *config) {
 
 /* ---- parameters ---- */
 
+/* The adapters of the attention: one for queries, keys and values together, as their weights are one matrix, and one
+ * for what attention puts out. rows: 0 for the list of tensors. */
+static ExpertShape lora_qkv_shape(const ModelConfig *c, int E, int rows) {
+    return adapter_shape(c, E, c->dim, c->perft_rank, qkv_width(c), rows);
+}
+
+static ExpertShape lora_out_shape(const ModelConfig *c, int E, int rows) {
+    return adapter_shape(c, E, att_width(c), c->perft_rank, c->dim, rows);
+}
+
+static void lora_tensors(TensorList *list, const ModelConfig *c, int l) {
+    char prefix[64];
+    if (c->lora == LORA_ATTENTION) {
+        snprintf(prefix, sizeof prefix, "layers.%d.attn.qkv.lora", l);
+        adapter_tensors(list, c, TENSOR_DENSE, l, lora_qkv_shape(c, 0, 0), prefix);
+        snprintf(prefix, sizeof prefix, "layers.%d.attn.out.lora", l);
+        adapter_tensors(list, c, TENSOR_DENSE, l, lora_out_shape(c, 0, 0), prefix);
+    }
+}
+
 void transformer_tensors(TensorList *list, const ModelConfig *c) {
     double std = 0.02, out_std = std / sqrt(2.0 * c->layers), ones = -1;
     int C = c->dim, HS = c->head_dim;
@@ -52,8 +73,10 @@ void transformer_tensors(TensorList *list, const ModelConfig *c) {
             tensors_add(list, TENSOR_DENSE, l, ones, HS, 0, 0, "layers.%d.attn.k_norm.w", l);
         }
         tensors_add(list, TENSOR_DENSE, l, out_std, C, att_width(c), 0, "layers.%d.attn.out.w", l);
+        lora_tensors(list, c, l);
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.ffn_norm.w", l);
         chain_tensors(list, c, l);
+        perft_tensors(list, c, l);
     }
     tensors_add(list, TENSOR_DENSE, -1, ones, C, 0, 0, "final_norm.w");
     if (!c->tie) {
@@ -77,8 +100,16 @@ static Weight find_weight(const Transformer *model, const char *format, ...) {
     if (index < 0) {
         return (Weight){0};
     }
-    size_t offset = model->tensors.items[index].offset;
-    return (Weight){model->weights + offset, model->master + offset, model->grads ? model->grads + offset : NULL};
+    const Tensor *tensor = &model->tensors.items[index];
+    bool wanted = model->grads && freeze_wants_gradient(tensor);
+    return (Weight){model->weights + tensor->offset, model->master + tensor->offset,
+                    wanted ? model->grads + tensor->offset : NULL};
+}
+
+static void connect_lora(Transformer *model, Adapter *adapter, int l, const char *projection) {
+    char prefix[64];
+    snprintf(prefix, sizeof prefix, "layers.%d.attn.%s.lora", l, projection);
+    adapter_connect(adapter, &model->tensors, prefix, model->weights, model->grads);
 }
 
 void transformer_connect(Transformer *model) {
@@ -106,6 +137,9 @@ void transformer_connect(Transformer *model) {
         layer->attn_out = find_weight(model, "layers.%d.attn.out.w", l);
         layer->ffn_norm = find_weight(model, "layers.%d.ffn_norm.w", l);
         chain_connect(&layer->chain, &model->tensors, l, model->weights, model->master, model->grads);
+        perft_connect(&layer->perft, &model->tensors, l, model->weights, model->master, model->grads);
+        connect_lora(model, &layer->lora_qkv, l, "qkv");
+        connect_lora(model, &layer->lora_out, l, "out");
     }
     model->scratch.din_rows = model->scratch.out_rows;
     rope_table(model->angles, c->seq, c->head_dim, c->rope_base, NULL);
@@ -183,6 +217,12 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
         reserve(arena, &layer->values, cache, sizeof(real_t), MEMORY_CACHE);
     }
     chain_reserve(&layer->chain, config, l, model->N, &model->context, first_site, scratch, arena);
+    perft_reserve(&layer->perft, config, l, model->N, &model->context, first_site, scratch, arena);
+    if (c->lora == LORA_ATTENTION) {
+        adapter_reserve(&layer->lora_qkv, lora_qkv_shape(c, 1, model->N), N, arena);
+        adapter_reserve(&layer->lora_out, lora_out_shape(c, 1, model->N), N, arena);
+        moe_grow_scratch(scratch, layer->lora_qkv.shape);
+    }
 }
 
 /* What there is once: the stream's end, head and losses, what routers tell. */
@@ -204,6 +244,11 @@ static void reserve_around_layers(Transformer *model, Arena *arena) {
     reserve(arena, &model->step_loss, 1, sizeof(acc_t), kind);
     reserve(arena, &model->load, statistics * LOAD_VALUES * model->context.ranks, sizeof(acc_t), kind);
     reserve(arena, &model->demand, statistics * c->experts, sizeof(int), kind);
+    if (c->perft == PERFT_R) {
+        reserve(arena, &model->perft_sum, N * C, sizeof(real_t), kind);
+        reserve(arena, &model->perft_load, (size_t)model->context.ranks * model->slices * c->layers * LOAD_VALUES,
+                sizeof(acc_t), kind);
+    }
 }
 
 static void reserve_backward(Transformer *model, Arena *arena) {
@@ -231,6 +276,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     model->tensors.part = comm_rank(GROUP_EXPERTS);
     model->tensors.expert_parts = comm_ranks(GROUP_EXPERTS);
     transformer_tensors(&model->tensors, c);
+    freeze_tensors(&model->tensors, config);
     for (int l = 0; l < c->layers; l++) {
         for (int s = 0; s < chain_routers(c, l); s++) {
             model->moe_layers[model->moe_count++] = l;
@@ -273,6 +319,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
 void transformer_free(Transformer *model) {
     for (int l = 0; l < model->config->layers; l++) {
         chain_free(&model->layers[l].chain);
+        perft_free(&model->layers[l].perft);
     }
     free(model->layers);
     free(model->moe_layers);
@@ -344,13 +391,26 @@ static void turn(Transformer *model, Layer *layer, int start, Stream *stream) {
                  rope_shape(model, start), stream);
 }
 
+/* Queries, keys and values, from the normalised stream. */
+static void project(Transformer *model, Layer *layer, Stream *stream) {
+    const ModelConfig *c = model->config;
+    matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, model->N, c->dim, qkv_width(c), stream);
+    adapter_forward(&layer->lora_qkv, moe_adapter_scratch(&model->scratch), layer->qkv_raw, layer->xn, stream);
+}
+
+/* dw += dy^T x, unless the weight is frozen. */
+static void weight_backward(Weight w, const real_t *dy, const real_t *x, int N, int IN, int OUT, Stream *stream) {
+    if (w.grad) {
+        matmul_backward_weight(w.grad, dy, x, N, IN, OUT, stream);
+    }
+}
+
 /* branch = attention(layer->xn). Rows stand at positions start .. start+T-1; with a cache, earlier ones are read from
  * it. */
 static void attention_block_forward(Transformer *model, Layer *layer, int start, Stream *stream) {
     const ModelConfig *c = model->config;
-    int N = model->N, C = c->dim;
     profile_stage(model->profile, STAGE_ATTENTION, stream);
-    matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
+    project(model, layer, stream);
     turn(model, layer, start, stream);
     if (layer->keys) {
         attention_decode(layer->att, layer->keys, layer->values, layer->qk_turned, layer->qkv_raw, start,
@@ -358,29 +418,33 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
     } else {
         attention_forward(layer->att, layer->lse, layer->qk_turned, layer->qkv_raw, attention_shape(model), stream);
     }
-    matmul_forward(model->branch, layer->att, layer->attn_out.w, N, att_width(c), C, stream);
+    matmul_forward(model->branch, layer->att, layer->attn_out.w, model->N, att_width(c), c->dim, stream);
+    adapter_forward(&layer->lora_out, moe_adapter_scratch(&model->scratch), model->branch, layer->att, stream);
 }
 
 /* dn = gradient of layer->xn, from dx, the gradient of the residual stream after the attention. */
 static void attention_block_backward(Transformer *model, Layer *layer, Stream *stream) {
     const ModelConfig *c = model->config;
     int N = model->N, C = c->dim;
+    AdapterScratch scratch = moe_adapter_scratch(&model->scratch);
     norm_again(model, layer->xn, layer->x, layer->x_rstd, layer->attn_norm, stream);
     profile_stage(model->profile, STAGE_ATTENTION, stream);
     if (model->recompute == RECOMPUTE_EXPERTS) {
-        matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, N, C, qkv_width(c), stream);
+        project(model, layer, stream);
     }
     if (model->recompute) {
         turn(model, layer, 0, stream);
     }
     matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, att_width(c), C, 0, stream);
-    matmul_backward_weight(layer->attn_out.grad, model->dx, layer->att, N, att_width(c), C, stream);
+    weight_backward(layer->attn_out, model->dx, layer->att, N, att_width(c), C, stream);
+    adapter_backward(&layer->lora_out, scratch, model->datt, model->dx, layer->att, stream);
     attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qk_turned, layer->qkv_raw,
                        attention_shape(model), stream);
     rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w,
                   layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
     matmul_backward_input(model->dn, model->dqkv, layer->qkv.w, N, C, qkv_width(c), 0, stream);
-    matmul_backward_weight(layer->qkv.grad, model->dqkv, layer->xn, N, C, qkv_width(c), stream);
+    weight_backward(layer->qkv, model->dqkv, layer->xn, N, C, qkv_width(c), stream);
+    adapter_backward(&layer->lora_qkv, scratch, model->dn, model->dqkv, layer->xn, stream);
 }
 
 /* Normalises the stream: s = x + branch (or x itself before the first branch), y = norm(s). */
@@ -404,6 +468,12 @@ static acc_t *load_of_rank(const Transformer *model) {
     return model->load + (size_t)comm_rank(GROUP_WORLD) * model->slices * model->moe_count * LOAD_VALUES;
 }
 
+/* What layer l's router of adapters says of a slice. */
+static acc_t *perft_load(const Transformer *model, int slice, int l) {
+    size_t place = ((size_t)comm_rank(GROUP_WORLD) * model->slices + slice) * model->config->layers + l;
+    return model->perft_load ? model->perft_load + place * LOAD_VALUES : NULL;
+}
+
 static void forward_from(Transformer *model, const int *tokens, int start, int slice, Stream *stream) {
     const ModelConfig *c = model->config;
     profile_stage(model->profile, STAGE_EMBED, stream);
@@ -421,6 +491,8 @@ static void forward_from(Transformer *model, const int *tokens, int start, int s
         norm_block_forward(model, layer->mid, layer->mn, layer->mid_rstd, layer->x, layer->ffn_norm, stream);
         chain_forward(&layer->chain, &model->scratch, model->branch, layer->mn, layer->mid, load + site * LOAD_VALUES,
                       model->demand + site * c->experts, model->profile, stream);
+        perft_forward(&layer->perft, &model->scratch, model->branch, model->perft_sum, layer->mn,
+                      perft_load(model, slice, l), model->profile, stream);
         site += chain_routers(c, l);
         x = layer->mid;
         if (!layer->chain.outer) { /* the branch takes the stream's place */
@@ -452,7 +524,7 @@ void transformer_loss(Transformer *model, const int *targets, int slice, bool gr
         }
         cross_entropy_forward_backward(model->losses + first, model->logits, targets + first, rows, V, scale, stream);
         matmul_backward_input(model->dn + (size_t)first * C, model->logits, model->head.w, rows, C, V, 0, stream);
-        matmul_backward_weight(model->head.grad, model->logits, hidden, rows, C, V, stream);
+        weight_backward(model->head, model->logits, hidden, rows, C, V, stream);
     }
     mean_forward(model->slice_loss + slice, model->losses, model->N, model->predicted, stream);
     if (slice == model->slices - 1) {
@@ -470,36 +542,48 @@ void transformer_backward(Transformer *model, const int *tokens, int slice, Stre
         norm_again(model, layer->mn, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
         chain_backward(&layer->chain, &model->chain_scratch, &model->scratch, model->dn, model->dx, layer->mn,
                        slice > 0, model->profile, stream);
+        perft_backward(&layer->perft, &model->scratch, model->dn, model->perft_sum, model->dx, layer->mn, slice > 0,
+                       model->profile, stream);
         norm_block_backward(model, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
         attention_block_backward(model, layer, stream);
         norm_block_backward(model, layer->x, layer->x_rstd, layer->attn_norm, stream);
     }
     profile_stage(model->profile, STAGE_EMBED, stream);
-    embedding_backward(model->embedding.grad, model->dx, tokens, model->N, c->dim, c->vocab, stream);
+    if (model->embedding.grad) {
+        embedding_backward(model->embedding.grad, model->dx, tokens, model->N, c->dim, c->vocab, stream);
+    }
 }
 
-/* Neighbours in the list that the same ranks hold are summed in one go. */
+/* Neighbours in the list that the same ranks hold are summed in one go; what is frozen is left out. */
 void transformer_sum_ranks(Transformer *model, Stream *stream) {
     const TensorList *list = &model->tensors;
     size_t statistics = (size_t)model->slices * model->moe_count * LOAD_VALUES * sizeof(acc_t);
     profile_stage(model->profile, STAGE_EXCHANGE, stream);
     for (int t = 0, next; t < list->count; t = next) {
-        bool spread = list->items[t].parts > 1;
-        for (next = t + 1; next < list->count && (list->items[next].parts > 1) == spread;) {
+        bool spread = list->items[t].parts > 1, frozen = list->items[t].frozen;
+        for (next = t + 1;
+             next < list->count && (list->items[next].parts > 1) == spread && list->items[next].frozen == frozen;) {
             next++;
+        }
+        if (frozen) {
+            continue;
         }
         size_t first = list->items[t].offset, end = next < list->count ? list->items[next].offset : list->total;
         comm_sum(spread ? GROUP_REPLICAS : GROUP_WORLD, model->grads + first, end - first, stream);
     }
     comm_sum(GROUP_WORLD, model->step_loss, 1, stream);
     comm_gather(GROUP_WORLD, model->load, load_of_rank(model), statistics, stream);
+    if (model->perft_load) {
+        size_t bytes = (size_t)model->slices * model->config->layers * LOAD_VALUES * sizeof(acc_t);
+        comm_gather(GROUP_WORLD, model->perft_load, perft_load(model, 0, 0), bytes, stream);
+    }
 }
 
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream) {
     int E = model->config->experts;
     for (int i = 0; i < model->moe_count; i++) {
         MoeLayer *moe = model->moes[i];
-        if (moe->router->update && moe->pass.config->train.freeze != FREEZE_ROUTER) {
+        if (moe->router->update && !freeze_holds_routers(moe->pass.config)) {
             moe->router->update(&moe->pass, model->demand + (size_t)i * E, (size_t)model->moe_count * E, adam, stream);
         }
     }

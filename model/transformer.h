@@ -19,10 +19,11 @@
 #include "chain.h"
 #include "config.h"
 #include "moe.h"
+#include "perft.h"
 #include "tensors.h"
 
 /* A parameter as the kernels see it: the compute copy, the full-precision copy, the gradient (NULL where nothing is
- * trained). */
+ * trained, or this not). */
 typedef struct {
     const real_t *w;
     const acc_t *master;
@@ -32,19 +33,21 @@ typedef struct {
 /* One layer's parameters and what its forward keeps for its backward. */
 typedef struct {
     Weight attn_norm, qkv, q_norm, k_norm, attn_out, ffn_norm;
-    real_t *x;             /* (N,C) residual stream at the layer's start */
-    real_t *xn;            /* (N,C) normalised */
-    acc_t *x_rstd;         /* (N) */
-    real_t *qkv_raw;       /* (N, (NH+2*NKV)*HS) as projected */
-    real_t *qk_turned;     /* (N, (NH+NKV)*HS), queries and keys after QK-norm and RoPE */
-    acc_t *qk_rstd;        /* (N, NH+NKV) */
-    real_t *att;           /* (N, NH*HS) */
-    acc_t *lse;            /* (B,NH,T) */
-    real_t *mid;           /* (N,C) residual stream after attention */
-    real_t *mn;            /* (N,C) normalised */
-    acc_t *mid_rstd;       /* (N) */
-    real_t *keys, *values; /* (B,T,NKV,HS) generation only */
-    Chain chain;           /* the MoE layer, applied once or several times */
+    real_t *x;                  /* (N,C) residual stream at the layer's start */
+    real_t *xn;                 /* (N,C) normalised */
+    acc_t *x_rstd;              /* (N) */
+    real_t *qkv_raw;            /* (N, (NH+2*NKV)*HS) as projected */
+    real_t *qk_turned;          /* (N, (NH+NKV)*HS), queries and keys after QK-norm and RoPE */
+    acc_t *qk_rstd;             /* (N, NH+NKV) */
+    real_t *att;                /* (N, NH*HS) */
+    acc_t *lse;                 /* (B,NH,T) */
+    real_t *mid;                /* (N,C) residual stream after attention */
+    real_t *mn;                 /* (N,C) normalised */
+    acc_t *mid_rstd;            /* (N) */
+    real_t *keys, *values;      /* (B,T,NKV,HS) generation only */
+    Chain chain;                /* the MoE layer, applied once or several times */
+    Perft perft;                /* adapters beside it */
+    Adapter lora_qkv, lora_out; /* .. and beside the attention's projections */
 } Layer;
 
 typedef struct {
@@ -75,8 +78,10 @@ typedef struct {
     acc_t *slice_loss; /* (slices) mean of losses */
     acc_t *step_loss;  /* mean of slice_loss over slices and, after transformer_sum_ranks, ranks */
     acc_t *load;       /* (ranks, slices, moe_count, LOAD_VALUES); other ranks' after transformer_sum_ranks */
+    acc_t *perft_load; /* (ranks, slices, L, LOAD_VALUES) as load, of the adapters' routers; NULL without */
     int *demand;       /* (slices, moe_count, E) entries of all ranks that chose each expert */
 
+    real_t *perft_sum;   /* (N,C) what a layer of adapters makes, and its gradient; NULL without */
     real_t *dx;          /* (N,C) gradient of the residual stream */
     real_t *dn;          /* (N,C) gradient of a normalised input */
     real_t *dqkv, *datt; /* (N, (NH+2*NKV)*HS), (N, NH*HS) */

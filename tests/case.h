@@ -93,8 +93,8 @@ typedef struct {
     bool (*suits)(Case *c);  /* after a forward; false: these random numbers do not, draw others */
     int shapes[20][EXTENTS]; /* small and odd, for differences; ends with a row of zeros */
     const char *zero[20];    /* the inputs whose gradient is exactly zero at that shape; NULL: none */
-    int large[4][EXTENTS];   /* enough work for every thread */
-    int fast[18][EXTENTS];   /* whole tiles and their edges: what the kernels of a GPU treat apart */
+    int large[6][EXTENTS];   /* enough work for every thread */
+    int fast[20][EXTENTS];   /* whole tiles and their edges: what the kernels of a GPU treat apart */
 } Operation;
 
 /* ---- memory */

@@ -166,7 +166,7 @@ text = open(run + "/log.jsonl", encoding="utf-8").read()
 assert text.endswith("\n"), "the last line is not whole"
 header, *lines = map(read, text.splitlines())
 header_keys = """ts program git_sha git_dirty config device precision versions params_total params_active
-    flops_per_token domains moe_layers leaky sees_batch""".split()
+    params_trainable flops_per_token domains moe_layers leaky sees_batch""".split()
 step_keys = """step tokens loss aux z lr grad_norm router_grad_norm router_main_norm router_balance_norm ms tok_s mfu
     drop token_drop padding load_cv load_kl max_vio entropy mean_entropy margin dead near_dead leaky skipped counts
     layer_entropy layer_main_norm layer_balance_norm layer_margin""".split()
@@ -174,6 +174,9 @@ val_keys = "step tokens val_loss val_bpb val_floor val_domains domain_expert mi 
 events = {"resume", "skip", "sample", "memory", "checkpoint", "alarm", "router_gradient", "choices", "syncs", "end"}
 assert list(header) == header_keys, f"header {list(header)}"
 config, layers = header["config"], len(header["moe_layers"])
+if config["perft"] == "r":
+    at = step_keys.index("counts")
+    step_keys[at:at] = ["perft_aux", "perft_entropy", "perft_main_norm", "perft_balance_norm"]
 router, E, tokens = config["router"], config["experts"], config["batch"] * config["seq"]
 def entries_are_right(count):  # of one router in one step
     if router == "threshold":  # as many as pass

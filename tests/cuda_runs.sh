@@ -39,7 +39,8 @@ PYTHON
 test_ten_steps() {
     for extra in "" "--router dense" "--act gelu --shared-experts 1" "--router sigmoid" \
         "--router soft --slots 4 --allow-leak" "--kv-heads 1 --grad-accum 2" "--capacity-factor 1 --layout padded" \
-        "--layout block --renorm 0"; do
+        "--layout block --renorm 0" "--perft r --perft-rank 16 --lora attention" \
+        "--perft e --perft-rank 5 --perft-act silu --grad-accum 2"; do
         rm -rf cpu fp32 run
         # shellcheck disable=SC2086  # words
         OMP_NUM_THREADS=4 "$CPU" --steps 10 "${MODEL[@]}" $extra --out cpu >out 2>err ||

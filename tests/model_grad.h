@@ -1,6 +1,7 @@
 /* A small model whose gradient is checked against central differences, tensor by tensor.
  *
  *     loss = cross-entropy + aux-coef * mean balance loss + z-coef * mean z-loss
+ *            + perft-aux-coef * mean balance loss of the adapters' routers
  *     dL/dw = (8 (L(w + d) - L(w - d)) - (L(w + 2d) - L(w - 2d))) / 12d + O(d^4)
  *
  * The fourth order is for chains without a stream beside them, where a norm may get a short vector and bend sharply.
@@ -48,10 +49,23 @@ typedef struct {
     bool choices_changed;  /* a later forward made another plan */
 } Subject;
 
+/* The i-th routed layer: those of the model, then those of adapters. NULL past the last. */
+static inline const MoeLayer *routed_layer(const Transformer *model, int i) {
+    if (i < model->moe_count) {
+        return model->moes[i];
+    }
+    for (int l = 0, j = model->moe_count; l < model->config->layers; l++) {
+        if (perft_is_routed(model->config, l) && j++ == i) {
+            return &model->layers[l].perft.moe;
+        }
+    }
+    return NULL;
+}
+
 static inline size_t slice_choices(const Transformer *model) {
     size_t count = 0;
-    for (int i = 0; i < model->moe_count; i++) {
-        count += 2 * (size_t)model->N * model->moes[i]->plan.K;
+    for (int i = 0; routed_layer(model, i); i++) {
+        count += 2 * (size_t)model->N * routed_layer(model, i)->plan.K;
     }
     return count;
 }
@@ -144,8 +158,8 @@ static inline void subject_draw(Subject *s, uint64_t seed) {
 /* Keeps the plans of the forward just done, or compares them with those kept. */
 static inline void look_at_choices(Subject *s, int slice) {
     int *kept = s->choices + slice * slice_choices(&s->model);
-    for (int i = 0; i < s->model.moe_count; i++) {
-        const Plan *plan = &s->model.moes[i]->plan;
+    for (int i = 0; routed_layer(&s->model, i); i++) {
+        const Plan *plan = &routed_layer(&s->model, i)->plan;
         size_t entries = (size_t)plan->N * plan->K, bytes = entries * sizeof(int);
         if (plan->slots > 0) { /* nothing is chosen */
             continue;
@@ -179,6 +193,11 @@ static inline double objective_value(Subject *s) {
     for (int i = 0; i < places; i++) {
         const acc_t *load = m->load + (size_t)i * LOAD_VALUES;
         loss += (t->aux_coef * load[LOAD_BALANCE] + t->z_coef * load[LOAD_Z]) / places;
+    }
+    for (int i = 0; m->perft_load && i < s->slices * m->config->layers; i++) {
+        bool routed = perft_is_routed(m->config, i % m->config->layers);
+        const acc_t *load = m->perft_load + (size_t)i * LOAD_VALUES;
+        loss += routed ? t->perft_aux_coef * load[LOAD_BALANCE] / places : 0;
     }
     return loss;
 }

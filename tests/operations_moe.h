@@ -306,21 +306,28 @@ static inline void combine_case_finish(Case *c) {
 /* ---- experts */
 
 static inline ExpertShape experts_case_shape(const Case *c) {
-    return (ExpertShape){.rows = c->n[0], .C = c->n[1], .H = c->n[2], .E = c->n[3], .gelu = c->n[4]};
+    bool adapters = c->n[4] == ACT_IDENTITY || c->n[4] == ACT_SILU;
+    return (ExpertShape){.rows = c->n[0],
+                         .C = c->n[1],
+                         .H = c->n[2],
+                         .E = c->n[3],
+                         .act = c->n[4],
+                         .D = c->n[9],
+                         .scale = adapters ? 1.5 : 0};
 }
 
 /* The first rows as the skew says, the rest evenly; the last expert ends at `rows`. */
-static inline void make_experts(Case *c) { /* rows C H E gelu skew weighted accumulate add_dw */
+static inline void make_experts(Case *c) { /* rows C H E act skew weighted accumulate add_dw D */
     ExpertShape s = experts_case_shape(c);
-    size_t rows = (size_t)s.rows, A = (size_t)experts_a_width(s), E = (size_t)s.E;
+    size_t rows = (size_t)s.rows, A = (size_t)experts_a_width(s), D = (size_t)experts_y_width(s), E = (size_t)s.E;
     add_input(c, "x", ACTIVATION, rows * s.C, c->n[7] ? ACCUMULATED : OVERWRITTEN);
     add_input(c, "w1", WEIGHT, E * A * s.C, c->n[8] ? ACCUMULATED : OVERWRITTEN);
-    add_input(c, "w2", WEIGHT, E * s.C * s.H, c->n[8] ? ACCUMULATED : OVERWRITTEN);
-    add_saved(c, "y", ACTIVATION, rows * s.C);
+    add_input(c, "w2", WEIGHT, E * D * s.H, c->n[8] ? ACCUMULATED : OVERWRITTEN);
+    add_saved(c, "y", ACTIVATION, rows * D);
     array_named(c, "y")->mode = c->n[7] ? ACCUMULATED : OVERWRITTEN;
-    add_output(c, "weighted_y", ACTIVATION, rows * s.C);
+    add_output(c, "weighted_y", ACTIVATION, rows * D);
     if (c->n[6]) {
-        add_input(c, "row_weight", PRECISE, rows, OVERWRITTEN);
+        add_input(c, "row_weight", PRECISE, rows, c->n[7] ? ACCUMULATED : OVERWRITTEN);
     }
     add_saved(c, "a", ACTIVATION, rows * A);
     add_scratch(c, "h", ACTIVATION, rows * s.H);
@@ -344,11 +351,12 @@ static inline void experts_case_forward(Case *c) {
  * stored, whose rounding may be larger than what was added. */
 static inline void experts_case_settle(Case *c) {
     const Array *y = array_named(c, "y");
+    size_t D = (size_t)experts_y_width(experts_case_shape(c));
     const acc_t *row_weight = c->n[6] ? host_val(c, "row_weight") : NULL;
     for (size_t i = 0; i < y->count; i++) {
         acc_t sum = c->stores_bf16 && c->n[7] ? bf16_rounded(y->value[i]) : y->value[i];
         acc_t added = sum - (c->n[7] ? y->before[i] : 0);
-        host_val(c, "weighted_y")[i] = (row_weight ? row_weight[i / (size_t)c->n[1]] : 1) * added;
+        host_val(c, "weighted_y")[i] = (row_weight ? row_weight[i / D] : 1) * added;
     }
 }
 
@@ -379,7 +387,7 @@ enum {
 
 static inline ExpertShape moe_shape(const Case *c) {
     return (ExpertShape){
-        .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .gelu = c->n[MOE_GELU]};
+        .E = c->n[MOE_E], .C = c->n[MOE_C], .H = c->n[MOE_H], .rows = c->plan.rows, .act = c->n[MOE_GELU]};
 }
 
 /* The step at hand is the last of a warm-up of so many, counted from 0. */

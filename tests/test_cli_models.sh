@@ -98,6 +98,32 @@ PYTHON
     refused 'makes experts of a dense model'
 }
 
+# Adapters start from the model's own loss, go on where they were, and are part of the run.
+test_fine_tuning() {
+    trained
+    for kind in "--perft r --perft-rank 4" "--perft e --perft-rank 2 --lora attention"; do
+        rm -rf tuned again
+        # shellcheck disable=SC2086  # words
+        run --init-from run $kind --out tuned
+        succeeds
+        check "does not start from the model: $kind" test "$(last_validation run)" = "$(first_validation tuned)"
+        check "does not say what it trains" grep -q '^trains .* parameters .* the rest is frozen' out
+        check "nothing was learned" test "$(last_validation run)" != "$(last_validation tuned)"
+        is_sound tuned
+        run --init-from tuned --steps 0 --warmup 0 --out again
+        succeeds
+        check "the adapters are lost: $kind" test "$(last_validation tuned)" = "$(first_validation again)"
+        resume tuned --steps 8 --sample 5
+        succeeds
+        resume tuned --export-hf hf2
+        refused 'no adapters; export the run they were tuned from'
+    done
+    run --init-from tuned --perft none --out other
+    refused 'leave no place for'
+    run --perft s --out untrained
+    check "does not ask for a trained model" grep -q '^note .*--init-from' out
+}
+
 test_refuses_what_cannot_be_exported() {
     refuses '--shared-experts 1' --shared-experts 1 --export-hf hf
     refuses '--router sigmoid' --router sigmoid --export-hf hf

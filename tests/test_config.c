@@ -181,8 +181,8 @@ static void test_help_shows_every_option_with_its_default(void **state) {
             assert_string_equal(line.initial, item->valuestring);
         }
     }
-    const char *groups[] = {"\ndata\n",     "\nmodel\n",  "\nlosses\n", "\ntraining\n",
-                            "\nparallel\n", "\noutput\n", "\nmeasure\n"};
+    const char *groups[] = {"\ndata\n",     "\nmodel\n",    "\nfine-tuning\n", "\nlosses\n",
+                            "\ntraining\n", "\nparallel\n", "\noutput\n",      "\nmeasure\n"};
     const char *after = help.out;
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
         after = strstr(after, groups[i]);
@@ -206,7 +206,7 @@ static void test_stable_names(void **state) {
         "router_kept_groups router_scale force chain_inner chain_outer chain_norm bias_rate threshold_rate "
         "threshold_warmup dump_routing head_dim init_from upcycle export_gguf choices choices_most graph "
         "domains recompute exchange exchange_rows wire wire_back patience exchange_chunks overlap peer_memory "
-        "exchange_margin";
+        "exchange_margin perft perft_count perft_top_k perft_rank perft_act perft_scale perft_aux_coef lora";
     char copy[1024];
     Config config;
     config_defaults(&config);

@@ -203,7 +203,7 @@ static void assert_same_row(const ExpertBatch *b, int to, const ExpertBatch *oth
  * its neighbours. */
 static void check_expert_rows(int gelu, int C, int H) {
     enum { E = 3, BEFORE = 37, ROWS = 61, AFTER = 5, ALL = BEFORE + ROWS + AFTER };
-    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = ALL, .gelu = gelu};
+    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = ALL, .act = gelu};
     size_t A = (size_t)experts_a_width(shape), one1 = A * C, one2 = (size_t)C * H;
     Case weights = {.seed = 50};
     real_t *w1 = case_normal(&weights, E * one1), *w2 = case_normal(&weights, E * one2);

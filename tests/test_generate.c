@@ -40,6 +40,8 @@ static const char *const variants[] = {
     "--kv-heads 1",
     "--kv-heads 4 --qk-norm 0",
     "--act gelu --moe-every 2",
+    "--perft r --perft-rank 3 --perft-act silu --moe-every 2",
+    "--perft e --perft-rank 3 --lora attention",
     "--dim 6 --heads 3 --kv-heads 1 --expert-dim 1 --experts 1 --top-k 1 --seq 5 --vocab 2",
     "--dim 2 --heads 1 --kv-heads 1 --seq 2",
     "--dim 62 --heads 1 --kv-heads 1 --expert-dim 33 --vocab 129 --seq 33",

@@ -443,6 +443,8 @@ static const struct {
     {"--router soft-batch --allow-leak 1", "--router soft-batch:"},
     {"--router coe", "--router coe:"},
     {"--act gelu", "--act gelu: experts of Qwen3-MoE and Mixtral are SwiGLU; use --act swiglu"},
+    {"--perft e", "--perft and --lora: Qwen3-MoE and Mixtral have no adapters; export the run they were tuned from"},
+    {"--lora attention", "--perft and --lora: "},
     {"--shared-experts 1", "--shared-experts 1: Qwen3-MoE and Mixtral have no shared experts; use --shared-experts 0"},
     {"--shared-experts 2 --qk-norm 0", "--shared-experts 2"},
     {"--capacity-factor 1.25",

@@ -19,6 +19,7 @@ static const LogHeader header = {
     .device = "a CPU",
     .params_total = 5000000000,
     .params_active = 1234,
+    .params_trainable = 567,
     .flops_per_token = 1.5e9,
     .domain_count = 2,
     .domains = domain_names,
@@ -111,9 +112,10 @@ static void test_header(void **state) {
     read_file(&config, "log.jsonl", text);
     assert_int_equal(count_objects(text), 1);
     cJSON *line = cJSON_Parse(text);
-    const char *keys[] = {"ts",         "program",  "git_sha",      "git_dirty",     "config",          "device",
-                          "precision",  "versions", "params_total", "params_active", "flops_per_token", "domains",
-                          "moe_layers", "learned",  "leaky",        "sees_batch"};
+    const char *keys[] = {
+        "ts",        "program",    "git_sha",      "git_dirty",     "config",           "device",
+        "precision", "versions",   "params_total", "params_active", "params_trainable", "flops_per_token",
+        "domains",   "moe_layers", "learned",      "leaky",         "sees_batch"};
     const cJSON *item = line->child;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++, item = item->next) {
         assert_non_null(item);
@@ -133,6 +135,7 @@ static void test_header(void **state) {
     assert_true(number_of(cJSON_GetObjectItem(line, "versions"), "openmp") >= 0);
     assert_true(number_of(line, "params_total") == 5e9);
     assert_true(number_of(line, "params_active") == 1234);
+    assert_true(number_of(line, "params_trainable") == 567);
     assert_true(number_of(line, "flops_per_token") == 1.5e9);
     assert_true(cJSON_IsTrue(cJSON_GetObjectItem(line, "learned")));
     assert_true(cJSON_IsTrue(cJSON_GetObjectItem(line, "leaky")));

@@ -164,6 +164,29 @@ static const Variant variants[] = {
     {"forced, one of one", "--router forced --force one --top-k 1", 0, false},
     {"forced, one, drops, padded", "--router forced --force one --capacity-factor 0.8 --layout padded", 0, true},
 
+    {"perft r", "--perft r --perft-rank 3 --perft-count 3 --perft-aux-coef 0.3", 0, false},
+    {"perft r, silu, two slices",
+     "--perft r --perft-act silu --perft-rank 2 --perft-top-k 1 --perft-aux-coef 0.3 --batch 4 --grad-accum 2", 0,
+     false},
+    {"perft r, every second layer, lora",
+     "--perft r --perft-rank 3 --perft-aux-coef 0.3 --lora attention --moe-every 2 --router top1", 0, false},
+    {"perft e", "--perft e --perft-rank 3 --perft-scale 5", 0, false},
+    {"perft e, silu, two slices", "--perft e --perft-rank 3 --perft-act silu --batch 4 --grad-accum 2", 0, false},
+    {"perft e, wider than the experts, shared, padded",
+     "--perft e --perft-rank 9 --shared-experts 1 --layout padded --capacity-factor 2 --recompute experts", 0, false},
+    {"perft e, soft", "--perft e --perft-rank 3 --router soft --slots 2", 0, false},
+    {"perft e, experts choose", "--perft e --perft-rank 3 --perft-act silu --router expert-choice", 0, false},
+    {"perft d", "--perft d --perft-rank 3 --perft-count 3 --perft-scale 2", 0, false},
+    {"perft d, silu, two slices", "--perft d --perft-rank 2 --perft-act silu --batch 4 --grad-accum 2", 0, false},
+    {"perft s", "--perft s --perft-rank 3 --tie 1", 0, false},
+    {"perft s, silu, sigmoid", "--perft s --perft-rank 3 --perft-act silu --router sigmoid", 0, false},
+    {"lora", "--lora attention --perft-rank 3", 0, false},
+    {"lora, silu, two slices", "--lora attention --perft-rank 3 --perft-act silu --batch 4 --grad-accum 2", 0, false},
+    {"lora, wide heads, made again", "--lora attention --perft-rank 2 --head-dim 6 --recompute experts", 0, false},
+    {"lora, chain", "--lora attention --perft-rank 2 --router coe", 0, false},
+    {"all but routers frozen", "--freeze all-but-router --renorm 0", 0, false},
+    {"experts frozen", "--freeze experts --shared-experts 1", 0, false},
+
     {"masked", "--objective mlm", 0, false},
     {"masked, head in pieces, tied", "--objective mlm --tie 1", 4, false},
     {"masked, two slices, drops by slot", "--objective mlm --batch 4 --grad-accum 2 --capacity-factor 0.6 --drop slot",
@@ -198,7 +221,7 @@ static void test_gradient(void **state) {
     int wrong = 0;
     for (int i = 0; i < s.model.tensors.count; i++) {
         const Tensor *tensor = &s.model.tensors.items[i];
-        if (tensor->kind == TENSOR_STATE) {
+        if (tensor->frozen) { /* states too */
             continue;
         }
         size_t sample = few ? 3 : tensor->kind == TENSOR_ROUTER ? tensor->count : 40;

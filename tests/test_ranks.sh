@@ -93,6 +93,15 @@ test_chain_of_experts() {
     everywhere --router coe --chain-steps 2
 }
 
+# Adapters inside experts are spread with them; those for every token, and routed ones, are on every rank.
+test_adapters() {
+    WAYS=("4 2")
+    everywhere --perft e --perft-rank 4 --lora attention --exchange-chunks 2
+    rm -rf one ranks_*
+    WAYS=("2 1")
+    everywhere --perft r --perft-rank 4
+}
+
 test_layouts() {
     everywhere --layout block
     rm -rf one ranks_*

@@ -172,7 +172,7 @@ static double expert_hidden(const double *a, int h, int H, bool gelu) {
 
 static void check_experts(int rows, int C, int H, int gelu, const int *offset, int E) {
     Case c = {.seed = (uint64_t)(rows + 7 * C + gelu)};
-    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = rows, .gelu = gelu};
+    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = rows, .act = gelu};
     int A = experts_a_width(shape);
     assert_int_equal(A, gelu ? H : 2 * H);
     real_t *x = case_normal(&c, (size_t)rows * C), *w1 = case_normal(&c, (size_t)E * A * C),
@@ -217,7 +217,7 @@ static void test_idle_expert_keeps_its_gradient(void **state) {
     static const int offset[E + 1] = {0, 0, 25, 25, 40};
     for (int gelu = 0; gelu <= 1; gelu++) {
         Case c = {.seed = 15};
-        ExpertShape shape = {.E = E, .C = C, .H = H, .rows = ROWS, .gelu = gelu};
+        ExpertShape shape = {.E = E, .C = C, .H = H, .rows = ROWS, .act = gelu};
         size_t A = (size_t)experts_a_width(shape), one[2] = {A * C, (size_t)C * H};
         real_t *x = case_normal(&c, ROWS * C), *w1 = case_normal(&c, E * A * C), *w2 = case_normal(&c, E * C * H);
         real_t *y = case_poison(&c, ROWS * C), *a = case_poison(&c, ROWS * A), *h = case_poison(&c, ROWS * H);
@@ -249,7 +249,7 @@ static void test_idle_expert_keeps_its_gradient(void **state) {
 static void check_overwritten_gradients(int gelu, const int *offset, int E, int C, int H) {
     Case c = {.seed = 16};
     size_t rows = (size_t)offset[E];
-    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = offset[E], .gelu = gelu};
+    ExpertShape shape = {.E = E, .C = C, .H = H, .rows = offset[E], .act = gelu};
     size_t A = (size_t)experts_a_width(shape), count[2] = {E * A * C, (size_t)E * C * H};
     real_t *x = case_normal(&c, rows * C), *w1 = case_normal(&c, count[0]), *w2 = case_normal(&c, count[1]);
     real_t *a = case_normal(&c, rows * A), *h = case_poison(&c, rows * H), *da = case_poison(&c, rows * A);

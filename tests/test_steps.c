@@ -207,8 +207,13 @@ static double rate(int schedule, int warmup, int steps, int step) {
 
 /* What is made again in the backward is what was there, and takes less memory. */
 static void test_recompute_gives_the_same_bits(void **state) {
-    static const char *const models[] = {"--steps 100", "--router dense --act gelu", "--shared-experts 1 --tie 1",
-                                         "--router soft --slots 2 --allow-leak 1", "--router coe --layers 3"};
+    static const char *const models[] = {"--steps 100",
+                                         "--router dense --act gelu",
+                                         "--shared-experts 1 --tie 1",
+                                         "--router soft --slots 2 --allow-leak 1",
+                                         "--router coe --layers 3",
+                                         "--perft e --perft-rank 3 --lora attention",
+                                         "--perft r --perft-rank 5"};
     for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
         Trainer kept, again;
         size_t bytes = 0;

@@ -342,7 +342,9 @@ bench: build/bench_train
 
 # Programs of the tests and experiments that are built on demand: build/NAME, and build/NAME_cuda for a GPU.
 build/bench_train: build/cpu/experiments/bench_train.o
-build/bench_layer: build/cpu/experiments/bench_layer.o
+BENCH_LAYER = $(addprefix experiments/,bench_layer.o bench_grid.o bench_grid_line.o bench_moe.o \
+                bench_moves.o bench_times.o)
+build/bench_layer: $(addprefix build/cpu/,$(BENCH_LAYER))
 build/bench_alltoall: build/cpu/experiments/bench_alltoall.o build/cpu/experiments/scale_rows.o
 build/hf_logits: build/cpu/tests/hf_logits.o
 build/comm_ranks: build/cpu/tests/comm_ranks.o
@@ -359,6 +361,7 @@ build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
 $(foreach name,tests/parity tests/hf_logits tests/comm_ranks experiments/bench_train experiments/bench_layer \
     experiments/bench_alltoall,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
 build/bench_alltoall_cuda: build/cuda/experiments/scale_rows.o
+build/bench_layer_cuda: $(addprefix build/cuda/,$(BENCH_LAYER))
 build/parity_cuda_fp32: build/cuda-fp32/tests/parity.o build/cuda-fp32/libmoelab.a
 $(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_alltoall_cuda hf_logits_cuda \
     comm_ranks_cuda):

@@ -313,7 +313,8 @@ TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))
 PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
                       $(if $(filter test_exchange%.sh,$(TESTS)),build/exchange_ranks build/exchange_ranks_double \
                       $(if $(filter 0,$(SANITIZE)),,build/exchange_ranks_asan)) \
-                      $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall)
+                      $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall) \
+                      $(if $(filter test_bench_layer.sh,$(TESTS)),build/bench_layer)
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \

@@ -1,8 +1,8 @@
-/* The grids, point by point: shapes, routers and layouts in turn, each opened, measured and closed. How to run them is at
- * the head of bench_layer.c, what a line says in bench_grid_line.h.
- */
+/* The grids, point by point: shapes, routers and layouts in turn, each opened, measured and closed. How to run them:
+ * the head of bench_layer.c. What a line says: bench_grid_line.h. */
 #include "bench_grid.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +25,7 @@ static const Grid GRIDS[] = {
      "gelu",
      "topk,top1,soft",
      "compact,padded,block",
-     0.25},
+     0.2},
     {"course",
      "small",
      {{4, 32}, {8, 32}, {8, 64}},
@@ -296,7 +296,21 @@ static void run_pack(const Point *p) {
 
 /* ---- the points of a grid */
 
-static void run_point(const Point *p) {
+/* Whether --points names it. */
+static bool wanted(const Point *p) {
+    int first = 1, last = INT_MAX;
+    const char *points = p->options->points;
+    if (points && sscanf(points, "%d-%d", &first, &last) == 1) {
+        last = first;
+    }
+    return p->number >= first && p->number <= last;
+}
+
+static void run_point(Point *p) {
+    p->number++;
+    if (!wanted(p)) {
+        return;
+    }
     if (p->options->dry_run) {
         print_dry(p);
     } else if (strcmp(p->grid->name, "pack") == 0) {
@@ -330,7 +344,6 @@ static void run_layouts(Point *p) {
     if (router->plan == PLAN_SOFT || router->plan == PLAN_NONE) {
         snprintf(p->layout, NAME, router->plan == PLAN_SOFT ? "slots" : "compact");
         p->capacity_factor = 0;
-        p->number++;
         run_point(p);
         return;
     }
@@ -342,7 +355,6 @@ static void run_layouts(Point *p) {
               "--layout %s is not known: choose from compact, padded, block", p->layout);
         for (int f = 0; f < (padded && o->capacity_factor == 0 ? 2 : 1); f++) {
             p->capacity_factor = padded && o->capacity_factor > 0 ? o->capacity_factor : factors[f];
-            p->number++;
             run_point(p);
         }
     }
@@ -359,6 +371,9 @@ static const Grid *find_grid(const GridOptions *o) {
 }
 
 static void check(const GridOptions *o) {
+    int first, last, fields = o->points ? sscanf(o->points, "%d-%d", &first, &last) : 0;
+    CHECK(!o->points || (fields >= 1 && first >= 1 && (fields == 1 || last >= first)),
+          "--points %s: give A or A-B, counted from 1; --dry-run 1 lists them", o->points);
     bool zipf = strncmp(o->load, "zipf:", 5) == 0;
     char *end = NULL;
     double s = zipf ? strtod(o->load + 5, &end) : 0;

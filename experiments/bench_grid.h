@@ -11,6 +11,7 @@ typedef struct {
     const char *routers;    /* comma-separated; NULL: the grid's own */
     const char *layouts;    /* likewise */
     const char *load;       /* router, uniform, zipf:S */
+    const char *points;     /* A-B or A: these alone, counted from 1; NULL: all */
     double capacity_factor; /* of the padded layout; 0: 1 and 1.25 */
     int shared_weights, dry_run;
     int repeats, warm_up, iterations, seed;

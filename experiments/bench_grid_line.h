@@ -2,20 +2,21 @@
  *
  * What a line says (times in milliseconds, each an object as in bench_times.h):
  *
- *   times_ms   route (gate and top-k), permute (plan: places and, in a layer, the load's statistics), dispatch, experts,
- *              combine: call by call with a lap after each stage; forward and forward_backward: the whole, on a GPU
- *              replayed as one recording. "stage_sum" over "forward" says how far the two ways agree.
+ *   times_ms   route (gate and top-k), permute (plan: places and, in a layer, the load's statistics), dispatch,
+ *              experts, combine: call by call with a lap after each stage; forward and forward_backward: the whole, on
+ *              a GPU replayed as one recording. "stage_sum" over "forward" says how far the two ways agree.
  *   stages     of each: "ms" (median), "share" of the sum of the medians, "flops", "bytes" and "ai" = flops / bytes.
  *              FLOPs count a multiplication and its addition as two, and rows that hold a token alone; bytes are the
- *              arrays that the stage's kernels read and write, each once: what goes past the caches if nothing stays in
- *              them. ms, flops, bytes and ai of the line itself are those of the whole forward.
+ *              arrays that the stage's kernels read and write, each once: what goes past the caches if nothing stays
+ *              in them. ms, flops, bytes and ai of the line itself are those of the whole forward.
  *   gemm       TFLOP/s of the experts' products by the time of that stage alone; "share" of the data sheet's peak
- *   bw         GB/s of dispatch + combine: legacy 2K*C*b*N / t, strict (2+2K)*C*b*N / t, moved: bytes as counted above;
- *              null where dispatch writes no rows (the experts of a GPU fetch them by index) or the plan is soft
+ *   bw         GB/s of dispatch + combine: legacy 2K*C*b*N / t, strict (2+2K)*C*b*N / t, moved: bytes as counted
+ *              above; null where dispatch writes no rows (the experts of a GPU fetch them by index) or the plan is soft
  *   waste      computed rows / rows that hold a token; padding: share of the computed rows that hold none
  *   drop       share of the choices without a row; token_drop: share of the tokens without any
- *   load       cv and max_vio of the choices over the experts
+ *   load_cv, max_vio   of the choices over the experts (model/balance.h)
  *   memory_mib of the arena, by category
+ *   skipped    in place of all this: how much memory the point lacks
  *
  * The pack grid has no experts: its dispatch writes rows out on every device, and its forward_backward is the moves
  * alone, there and back (bench_moves.h). Its bandwidth is that of dispatch and combine queued together, "moves".

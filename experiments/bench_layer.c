@@ -7,13 +7,13 @@
  *     build/bench_layer_cuda --dispatch 16384,4096,128,2      dispatch + combine alone, and plan: tokens, width, E, K
  *     build/bench_layer                              the same on a CPU
  *
- *     build/bench_layer_cuda --grid course           batch x length {32x128, 64x256, 128x512}, dim {1024, 2048}, experts
- *                                                    {4, 8, 16}: topk (K=2) and top1 in the layouts compact, padded with
- *                                                    capacity factors 1 and 1.25, block; soft: 162 points
- *     build/bench_layer_cuda --grid large            tokens {8192, 16384, 32768}, dim 4096, experts {64, 128, 256}, K=2,
- *                                                    SwiGLU of 1024: topk in the four layouts: 36 points
- *     build/bench_layer_cuda --grid pack             dispatch and combine without experts: tokens as large, dim {2048,
- *                                                    4096}, experts {32, 64, 128}, K {1, 2, 4}: 54 points
+ *     build/bench_layer_cuda --grid course     batch x length {32x128, 64x256, 128x512}, dim {1024, 2048}, experts {4,
+ *                                              8, 16}: topk (K=2) and top1 in the layouts compact, padded with capacity
+ *                                              factors 1 and 1.25, block; soft: 162 points
+ *     build/bench_layer_cuda --grid large      tokens {8192, 16384, 32768}, dim 4096, experts {64, 128, 256}, K=2,
+ *                                              SwiGLU of 1024: topk in the four layouts: 36 points
+ *     build/bench_layer_cuda --grid pack       dispatch and combine without experts: tokens as large, dim {2048, 4096},
+ *                                              experts {32, 64, 128}, K {1, 2, 4}: 54 points
  *     build/bench_layer --grid pack --scale small    a twin of a few hundred tokens, minutes on a laptop
  *
  * Options of grids (what a line says: bench_grid.c; run, keep and tabulate: grids.sh):
@@ -22,9 +22,11 @@
  *     --load router|uniform|zipf:S     who chooses: the router; equal loads; expert e with probability ~ (e+1)^-S. The
  *                                      latter two take the router "forced"
  *     --shared-weights 1               all experts get the first one's weights: what differs is the routing (labelled)
+ *     --points A-B                     these points alone, counted from 1 as the lines and a dry run do
  *     --seed 17  --warm-up 10  --iterations 100  --repeats-of-all 3
  *     --seconds S                      of a point, shared by its repeats: after them fewer iterations are done, but 3
- *     --memory GIB                     a point that needs more is skipped, with a line that says so; default: what is free
+ *     --memory GIB                     a point that needs more is skipped, with a line that says so; default: what is
+ *                                      free
  *     --dry-run 1                      the points alone; nothing is measured and no device is opened
  *
  * Data is normal and random; the backward overwrites the experts' gradients, as the first one of a step does. "ms" and
@@ -34,8 +36,8 @@
  * more than work. FLOPs count 2*m*n*k once: 6*M*C*H forward for SwiGLU (4 for GELU), twice that backward; M counts rows
  * that hold a token. "commit" is what the program was built from.
  *
- * Bytes of dispatch + combine (--dispatch, --grid) in two conventions: strict is what must move, (2 + 2K) * T*C numbers;
- * legacy, which some benchmarks print, counts 2*K*T*C. The peer: baselines/torch_gpu.py; both in one job:
+ * Bytes of dispatch + combine (--dispatch, --grid) in two conventions: strict is what must move, (2 + 2K) * T*C
+ * numbers; legacy, which some benchmarks print, counts 2*K*T*C. The peer: baselines/torch_gpu.py; both in one job:
  * gpu_compare.sh.
  */
 #include <limits.h>
@@ -234,6 +236,7 @@ int main(int argc, char **argv) {
                           {"--grid", .text = &grid.grid},
                           {"--scale", .text = &grid.scale},
                           {"--load", .text = &grid.load},
+                          {"--points", .text = &grid.points},
                           {"--shared-weights", .number = &grid.shared_weights},
                           {"--repeats-of-all", .number = &grid.repeats},
                           {"--warm-up", .number = &grid.warm_up},

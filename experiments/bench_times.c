@@ -136,15 +136,15 @@ void times_measure(Times *times, Recording *recording, void (*call)(void *subjec
 }
 
 void times_stages(Times *stages, void (*call)(void *subject, Profile *profile), void *subject, Effort effort) {
-    enum { GROUP = 8 };
+    enum { GROUP = 4 };
     int group = device_runs_ahead() ? GROUP : 1;
+    Profile profiles[GROUP];
+    memset(profiles, 0, sizeof profiles);
     double begin = seconds_now();
     for (int done = -group; done < effort.iterations; done += group) { /* the first group is the warm-up */
         if (done >= TIMES_LEAST && over(begin, effort.seconds)) {
             break;
         }
-        Profile profiles[GROUP];
-        memset(profiles, 0, sizeof profiles);
         for (int i = 0; i < group; i++) {
             profile_start(&profiles[i], NULL);
             call(subject, &profiles[i]);
@@ -155,8 +155,11 @@ void times_stages(Times *stages, void (*call)(void *subject, Profile *profile), 
             for (int s = 0; s < STAGE_COUNT && done >= 0; s++) {
                 times_add(&stages[s], 1e3 * profiles[i].seconds[s]);
             }
-            profile_free(&profiles[i]);
+            memset(profiles[i].seconds, 0, sizeof profiles[i].seconds);
         }
+    }
+    for (int i = 0; i < group; i++) {
+        profile_free(&profiles[i]);
     }
     for (int s = 0; s < STAGE_COUNT; s++) {
         times_end_repeat(&stages[s]);

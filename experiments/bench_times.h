@@ -7,7 +7,7 @@
  *     times_free(&forward);  recording_free(&recording);
  *
  * All times in milliseconds. On a GPU each call is timed by two events in the stream, so the host's own time is not in
- * it. avg, std, p50 and p95 are of all calls of all repeats; "mean" is the mean of the repeats' medians and "half_width"
+ * it. avg, std, p50 and p95 are of all calls of all repeats; "mean" is the mean of the repeats' medians, "half_width"
  * the half of its 95 % interval by Student's t with repeats - 1 degrees of freedom (null for a single repeat): how far
  * the medians of other repeats on this machine, in this state, would be expected to lie.
  */
@@ -45,7 +45,7 @@ void times_end_repeat(Times *times);
 double times_median(const Times *times);
 double times_quantile(const Times *times, double q);
 
-/* The half of the 95 % interval of the mean of the repeats' medians; NAN for fewer than two. */
+/* Of the repeats' medians; the half width is NAN for fewer than two. */
 double times_mean(const Times *times);
 double times_half_width(const Times *times);
 

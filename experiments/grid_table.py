@@ -7,8 +7,8 @@ Reads lines with "kind": "microbench" (experiments/bench_grid_line.h says what t
 for the same point, load and device the last one counts. The tables:
 
     layouts     the whole forward: padded / compact, a ratio above 1 says that compact is faster. Per router, shape size
-                and capacity factor: the median ratio over the points, and at how many of them compact is faster, slower,
-                or not resolved: the 95 % interval of the ratio, from those of both times, holds 1
+                and capacity factor: the median ratio over the points, and at how many of them compact is faster,
+                slower, or not resolved: the 95 % interval of the ratio, from those of both times, holds 1
     stages      share of each stage in the forward, median over the points; "around" is all but the experts
     soft        the write-back of soft routing (its combine) against the combine of topk, compact, at the same point
     bandwidth   pack grid: GB/s of dispatch + combine, strict and legacy (bench_layer.c), median and range

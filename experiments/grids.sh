@@ -9,7 +9,7 @@
 #   -o OPTIONS  further ones of the program (experiments/bench_layer.c), for example "--scale small --seconds 0.1" on a
 #               CPU, or "--load zipf:1.2"
 #   -p PYTHON   default: python3
-# One process per grid; one that fails leaves the others as they are, and the table says what is missing. Builds nothing.
+# One process per grid; one that fails leaves the lines of the others as they are. Builds nothing.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -4,43 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#include "../model/commit.h"
-#include "../model/log.h"
 #include "bench_moves.h"
-
-#ifndef _OPENMP
-#define _OPENMP 0
-#endif
-
-static void print_text(const char *name, const char *text) {
-    char quoted[512];
-    if (text) {
-        printf(",\"%s\":%s", name, json_quote(quoted, sizeof quoted, text, strlen(text)));
-    } else {
-        printf(",\"%s\":null", name);
-    }
-}
-
-/* The driver's version, a word such as 580.95.05; NULL where there is none to be found. */
-static const char *driver_version(char *text, size_t size) {
-    FILE *file = fopen("/proc/driver/nvidia/version", "r");
-    const char *found = NULL;
-    char line[256];
-    if (file && fgets(line, sizeof line, file)) {
-        for (char *word = strtok(line, " \t\n"); word && !found; word = strtok(NULL, " \t\n")) {
-            if (word[strspn(word, "0123456789.")] == '\0' && strchr(word, '.')) {
-                snprintf(text, size, "%s", word);
-                found = text;
-            }
-        }
-    }
-    if (file) {
-        fclose(file);
-    }
-    return found;
-}
+#include "bench_provenance.h"
 
 double point_seconds(const Point *p) {
     return p->options->seconds >= 0 ? p->options->seconds : p->grid->seconds;
@@ -48,12 +14,10 @@ double point_seconds(const Point *p) {
 
 static void print_point(const Point *p) {
     const GridOptions *o = p->options;
-    char now[32], driver[64];
-    time_t seconds = time(NULL);
-    struct tm utc;
-    strftime(now, sizeof now, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&seconds, &utc));
-    printf("{\"kind\":\"microbench\",\"ts\":\"%s\",\"impl\":\"moelab\",\"grid\":\"%s\",\"scale\":\"%s\",\"point\":%d",
-           now, p->grid->name, p->grid->scale, p->number);
+    printf("{\"kind\":\"microbench\",");
+    print_time();
+    printf(",\"impl\":\"moelab\",\"grid\":\"%s\",\"scale\":\"%s\",\"point\":%d", p->grid->name, p->grid->scale,
+           p->number);
     print_text("router", p->router);
     print_text("layout", p->layout);
     print_text("load", o->load);
@@ -64,12 +28,7 @@ static void print_point(const Point *p) {
         p->capacity_factor, o->shared_weights ? "true" : "false", p->batch * p->seq, p->batch, p->seq, p->dim,
         p->expert_dim, p->experts, p->top_k, p->grid->act, o->seed, o->warm_up, o->iterations, point_seconds(p),
         o->repeats);
-    print_text("device", p->device);
-    print_text("driver", p->device && device_runs_ahead() ? driver_version(driver, sizeof driver) : NULL);
-    printf(",\"versions\":{\"openmp\":%d", _OPENMP);
-    print_text("compiler", __VERSION__);
-    printf("}");
-    print_text("commit", commit_name());
+    print_provenance(p->device);
 }
 
 void print_dry(const Point *p) {

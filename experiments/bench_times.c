@@ -18,7 +18,8 @@ void times_add(Times *times, double ms) {
     times->ms[times->count++] = ms;
 }
 
-/* The q-th quantile of `count` times, by the rule of bench_median: an element, not a value between two. */
+/* The q-th quantile (0.5 and above) of `count` times, by the rule of bench_median: an element, not a value between two.
+ */
 static double quantile(const double *ms, int count, double q) {
     if (count == 0) {
         return 0;
@@ -27,7 +28,8 @@ static double quantile(const double *ms, int count, double q) {
     CHECK(sorted, "out of memory for %d times", count);
     memcpy(sorted, ms, (size_t)count * sizeof(double));
     qsort(sorted, (size_t)count, sizeof(double), bench_compare);
-    double value = q == 0.5 ? sorted[count / 2] : sorted[(int)(q * (count - 1))];
+    int middle = count / 2, place = (int)(q * (count - 1));
+    double value = sorted[q == 0.5 || place < middle ? middle : place]; /* of two times the larger is every quantile */
     free(sorted);
     return value;
 }

@@ -147,14 +147,14 @@ PYTHON
 }
 
 test_refusals() {
-    local wrong=('--grid what' '--grid pack --scale tiny' '--grid pack --router top1' '--grid pack --load zipf:x'
-                 '--grid course --layout wide' '--grid course --router nobody' '--grid pack --repeats-of-all 0'
-                 '--grid pack --iterations 1.5' '--grid pack --shared-weights 1'
-                 '--grid course --load uniform --router topk' '--grid pack --points 9-3' '--seconds' '--grids pack')
+    local wrong=('--grid what' '--grid pack --scale tiny' '--grid pack --router top1' '--load zipf:x --grid pack'
+                 '--layout wide --grid course' '--router nobody --grid course' '--repeats-of-all 0 --grid pack'
+                 '--iterations 1.5 --grid pack' '--shared-weights 1 --grid pack' '--points 9-3 --grid pack'
+                 '--load uniform --router topk --grid course' '--seconds' '--grids pack')
     for arguments in "${wrong[@]}"; do
         # shellcheck disable=SC2086  # words
         grid $arguments
-        refused ''
+        refused "${arguments%% *}"
         check "$arguments: printed something" test ! -s out
     done
 }

@@ -314,12 +314,14 @@ PROGRAMS_OF_SCRIPTS = $(if $(filter test_comm.sh,$(TESTS)),build/comm_ranks) \
                       $(if $(filter test_exchange%.sh,$(TESTS)),build/exchange_ranks build/exchange_ranks_double \
                       $(if $(filter 0,$(SANITIZE)),,build/exchange_ranks_asan)) \
                       $(if $(filter test_bench_alltoall.sh,$(TESTS)),build/bench_alltoall) \
-                      $(if $(filter test_specialise.sh,$(TESTS)),build/specialise_toy)
+                      $(if $(filter test_specialise.sh,$(TESTS)),build/specialise_toy) \
+                      $(if $(filter test_bench_layer.sh,$(TESTS)),build/bench_layer) \
+                      $(if $(filter test_bench_generate.sh,$(TESTS)),build/bench_generate)
 
 # With CUDA=1 also the programs for a GPU, and what compares them with the CPU; without a GPU they are built, not run.
 CUDA_TESTS = $(if $(filter 1,$(CUDA)),$(if $(filter train_cuda,$(CUDA_PROGRAM)),train_cuda build/train_cuda_fp32 \
              build/parity_cpu build/parity_cuda build/parity_cuda_fp32 build/comm_ranks_cuda build/bench_layer_cuda \
-             build/bench_train_cuda build/bench_alltoall_cuda))
+             build/bench_train_cuda build/bench_generate_cuda build/bench_alltoall_cuda))
 
 # Where something does not compile, -k goes on and run_tests.sh counts what is missing as failed.
 test: $(if $(filter 1,$(CUDA)),$(filter no_cuda,$(CUDA_PROGRAM)))
@@ -343,13 +345,17 @@ bench: build/bench_train
 
 # Programs of the tests and experiments that are built on demand: build/NAME, and build/NAME_cuda for a GPU.
 build/bench_train: build/cpu/experiments/bench_train.o
-build/bench_layer: build/cpu/experiments/bench_layer.o
+BENCH_LAYER = $(addprefix experiments/,bench_layer.o bench_grid.o bench_grid_line.o bench_moe.o \
+                bench_moves.o bench_provenance.o bench_times.o)
+BENCH_GENERATE = $(addprefix experiments/,bench_generate.o bench_provenance.o bench_times.o)
+build/bench_generate: $(addprefix build/cpu/,$(BENCH_GENERATE))
+build/bench_layer: $(addprefix build/cpu/,$(BENCH_LAYER))
 build/bench_alltoall: build/cpu/experiments/bench_alltoall.o build/cpu/experiments/scale_rows.o
 build/specialise_toy: build/cpu/experiments/specialise_toy.o
 build/hf_logits: build/cpu/tests/hf_logits.o
 build/comm_ranks: build/cpu/tests/comm_ranks.o
 build/exchange_ranks: build/cpu/tests/exchange_ranks.o
-$(addprefix build/,bench_train bench_layer bench_alltoall specialise_toy hf_logits comm_ranks \
+$(addprefix build/,bench_train bench_layer bench_generate bench_alltoall specialise_toy hf_logits comm_ranks \
     exchange_ranks): build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
@@ -360,11 +366,13 @@ build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
 $(foreach name,tests/parity tests/hf_logits tests/comm_ranks experiments/bench_train experiments/bench_layer \
-    experiments/bench_alltoall,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
+    experiments/bench_generate experiments/bench_alltoall,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
 build/bench_alltoall_cuda: build/cuda/experiments/scale_rows.o
+build/bench_layer_cuda: $(addprefix build/cuda/,$(BENCH_LAYER))
+build/bench_generate_cuda: $(addprefix build/cuda/,$(BENCH_GENERATE))
 build/parity_cuda_fp32: build/cuda-fp32/tests/parity.o build/cuda-fp32/libmoelab.a
-$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_alltoall_cuda hf_logits_cuda \
-    comm_ranks_cuda):
+$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_generate_cuda bench_alltoall_cuda \
+    hf_logits_cuda comm_ranks_cuda):
 	$(Q)$(LINK_CUDA) -o $@
 
 # The rungs of experiments/ladder, each one file: build/ladder/LADDER_level_N_NAME. experiments/ladder/run.sh runs them.

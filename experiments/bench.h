@@ -1,5 +1,4 @@
-/* What the benchmarks share: random data, the order of times, and stage times as JSON. Included by bench_layer.c,
- * bench_train.c and bench_alltoall.c. */
+/* What the benchmarks share: random data, the order of times, and stage times as JSON. Included by bench_*.c. */
 #ifndef EXPERIMENTS_BENCH_H
 #define EXPERIMENTS_BENCH_H
 
@@ -9,6 +8,7 @@
 #include "../kernels/check.h"
 #include "../kernels/convert.h"
 #include "../kernels/device.h"
+#include "../kernels/fixed_choice.h"
 #include "../kernels/random.h"
 
 /* std * normal numbers into a device array, by way of `staging` (count) on the device. */
@@ -24,6 +24,14 @@ static inline void bench_fill(real_t *x, acc_t *staging, size_t count, double st
     real_from_acc(x, staging, count, NULL);
     device_wait(NULL);
     free(host);
+}
+
+/* std * normal numbers made on the device itself, for data of gigabytes: to (count); key: room for a number there. Each
+ * `stream` of a seed has numbers of its own. */
+static inline void bench_normal(acc_t *to, uint64_t *key, int seed, int stream, double std, size_t count) {
+    uint64_t number = random_key((uint64_t)seed, RANDOM_TEST, (uint64_t)stream);
+    device_from_host(key, &number, sizeof number, NULL);
+    random_weights(to, std, key, count, NULL);
 }
 
 static inline int bench_compare(const void *a, const void *b) {

@@ -169,3 +169,15 @@ void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *q
         }
     }
 }
+
+void attention_keep(real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int length, AttentionShape shape,
+                    Stream *stream) {
+    int T = shape.T, NH = shape.NH, HS = shape.HS;
+    size_t kv_width = (size_t)shape.NKV * HS, qk_width = (size_t)NH * HS + kv_width;
+#pragma omp parallel for
+    for (int row = 0; row < shape.B * T; row++) {
+        size_t place = ((size_t)(row / T) * length + row % T) * kv_width;
+        memcpy(keys + place, qk + row * qk_width + (size_t)NH * HS, sizeof(real_t) * kv_width);
+        memcpy(values + place, qkv + row * (qk_width + kv_width) + qk_width, sizeof(real_t) * kv_width);
+    }
+}

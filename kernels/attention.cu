@@ -1,7 +1,7 @@
 /* Attention on the GPU: flash attention on the matrix units for bf16 where rows can be moved in packs of 16 bytes and a
  * head is at most 128 wide, the plain path for the rest and for tests that ask for it (device_use_path). Forward is one
  * launch; backward is two, the second of which reads what the first keeps of each query row in the workspace. Decode is
- * one launch, a block for a query head.
+ * one launch, a block for a query head; keep, a copy into the cache, is one.
  *
  * Called by model/transformer.c. Read next: attention_plain.cuh, which has the three kernels in the simplest form; then
  * attention_tiles.cuh, attention_scores.cuh and attention_flash.cuh, which build the fast ones.
@@ -228,5 +228,26 @@ void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *q
     bool packs = packs_fit(qk, shape.HS) && packs_fit(keys, shape.HS);
     decode_kernel<<<shape.B * shape.NH, DECODE_WARPS * 32, bytes, cuda_stream(stream)>>>(out, keys, values, qk, qkv,
                                                                                          position, shape, packs);
+    CUDA_LAUNCHED();
+}
+
+enum { KEEP_THREADS = 128 };
+
+/* blockIdx.x replaces the loop over rows, threads go over a row's numbers. */
+__global__ static void __launch_bounds__(KEEP_THREADS)
+    keep_kernel(real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int length, AttentionShape shape) {
+    int row = blockIdx.x, kv_width = shape.NKV * shape.HS, q_width = shape.NH * shape.HS;
+    size_t place = ((size_t)(row / shape.T) * length + row % shape.T) * kv_width;
+    const real_t *k = qk + (size_t)row * (q_width + kv_width) + q_width;
+    const real_t *v = qkv + (size_t)row * (q_width + 2 * kv_width) + q_width + kv_width;
+    for (int c = threadIdx.x; c < kv_width; c += KEEP_THREADS) {
+        keys[place + c] = k[c];
+        values[place + c] = v[c];
+    }
+}
+
+void attention_keep(real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int length, AttentionShape shape,
+                    Stream *stream) {
+    keep_kernel<<<shape.B * shape.T, KEEP_THREADS, 0, cuda_stream(stream)>>>(keys, values, qk, qkv, length, shape);
     CUDA_LAUNCHED();
 }

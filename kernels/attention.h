@@ -39,4 +39,9 @@ void attention_backward(real_t *dqkv, const real_t *dout, const real_t *out, con
 void attention_decode(real_t *out, real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int position,
                       AttentionShape shape, Stream *stream);
 
+/* A prompt that attention_forward has read, for attention_decode to go on behind it: the keys of qk and the values of
+ * qkv (B*T, ..) become the first T of `length` places of each sequence in keys and values (B,length,NKV,HS). */
+void attention_keep(real_t *keys, real_t *values, const real_t *qk, const real_t *qkv, int length, AttentionShape shape,
+                    Stream *stream);
+
 #endif

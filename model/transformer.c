@@ -1,5 +1,5 @@
 /* The transformer around the MoE layers: parameters, memory, then forward and backward of each part next to each other.
- * The whole model is forward_from, transformer_loss and transformer_backward at the end of the file.
+ * The whole model is transformer_forward_from, transformer_loss and transformer_backward at the end of the file.
  *
  * Called by train.c, generate.c and experiments/bench_train.c. Read next: moe.c.
  */
@@ -211,8 +211,8 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
     reserve(arena, &layer->lse, N * c->heads, sizeof(acc_t), kind);
     reserve(arena, &layer->mid, N * C, sizeof(real_t), kind);
     reserve(arena, &layer->mid_rstd, N, sizeof(acc_t), kind);
-    if (use == USE_GENERATE) {
-        size_t cache = (size_t)model->B * c->seq * c->kv_heads * c->head_dim;
+    if (model->decodes) {
+        size_t cache = (size_t)model->B * model->cached * c->kv_heads * c->head_dim;
         reserve(arena, &layer->keys, cache, sizeof(real_t), MEMORY_CACHE);
         reserve(arena, &layer->values, cache, sizeof(real_t), MEMORY_CACHE);
     }
@@ -226,7 +226,7 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
 }
 
 /* What there is once: the stream's end, head and losses, what routers tell. */
-static void reserve_around_layers(Transformer *model, Arena *arena) {
+static void reserve_around_layers(Transformer *model, TransformerUse use, Arena *arena) {
     const ModelConfig *c = model->config;
     size_t N = model->N, C = c->dim, statistics = (size_t)model->slices * model->moe_count;
     MemoryCategory kind = MEMORY_ACTIVATIONS;
@@ -238,7 +238,7 @@ static void reserve_around_layers(Transformer *model, Arena *arena) {
     reserve(arena, &model->hidden, N * C, sizeof(real_t), kind);
     reserve(arena, &model->final_rstd, N, sizeof(acc_t), kind);
     reserve(arena, &model->branch, N * C, sizeof(real_t), kind);
-    reserve(arena, &model->logits, (size_t)model->head_rows * c->vocab, sizeof(real_t), kind);
+    reserve(arena, &model->logits, use == USE_READ ? 0 : (size_t)model->head_rows * c->vocab, sizeof(real_t), kind);
     reserve(arena, &model->losses, N, sizeof(acc_t), kind);
     reserve(arena, &model->slice_loss, model->slices, sizeof(acc_t), kind);
     reserve(arena, &model->step_loss, 1, sizeof(acc_t), kind);
@@ -268,7 +268,9 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     *model = (Transformer){.config = c, .B = batch, .T = use == USE_GENERATE ? 1 : c->seq, .slices = slices};
     model->N = model->B * model->T;
     model->predicted = model->N;
-    model->recompute = use == USE_TRAIN ? config->train.recompute : RECOMPUTE_NONE;
+    model->decodes = use == USE_GENERATE;
+    model->cached = model->decodes ? c->seq : 0;
+    model->recompute = model->decodes ? RECOMPUTE_NONE : config->train.recompute;
     model->layers = calloc(c->layers, sizeof(Layer));
     model->moe_layers = calloc(c->layers * c->chain_steps, sizeof(int));
     model->moes = calloc(c->layers * c->chain_steps, sizeof(MoeLayer *));
@@ -290,7 +292,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
                                      .seed = config->train.seed,
                                      .training = use == USE_TRAIN};
     router_context_reserve(&model->context, arena);
-    if (use == USE_TRAIN) {
+    if (!source) {
         reserve(arena, &model->master, model->tensors.total, sizeof(acc_t), MEMORY_WEIGHTS);
         if (!weights_are_master()) {
             reserve(arena, &model->weights, model->tensors.total, sizeof(real_t), MEMORY_WEIGHTS);
@@ -306,12 +308,13 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
             model->moes[site++] = &model->layers[l].chain.moe[s];
         }
     }
-    reserve_around_layers(model, arena);
+    reserve_around_layers(model, use, arena);
     moe_reserve_scratch(&model->scratch, c, scratch, model->N, use == USE_TRAIN, arena);
     if (use == USE_TRAIN) {
         reserve_backward(model, arena);
         chain_reserve_scratch(&model->chain_scratch, c, model->N, arena);
-    } else {
+    }
+    if (model->decodes) {
         reserve(arena, &model->logits_acc, (size_t)model->B * c->vocab, sizeof(acc_t), MEMORY_ACTIVATIONS);
     }
 }
@@ -370,7 +373,7 @@ static RopeShape rope_shape(const Transformer *model, int start) {
 static AttentionShape attention_shape(const Transformer *model) {
     const ModelConfig *c = model->config;
     return (AttentionShape){.B = model->B,
-                            .T = model->layers[0].keys ? c->seq : model->T,
+                            .T = model->decodes ? model->cached : model->T,
                             .NH = c->heads,
                             .NKV = c->kv_heads,
                             .HS = c->head_dim,
@@ -405,18 +408,22 @@ static void weight_backward(Weight w, const real_t *dy, const real_t *x, int N, 
     }
 }
 
-/* branch = attention(layer->xn). Rows stand at positions start .. start+T-1; with a cache, earlier ones are read from
- * it. */
+/* branch = attention(layer->xn). Rows stand at positions start .. start+T-1; what decodes reads earlier ones from the
+ * cache, what reads a prompt leaves them there. */
 static void attention_block_forward(Transformer *model, Layer *layer, int start, Stream *stream) {
     const ModelConfig *c = model->config;
     profile_stage(model->profile, STAGE_ATTENTION, stream);
     project(model, layer, stream);
     turn(model, layer, start, stream);
-    if (layer->keys) {
+    if (model->decodes) {
         attention_decode(layer->att, layer->keys, layer->values, layer->qk_turned, layer->qkv_raw, start,
                          attention_shape(model), stream);
     } else {
         attention_forward(layer->att, layer->lse, layer->qk_turned, layer->qkv_raw, attention_shape(model), stream);
+    }
+    if (layer->keys && !model->decodes) {
+        attention_keep(layer->keys, layer->values, layer->qk_turned, layer->qkv_raw, model->cached,
+                       attention_shape(model), stream);
     }
     matmul_forward(model->branch, layer->att, layer->attn_out.w, model->N, att_width(c), c->dim, stream);
     adapter_forward(&layer->lora_out, moe_adapter_scratch(&model->scratch), model->branch, layer->att, stream);
@@ -474,7 +481,7 @@ static acc_t *perft_load(const Transformer *model, int slice, int l) {
     return model->perft_load ? model->perft_load + place * LOAD_VALUES : NULL;
 }
 
-static void forward_from(Transformer *model, const int *tokens, int start, int slice, Stream *stream) {
+void transformer_forward_from(Transformer *model, const int *tokens, int start, int slice, Stream *stream) {
     const ModelConfig *c = model->config;
     profile_stage(model->profile, STAGE_EMBED, stream);
     embedding_forward(model->layers[0].x, tokens, model->embedding.w, model->N, c->dim, stream);
@@ -505,7 +512,7 @@ static void forward_from(Transformer *model, const int *tokens, int start, int s
 }
 
 void transformer_forward(Transformer *model, const int *tokens, int slice, Stream *stream) {
-    forward_from(model, tokens, 0, slice, stream);
+    transformer_forward_from(model, tokens, 0, slice, stream);
 }
 
 void transformer_loss(Transformer *model, const int *targets, int slice, bool gradient, Stream *stream) {
@@ -587,12 +594,4 @@ void transformer_update_routers(Transformer *model, const AdamState *adam, Strea
             moe->router->update(&moe->pass, model->demand + (size_t)i * E, (size_t)model->moe_count * E, adam, stream);
         }
     }
-}
-
-void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream) {
-    const ModelConfig *c = model->config;
-    assert(model->T == 1 && position < c->seq);
-    forward_from(model, tokens, position, 0, stream);
-    matmul_forward(model->logits, model->hidden, model->head.w, model->N, c->dim, c->vocab, stream);
-    acc_from_real(model->logits_acc, model->logits, (size_t)model->N * c->vocab, stream);
 }

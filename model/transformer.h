@@ -44,7 +44,7 @@ typedef struct {
     real_t *mid;                /* (N,C) residual stream after attention */
     real_t *mn;                 /* (N,C) normalised */
     acc_t *mid_rstd;            /* (N) */
-    real_t *keys, *values;      /* (B,T,NKV,HS) generation only */
+    real_t *keys, *values;      /* (B,cached,NKV,HS) generation only; of a model that reads prompts, another's */
     Chain chain;                /* the MoE layer, applied once or several times */
     Perft perft;                /* adapters beside it */
     Adapter lora_qkv, lora_out; /* .. and beside the attention's projections */
@@ -53,6 +53,8 @@ typedef struct {
 typedef struct {
     const ModelConfig *config;
     int B, T, N;           /* sequences, time, rows of one forward */
+    bool decodes;          /* one token at a time, with a cache of what came before */
+    int cached;            /* length of the cache that layers read or fill, where they have one */
     int slices;            /* forwards per optimizer step */
     Recompute recompute;   /* what the backward makes again (--recompute) */
     int predicted;         /* targets of one forward that count: N, or fewer where only masked tokens are predicted */
@@ -90,14 +92,16 @@ typedef struct {
     Profile *profile; /* NULL: no stage times */
 } Transformer;
 
-typedef enum { USE_TRAIN, USE_GENERATE } TransformerUse;
+/* Trains; reads whole sequences, up to what comes before the head; reads and writes one token at a time. */
+typedef enum { USE_TRAIN, USE_READ, USE_GENERATE } TransformerUse;
 
 /* Appends every tensor of a model, in the order of the forward. */
 void transformer_tensors(TensorList *list, const ModelConfig *config);
 
 /* Reserves all device memory of a model that works on `batch` sequences at once, in `slices` forwards per step.
- * USE_GENERATE reserves neither gradients nor backward buffers but a cache of keys and values, reads one token per
- * sequence and forward, and shares the weights of `source`. `config` must outlive the model. */
+ * The other two reserve neither gradients nor backward buffers, and share the weights of `source`; USE_READ without one
+ * has its own. USE_GENERATE has a cache of keys and values and reads one token per sequence and forward. `config` must
+ * outlive the model. */
 void transformer_reserve(Transformer *model, const Config *config, int batch, int slices, TransformerUse use,
                          Transformer *source, Arena *arena);
 
@@ -129,6 +133,9 @@ void transformer_begin_step(Transformer *model, int64_t step, Stream *stream);
 /* tokens (N) on the device -> model->hidden. Books routing statistics under `slice`. */
 void transformer_forward(Transformer *model, const int *tokens, int slice, Stream *stream);
 
+/* The same for tokens that stand at `start` and behind, of a model that decodes: what stood before is in its cache. */
+void transformer_forward_from(Transformer *model, const int *tokens, int start, int slice, Stream *stream);
+
 /* targets (N), -1 where nothing is predicted -> model->losses, model->slice_loss[slice], their mean over
  * model->predicted. With gradient, also the gradients of the head and of hidden; each target weighs
  * 1 / (predicted * slices * ranks), so that gradients of ranks and slices are added, never averaged. */
@@ -145,9 +152,5 @@ void transformer_sum_ranks(Transformer *model, Stream *stream);
 /* After the optimizer's step, whose state is `adam`: routers that learn without a gradient move what they
  * keep, unless --freeze router holds them. */
 void transformer_update_routers(Transformer *model, const AdamState *adam, Stream *stream);
-
-/* One token per sequence at `position`, after those before it; leaves logits (B,V) in model->logits_acc. USE_GENERATE
- * only. */
-void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream);
 
 #endif

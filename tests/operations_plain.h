@@ -60,6 +60,20 @@ static inline void decode_case_forward(Case *c) {
     }
 }
 
+/* A prompt of T tokens into a cache of more: what lies behind it stays. */
+static inline void make_keep(Case *c) { /* B T NH NKV HS length */
+    int B = c->n[0], T = c->n[1], NH = c->n[2], NKV = c->n[3], HS = c->n[4], length = c->n[5];
+    add_given(c, "qk", ACTIVATION, (size_t)B * T * (NH + NKV) * HS);
+    add_given(c, "qkv", ACTIVATION, (size_t)B * T * (NH + 2 * NKV) * HS);
+    add_given(c, "keys", ACTIVATION, (size_t)B * length * NKV * HS);
+    add_given(c, "values", ACTIVATION, (size_t)B * length * NKV * HS);
+}
+
+static inline void keep_case_forward(Case *c) {
+    AttentionShape s = {.B = c->n[0], .T = c->n[1], .NH = c->n[2], .NKV = c->n[3], .HS = c->n[4], .causal = 1};
+    attention_keep(val(c, "keys"), val(c, "values"), val(c, "qk"), val(c, "qkv"), c->n[5], s, NULL);
+}
+
 /* ---- choices */
 
 enum { CHOICE_POSITION, CHOICE_BALANCED, CHOICE_ZIPF, CHOICE_ONE, CHOICE_TABLE };

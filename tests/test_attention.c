@@ -130,6 +130,16 @@ static void check_attention(AttentionShape shape) {
             assert_bits(decoded + (size_t)b * NH * HS, out + ((size_t)b * T + t) * NH * HS, (size_t)NH * HS);
         }
     }
+    size_t row_width = (size_t)NKV * HS; /* the same rows, kept from a whole prompt in a longer cache */
+    real_t *kept_keys = case_poison(&c, cache + 2 * B * row_width),
+           *kept_values = case_poison(&c, cache + 2 * B * row_width);
+    attention_keep(kept_keys, kept_values, qk, qkv, T + 2, shape, NULL);
+    for (int b = 0; b < B && shape.causal; b++) {
+        size_t place = (size_t)b * (T + 2) * row_width;
+        assert_bits(kept_keys + place, keys + b * T * row_width, T * row_width);
+        assert_bits(kept_values + place, values + b * T * row_width, T * row_width);
+        assert_true(isnan(kept_keys[place + T * row_width]) && isnan(kept_values[place + T * row_width]));
+    }
     case_free(&c);
 }
 

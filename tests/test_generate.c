@@ -211,6 +211,68 @@ static void test_seed_decides_the_text(void **state) {
     subject_close(&s);
 }
 
+/* Sequences side by side get the texts that each gets alone, prompts read at once or token by token, of one token, of
+ * some and of more than a context, to where the context is read again. */
+static void check_batch(const char *options) {
+    enum { B = 3, LENGTH = 24 };
+    Subject s;
+    subject_open(&s, options);
+    int T = s.config.model.seq, V = s.config.model.vocab, counts[] = {1, T / 2 + 1, T + 2};
+    int *prompts = malloc(B * (size_t)(T + 2) * sizeof(int));
+    assert_true(prompts);
+    for (int k = 0; k < 6; k++) {
+        int count = counts[k / 2], out[B * LENGTH], alone[LENGTH], once = k % 2 ? count < T ? count : T / 2 : 0;
+        SampleOptions drawn = {.temperature = 1, .top_p = 0.95, .seed = (uint64_t)k};
+        for (int i = 0; i < B * count; i++) {
+            prompts[i] = (int)random_below(random_key(9, RANDOM_TEST, k), (uint64_t)i, (uint64_t)V);
+        }
+        Generator batch;
+        generator_open_batch(&batch, &s.config, &s.model, B, once);
+        assert_int_equal(generator_reads_at_once(&batch, once), once > 0);
+        assert_int_equal(generate_batch(&batch, out, LENGTH, prompts, count, drawn, NULL, NULL), LENGTH);
+        for (int b = 0; b < B; b++) {
+            drawn.seed = (uint64_t)(k + b);
+            assert_int_equal(generate(&s.generator, alone, LENGTH, prompts + b * count, count, drawn, NULL, NULL),
+                             LENGTH);
+            if (memcmp(alone, out + b * LENGTH, sizeof alone) != 0) {
+                fail_msg("'%s': sequence %d has another text after %d tokens, %d at once", options, b, count, once);
+            }
+        }
+        generator_close(&batch);
+    }
+    free(prompts);
+    subject_close(&s);
+}
+
+static void test_batch_equals_single(void **state) {
+    static const char *const more[] = {"--router hash", "--router sigmoid", "--router coe", "--router noisy",
+                                       "--router threshold --allow-leak 1"};
+    for (int i = 0; i < VARIANTS; i += 2) {
+        check_batch(variants[i]);
+    }
+    for (size_t i = 0; i < sizeof more / sizeof *more; i++) {
+        check_batch(more[i]);
+    }
+}
+
+/* A router that sees later tokens would make another text of a prompt that is read at once. */
+static void test_prompts_of_routers_that_see_the_future(void **state) {
+    Subject s;
+    Generator batch;
+    subject_open(&s, "--router soft --allow-leak 1");
+    generator_open_batch(&batch, &s.config, &s.model, 2, 5);
+    assert_false(generator_reads_at_once(&batch, 5));
+    int prompts[10] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, out[2 * 7], alone[7];
+    SampleOptions greedy = {.temperature = 0, .top_p = 1};
+    assert_int_equal(generate_batch(&batch, out, 7, prompts, 5, greedy, NULL, NULL), 7);
+    for (int b = 0; b < 2; b++) {
+        assert_int_equal(generate(&s.generator, alone, 7, prompts + 5 * b, 5, greedy, NULL, NULL), 7);
+        assert_memory_equal(alone, out + 7 * b, sizeof alone);
+    }
+    generator_close(&batch);
+    subject_close(&s);
+}
+
 /* The generator reads the weights of its source, also after they change. */
 static void test_weights_are_shared(void **state) {
     Subject s;
@@ -388,6 +450,8 @@ int main(void) {
         cmocka_unit_test(test_decode_equals_forward),
         cmocka_unit_test(test_generation_equals_whole_forwards),
         cmocka_unit_test(test_seed_decides_the_text),
+        cmocka_unit_test(test_batch_equals_single),
+        cmocka_unit_test(test_prompts_of_routers_that_see_the_future),
         cmocka_unit_test(test_weights_are_shared),
         cmocka_unit_test(test_frequencies),
         cmocka_unit_test(test_argmax),

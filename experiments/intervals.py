@@ -1,52 +1,61 @@
-"""Statistics of small samples: mean and interval, paired differences, Pareto front, time to a target.
+"""Statistics of small samples: intervals of means and of paired differences, Pareto fronts, time to a target.
 
-    mean_interval([1.1, 1.2, 1.3])          mean and half the width of its 95 % interval (Student's t)
-    paired_bootstrap(differences)           mean and the ends of its 95 % percentile interval
-    pareto_front([(cost, loss), ...])       indices of the points that no other point beats in both
-    steps_to([(step, loss), ...], target)   the step at which the loss first gets to the target, interpolated
+    mean, low, high = mean_interval([1.2, 1.3, 1.1])               Student's t, 95 %
+    d = paired([1.2, 1.3, 1.1], [1.4, 1.4, 1.3])                   d.mean, d.t, d.bootstrap, d.resolved
+    pareto([(loss, cost), ...])                                    indices of the points that no other one beats
+    reach([(x, loss), ...], target)                                the x at which a falling curve meets the target
 """
+import collections
 import math
 import random
 import statistics
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 is the limit for many.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+DRAWS = 10000
+SEED = 17
+
+Paired = collections.namedtuple("Paired", "n mean t bootstrap resolved")
 
 
 def mean_interval(values):
-    """(mean, half width); the half width of a single value is None."""
+    """(mean, low, high); low and high are None for fewer than two values."""
+    mean = math.fsum(values) / len(values)
     if len(values) < 2:
-        return values[0], None
+        return mean, None, None
     freedom = len(values) - 1
     quantile = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.5 / freedom
-    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
-def paired_bootstrap(differences, seed=0, draws=10000):
-    """(mean, low, high): the means of samples drawn with replacement, their 2.5 % and 97.5 % quantiles."""
-    source = random.Random(seed)
-    means = sorted(statistics.fmean(source.choices(differences, k=len(differences))) for _ in range(draws))
-    return statistics.fmean(differences), means[int(0.025 * draws)], means[min(draws - 1, int(0.975 * draws))]
+def paired(values, baseline):
+    """values[i] - baseline[i]; resolved: Student's interval and the bootstrap's percentiles both leave out 0."""
+    differences = [a - b for a, b in zip(values, baseline)]
+    mean, low, high = mean_interval(differences)
+    if low is None:
+        return Paired(1, mean, (None, None), (None, None), False)
+    source, n = random.Random(SEED), len(differences)
+    means = sorted(math.fsum(source.choices(differences, k=n)) / n for _ in range(DRAWS))
+    ends = means[int(0.025 * DRAWS)], means[int(0.975 * DRAWS)]
+    return Paired(n, mean, (low, high), ends, all(not a <= 0 <= b for a, b in ((low, high), ends)))
 
 
-def pareto_front(points):
-    """points: (cost, loss), both better when lower. Indices by rising cost; of equal points all are on the front."""
-    front, best = [], math.inf
-    for i in sorted((i for i, p in enumerate(points) if all(map(math.isfinite, p))), key=lambda i: points[i]):
-        if points[i][1] < best or (front and points[i] == points[front[-1]]):
-            front.append(i)
-            best = points[i][1]
-    return front
+def pareto(points):
+    """Smaller is better in every coordinate; equal points stand or fall together."""
+    def beats(a, b):
+        return a != b and all(x <= y for x, y in zip(a, b))
+
+    return [i for i, p in enumerate(points) if not any(beats(q, p) for q in points)]
 
 
-def steps_to(points, target):
-    """None where the target is not reached."""
+def reach(curve, target):
+    """None where the target is never reached."""
     before = None
-    for step, loss in points:
+    for x, loss in curve:
         if loss <= target:
-            if before is None:
-                return step
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (step - before[0])
-        before = (step, loss)
+            if before is None or before[1] == loss:
+                return float(x)
+            return before[0] + (x - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = (x, loss)
     return None

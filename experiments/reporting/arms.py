@@ -14,7 +14,7 @@ import statistics
 
 import intervals
 
-from . import peaks
+from . import peaks, plot
 from .lines import mapping, number
 from .markup import count, listing
 
@@ -82,6 +82,10 @@ class Arm:
                 found.append(1000 * per_step / ms)
         return found
 
+    def speed(self):
+        """(mean, half) of tokens per second; half is None for one timing. None: no speed that may be shown."""
+        return mean_and_half(self.speeds()) if self.speeds() and not self.implausible else None
+
     def flop_rate(self):
         """FLOP/s that the timing claims, or None."""
         flops = number(self.first("flops_per_token"))
@@ -99,6 +103,12 @@ class Arm:
     @property
     def ranked(self):
         return bool(self.best) and not self.leaky and not self.unlearned
+
+
+def mean_and_half(values):
+    """The mean and half of its 95 % interval; None for the half of a single value."""
+    mean, _, high = intervals.mean_interval(values)
+    return mean, None if high is None else high - mean
 
 
 def finite_loss(run, key):
@@ -127,24 +137,21 @@ def choose_rate(arm, key):
 
 
 class Difference:
-    """An arm's loss minus the baseline's, over the seeds that both have."""
+    """An arm's loss minus another's, over the seeds that both have (intervals.paired)."""
 
-    def __init__(self, values):
-        self.values, self.n = values, len(values)
-        self.mean = statistics.fmean(values)
-        self.half = self.low = self.high = None   # no interval of fewer than FEWEST_SEEDS
+    def __init__(self, values, baseline):
+        self.values, self.n = [a - b for a, b in zip(values, baseline)], len(values)
+        self.mean = statistics.fmean(self.values)
+        self.t = self.bootstrap = None   # (low, high); no interval of fewer than FEWEST_SEEDS
+        self.resolved = False
         if self.n >= FEWEST_SEEDS:
-            self.half = intervals.mean_interval(values)[1]
-            _, self.low, self.high = intervals.paired_bootstrap(values, seed=0)
+            pairs = intervals.paired(values, baseline)
+            self.t, self.bootstrap, self.resolved = pairs.t, pairs.bootstrap, pairs.resolved
 
     @property
     def ends(self):
         """Of the wider of the two intervals, end by end."""
-        return min(self.low, self.mean - self.half), max(self.high, self.mean + self.half)
-
-    @property
-    def resolved(self):
-        return self.half is not None and (self.ends[0] > 0 or self.ends[1] < 0)
+        return min(self.t[0], self.bootstrap[0]), max(self.t[1], self.bootstrap[1])
 
 
 class Comparison:
@@ -172,7 +179,7 @@ class Comparison:
     def loss_interval(self, arm):
         """(mean, half); half is None for fewer than FEWEST_SEEDS runs."""
         values = self.losses(arm)
-        return intervals.mean_interval(values) if len(values) >= FEWEST_SEEDS else (statistics.fmean(values), None)
+        return mean_and_half(values) if len(values) >= FEWEST_SEEDS else (statistics.fmean(values), None)
 
     def difference(self, arm):
         """Of the arm to the baseline; None for the baseline itself and where no seed is shared."""
@@ -183,13 +190,19 @@ class Comparison:
     def between(self, arm, other):
         if (arm, other) not in self.differences:
             seeds = [seed for seed in arm.best if seed in other.best]
-            values = [arm.best[s][self.loss] - other.best[s][self.loss] for s in seeds]
-            self.differences[arm, other] = Difference(values) if values else None
+            losses = [[one.best[s][self.loss] for s in seeds] for one in (arm, other)]
+            self.differences[arm, other] = Difference(*losses) if seeds else None
         return self.differences[arm, other]
 
     def ranked(self):
         """Arms that may be ranked, best first."""
         return sorted((arm for arm in self.arms if arm.ranked), key=self.mean_loss)
+
+    def front(self):
+        """Ranked arms with a speed that no other beats in both, from the lowest loss to the fastest."""
+        arms = [arm for arm in self.arms if arm.ranked and arm.speed()]
+        kept = intervals.pareto([(self.mean_loss(arm), 1 / arm.speed()[0]) for arm in arms])
+        return sorted((arms[i] for i in kept), key=lambda arm: arm.speed()[0])
 
     def scale(self, run):
         """From nats to the unit of this comparison's losses."""
@@ -220,14 +233,14 @@ class Comparison:
         self.give_styles()
 
     def give_styles(self):
-        """Style 0 is the baseline's; the few others go to the best and the worst, the dense control and leaks."""
-        ranked = [arm for arm in self.ranked() if arm is not self.baseline]
-        dense = [arm for arm in ranked if arm.dense][:1]
+        """Style 0 is the baseline's; the few others go to the dense control, the front, the best and the worst."""
+        ranked = self.ranked()
         order = [self.baseline] if self.baseline else []
-        for arm in dense + ranked[:4] + ranked[-1:] + ranked[4:] + [arm for arm in self.arms if arm.best]:
+        dense = [arm for arm in ranked if arm.dense][:1]
+        for arm in dense + self.front()[:4] + ranked[:3] + ranked[-1:] + ranked + [a for a in self.arms if a.best]:
             if arm not in order:
                 order.append(arm)
-        for i, arm in enumerate(order[:8]):
+        for i, arm in enumerate(order[:plot.STYLES]):
             arm.style = i
 
 
@@ -300,7 +313,7 @@ def judge(comparison, lower, higher):
     if d is None:
         return f"Expected {what}: no seed with both."
     numbers = f"difference {d.mean:+.3f} over {count(d.n, 'seed')}".replace("-", "\u2212")
-    if d.half is None:
+    if d.t is None:
         return f"Expected {what}: {numbers}, too few for an interval."
     if not d.resolved:
         return f"Expected {what}: not resolved ({numbers})."
@@ -319,7 +332,7 @@ def verdict(comparison):
     for arm in ranked:
         d = comparison.difference(arm)
         if d is not None:
-            (few if d.half is None else open_ if not d.resolved else below if d.mean < 0 else above).append(arm.name)
+            (few if d.t is None else open_ if not d.resolved else below if d.mean < 0 else above).append(arm.name)
     if base is not None and (below or above or open_):
         said.append(f"Against {base.name}, seed by seed: " + "; ".join(
             f"{words} {listing(names)}" for words, names in

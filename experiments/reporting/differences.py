@@ -3,7 +3,7 @@ import statistics
 
 from . import plot
 from .arms import FEWEST_SEEDS, finite_loss
-from .figure import Figure, Missing, PHONE, Panel
+from .figure import PHONE, Figure, Missing, Panel
 from .lines import number
 from .markup import MISSING, clipped, count, fixed, listing, plus_minus, short, signed
 from .quality import best_runs, commands_of, loss_label, tick_digits
@@ -26,8 +26,8 @@ def forest(comparison):
     order = sorted(differences, key=lambda arm: (not arm.ranked, differences[arm].mean))
     ranked = [arm for arm in order if arm.ranked]
     resolved = sum(differences[arm].resolved for arm in ranked)
-    unsure = sum(differences[arm].half is not None and not differences[arm].resolved for arm in ranked)
-    few = sum(differences[arm].half is None for arm in ranked)
+    unsure = sum(differences[arm].t is not None and not differences[arm].resolved for arm in ranked)
+    few = sum(differences[arm].t is None for arm in ranked)
     words = [f"{resolved} of {count(len(ranked), 'arm')} differ from {base.name}" if resolved != 1 or len(ranked) > 1 else
              f"{ranked[0].name} differs from {base.name}"]
     words += [f"{unsure} not resolved"] * (unsure > 0) + [f"{few} with too few seeds"] * (few > 0)
@@ -45,8 +45,8 @@ def forest(comparison):
     rows = []
     for arm in order:
         d = differences[arm]
-        rows.append([arm.name, d.n, signed(d.mean, 4), "\u00b1 " + fixed(d.half, 4) if d.half is not None else MISSING,
-                     f"{signed(d.low, 4)} to {signed(d.high, 4)}" if d.low is not None else MISSING, verdict_of(d),
+        rows.append([arm.name, d.n, signed(d.mean, 4), "\u00b1 " + fixed(d.t[1] - d.mean, 4) if d.t else MISSING,
+                     f"{signed(d.bootstrap[0], 4)} to {signed(d.bootstrap[1], 4)}" if d.t else MISSING, verdict_of(d),
                      ", ".join(signed(v, 4) for v in d.values)])
     how = (f"Each arm's loss minus that of {base.name}, over seeds that share data and initial weights: left of the zero "
            "line is better than the baseline. Dot: the mean. Bar: the wider of two 95 % intervals, Student's t and the "
@@ -59,7 +59,7 @@ def forest(comparison):
 
 
 def verdict_of(d):
-    if d.half is None:
+    if d.t is None:
         return f"{count(d.n, 'seed')}, no interval"
     return "not resolved" if not d.resolved else "lower loss" if d.mean < 0 else "higher loss"
 
@@ -78,7 +78,7 @@ def draw_forest(comparison, order, differences, width):
     values = [0.0]
     for arm in order:
         difference = differences[arm]
-        values += difference.values + (list(difference.ends) if difference.half is not None else [])
+        values += difference.values + (list(difference.ends) if difference.t is not None else [])
     shown = robust_ends(values, [differences[arm].mean for arm in order])
     x = d.scale_x([min(max(v, shown[0]), shown[1]) for v in values])
     for t in x.ticks(max(2, int((d.right - d.left) / 80))):
@@ -96,13 +96,13 @@ def draw_forest(comparison, order, differences, width):
         inside = [v for v in difference.values if x.low <= v <= x.high]
         for v in inside:
             d.add(plot.el("circle", plot.tooltip(signed(v, 4)), cx=x(v), cy=y, r=2.2, cls=f"whisker l{colour}"))
-        if difference.half is not None:
+        if difference.t is not None:
             low, high = (min(max(v, x.low), x.high) for v in difference.ends)
             d.whisker(x(low), y, x(high), y, colour)
         if x.low <= difference.mean <= x.high:
             say = f"{arm.name}: {signed(difference.mean, 4)}" + (
                 f", from {signed(difference.ends[0], 4)} to {signed(difference.ends[1], 4)}"
-                if difference.half is not None else "") + f", {verdict_of(difference)}"
+                if difference.t is not None else "") + f", {verdict_of(difference)}"
             d.mark(x(difference.mean), y, 0 if difference.resolved else 1, colour, say, 5)
         else:
             side = difference.mean > x.high

@@ -6,8 +6,8 @@ A path is one of
     a sweep's folder     it holds results.jsonl and perhaps `recipe`
     a run's directory    it holds log.jsonl, whose lines are described in model/log.h
     any other folder     every sweep and every run below it
-    a file of lines      told apart by their "kind" ("run", "timing", "failed", "microbench"); lines without one that
-                         name "ranks" and "tok_s" are of a scaling test; a log.jsonl is a run's
+    a file of lines      told apart by their "kind" ("run", "timing", "failed", "recipe", "microbench"); lines without
+                         one that name "ranks" and "tok_s" are of a scaling test; a log.jsonl is a run's
 A line that is not JSON, and a kind that is not known, is named in `problems`, and the rest is read. Only a path that
 cannot be read at all ends the program (InputError). Values that are null, NaN or missing are None for `number`.
 """
@@ -44,15 +44,15 @@ class Inputs:
 
 
 class Recipe:
-    """The keyword lines of a sweep's recipe; a keyword may repeat."""
+    """The keyword lines of a sweep's recipe; a keyword may repeat. It stands in a file beside the results, or among
+    them, as the "text" of a line of kind "recipe"."""
 
-    def __init__(self, path):
+    def __init__(self, text):
         self.words = collections.defaultdict(list)
-        with open(path, encoding="utf-8", errors="replace") as text:
-            for line in text:
-                keyword, _, rest = line.split("#")[0].strip().partition(" ")
-                if keyword:
-                    self.words[keyword].append(rest.strip())
+        for line in text.splitlines():
+            keyword, _, rest = line.split("#")[0].strip().partition(" ")
+            if keyword:
+                self.words[keyword].append(rest.strip())
 
     def get(self, keyword):
         return " ".join(self.words.get(keyword, [])) or None
@@ -74,6 +74,10 @@ def rows(x, width):
     """Points [[a, b, ...], ...] with at least `width` entries, the first two of which are numbers."""
     return [p for p in x if isinstance(p, list) and len(p) >= width and None not in (number(p[0]), number(p[1]))] \
         if isinstance(x, list) else []
+
+
+def run_key(line):
+    return [str(line.get(key)) for key in ("sweep", "size", "budget", "arm", "rate", "seed")]
 
 
 def json_lines(path, problems):
@@ -190,11 +194,16 @@ def read_file(inputs, path, logs, sweep=None):
             inputs.scalings.append(entry)
         elif kind in ("run", "timing", "failed") and not isinstance(entry.get("arm"), str):
             inputs.problems.append(f'{path}:{i}: a "{kind}" line without "arm", left out')
+        elif kind == "recipe":
+            inputs.recipes.setdefault(entry.get("sweep", sweep), Recipe(str(entry.get("text") or "")))
         elif kind in bins:
             if kind != "microbench" and entry.get("sweep") is None:
                 entry["sweep"] = sweep
+            if kind in ("run", "failed"):   # of a run that was made twice the later line counts
+                other = bins["failed" if kind == "run" else "run"]
+                other[:] = [line for line in other if run_key(line) != run_key(entry)]
             bins[kind].append(entry)
-        else:
+        elif kind != "before":   # a run that others start from is no result
             unknown[str(kind)] += 1
     for kind, times in unknown.items():
         what = "without a kind" if kind == "None" else f'of kind "{kind}"'
@@ -208,7 +217,8 @@ def read_folder(inputs, folder, logs):
         before = [len(inputs.runs), len(inputs.timings), len(inputs.failed)]
         read_file(inputs, os.path.join(folder, "results.jsonl"), logs, sweep)
         if "recipe" in names:
-            recipe = Recipe(os.path.join(folder, "recipe"))
+            with open(os.path.join(folder, "recipe"), encoding="utf-8", errors="replace") as text:
+                recipe = Recipe(text.read())
             added = [lines[n:] for lines, n in zip((inputs.runs, inputs.timings, inputs.failed), before)]
             for name in {line["sweep"] for lines in added for line in lines} or {sweep}:
                 inputs.recipes[name] = recipe

@@ -7,11 +7,10 @@ from .arms import FEWEST_SEEDS, verdict
 from .figure import Figure
 from .lines import mapping, number
 from .markup import MISSING, Markup, count, el, listing, short
-from .quality import front_of
 
 
 def section_of(comparison, figures):
-    front = front_of(comparison)
+    front = comparison.front()
     said = verdict(comparison)
     if len(front) > 1:
         said.append(f"On the front of loss and speed, from the lowest loss to the fastest: "

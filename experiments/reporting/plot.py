@@ -52,6 +52,7 @@ svg text { font: 11.5px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans
 svg text.label { fill: var(--ink); paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
 svg text.quiet { fill: var(--soft); paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
 svg text.bad { fill: var(--red); } svg text.small { font-size: 10.5px; } svg text.strong { fill: var(--on-strong); }
+svg text.label-plain { fill: var(--ink); }
 svg text.heading { font-size: 13px; font-weight: 600; fill: var(--ink); }
 svg text.title { font-size: 15px; font-weight: 600; fill: var(--ink); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); } .lead { stroke: var(--faint); stroke-width: 0.8; }
@@ -131,13 +132,13 @@ class Drawing:
         self.width, self.height, self.label = width, height, label
         self.left, self.right, self.top, self.bottom = left, width - right, top, height - bottom
         self.parts = []
-        self.taken = []   # boxes (x0, y0, x1, y1) that labels must not cover
+        self.taken = []   # (box (x0, y0, x1, y1) that labels should not cover, how much that matters)
 
     def add(self, *parts):
         self.parts += parts
 
-    def block(self, x0, y0, x1, y1):
-        self.taken.append((x0, y0, x1, y1))
+    def block(self, x0, y0, x1, y1, weight=40):
+        self.taken.append(((x0, y0, x1, y1), weight))
 
     def scale_x(self, values, log=False, zero=False, pad=0.06):
         return Scale(*spread(values, log, zero, pad), self.left, self.right, log)
@@ -175,7 +176,7 @@ class Drawing:
         """The mark of a style: circle, square, triangle, ..., in its colour or that of another style."""
         self.add(el("path", tooltip(title), d=mark_path(style if isinstance(style, int) else 0, x, y, size),
                     cls="f" + (colour or tone(style)) + " halo"))
-        self.block(x - size, y - size, x + size, y + size)
+        self.block(x - size, y - size, x + size, y + size, weight=150)
 
     def whisker(self, x0, y0, x1, y1, colour):
         """An interval from one end to the other, with short bars across the ends."""
@@ -196,13 +197,13 @@ class Drawing:
                     cx, cy = x + dx * distance, y + dy * distance
                     x0 = cx if dx > 0 else cx - width if dx < 0 else cx - width / 2
                     box = (x0, cy - 7, x0 + width, cy + 6)
-                    cost = distance + k + 40 * sum(overlap(box, other) for other in self.taken)
+                    cost = distance + k + sum(weight * overlap(box, other) for other, weight in self.taken)
                     cost += 1e4 * (box[0] < 2 or box[2] > self.width - 1 or box[1] < 14 or box[3] > self.bottom - 1)
                     cost += 30 * (box[0] < self.left)
                     if best is None or cost < best[0]:
                         best = (cost, box, distance)
             _, box, distance = best
-            self.block(*box)
+            self.block(*box, weight=400)
             if distance > 14:
                 end = (min(max(x, box[0]), box[2]), box[1] + 6 if box[1] > y else box[3] - 5 if box[3] < y else
                        (box[1] + box[3]) / 2)
@@ -316,6 +317,11 @@ def key_of(items):
 def line_swatch(style):
     return el("svg", el("line", x1=1, x2=25, y1=6, y2=6, cls="curve l" + tone(style), stroke_dasharray=dash(style)),
               viewBox="0 0 26 12", cls="swatch", aria_hidden="true")
+
+
+def mark_swatch(style):
+    return el("svg", el("path", d=mark_path(style or 0, 12, 6, 4.2), cls="f" + tone(style)), viewBox="0 0 24 12",
+              cls="swatch", aria_hidden="true")
 
 
 def box_swatch(cls):

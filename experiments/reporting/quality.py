@@ -2,11 +2,8 @@
 import math
 import statistics
 
-import intervals
-
 from . import plot
-from .arms import FEWEST_SEEDS
-from .figure import Figure, Missing, PHONE, Panel
+from .figure import PHONE, Figure, Missing, Panel
 from .lines import number, rows
 from .markup import MISSING, clipped, count, fixed, listing, percent, plus_minus, short, signed
 
@@ -27,28 +24,20 @@ def best_runs(arm):
     return list(arm.best.values())
 
 
-def speed_of(arm):
-    """(mean, half) of tokens per second; half is None for one timing."""
-    values = arm.speeds()
-    if not values or arm.implausible:
-        return None
-    return intervals.mean_interval(values) if len(values) > 1 else (values[0], None)
-
-
 def against_words(comparison, arm):
     d = comparison.difference(arm)
     if arm is comparison.baseline:
         return "baseline"
     if d is None:
         return MISSING
-    if d.half is None:
+    if d.t is None:
         return f"{signed(d.mean, 4)} ({count(d.n, 'seed')}: no interval)"
-    return f"{signed(d.mean, 4)} \u00b1 {fixed(d.half, 4)}" + ("" if d.resolved else " (not resolved)")
+    return f"{signed(d.mean, 4)} \u00b1 {fixed(d.t[1] - d.mean, 4)}" + ("" if d.resolved else " (not resolved)")
 
 
 def rank_row(comparison, arm, front):
     mean, half = comparison.loss_interval(arm)
-    speed = speed_of(arm)
+    speed = arm.speed()
     marks = [words for words, holds in (
         ("on the front", arm in front), ("reads later tokens", arm.leaky), ("sees the rest of the batch", arm.sees_batch),
         ("router without gradient", arm.unlearned), ("implausible speed", arm.implausible)) if holds]
@@ -64,13 +53,6 @@ RANK_HEAD = ["arm", "learning rate", "seeds", "loss \u00b1 95 %", "against the b
              "parameters", "active", "FLOPs/token", "load CV", "dropped", "marks"]
 
 
-def front_of(comparison):
-    """Ranked arms with a speed that no other beats in both, by rising speed."""
-    arms = [arm for arm in comparison.arms if arm.ranked and speed_of(arm)]
-    points = [(1 / speed_of(arm)[0], comparison.mean_loss(arm)) for arm in arms]
-    return sorted((arms[i] for i in intervals.pareto_front(points)), key=lambda arm: speed_of(arm)[0])
-
-
 # ---- 1. quality against speed
 
 
@@ -79,13 +61,13 @@ def quality_against_speed(comparison):
     with_loss = [arm for arm in comparison.arms if arm.best]
     if not with_loss:
         return Missing(name, "Quality against speed: no run has a final validation loss.")
-    placed = [arm for arm in with_loss if arm.ranked and speed_of(arm)]
-    apart = [arm for arm in with_loss if not arm.ranked and speed_of(arm)]
-    front = front_of(comparison)
+    placed = [arm for arm in with_loss if arm.ranked and arm.speed()]
+    apart = [arm for arm in with_loss if not arm.ranked and arm.speed()]
+    front = comparison.front()
     order = sorted(with_loss, key=lambda arm: (not arm.ranked, comparison.mean_loss(arm)))
     table = [rank_row(comparison, arm, front) for arm in order]
     commands = commands_of(order, best_runs)
-    unplaced = [arm for arm in order if not speed_of(arm)]
+    unplaced = [arm for arm in order if not arm.speed()]
     notes = []
     if unplaced:
         notes.append("Without a speed that may be shown (no timing of the arm alone on its device" +
@@ -127,7 +109,7 @@ def draw_speed(comparison, arms, front, width, colour=None):
     for arm in arms:
         mean, half = comparison.loss_interval(arm)
         losses[arm] = (mean, half or 0)
-        speeds[arm] = (speed_of(arm)[0], speed_of(arm)[1] or 0)
+        speeds[arm] = (arm.speed()[0], arm.speed()[1] or 0)
     floor = [comparison.floor] if comparison.floor and near_floor(comparison.floor, losses.values()) else []
     ends = [m + sign * h for m, h in speeds.values() for sign in (-1, 1)]
     log = min(ends) > 0 and max(ends) / min(ends) > 3
@@ -232,11 +214,11 @@ def loss_over_training(comparison):
                 return Missing(name, "Loss over the training: no run has more than its final loss.")
             drawn = curves
     for arm, points in sorted(drawn.items(), key=lambda item: item[1][-1][1]):
-        flops, speed = number(arm.first("flops_per_token")), speed_of(arm)
+        flops, speed = number(arm.first("flops_per_token")), arm.speed()
         tokens = points[-1][0]
         table.append([arm.name, len(arm.best), short(tokens), short(tokens / speed[0]) if speed else MISSING,
                       short(tokens * flops) if flops else MISSING, *[fixed(v, 4) for v in points[-1][1:]]])
-    untimed = [arm.name for arm in drawn if not speed_of(arm)]
+    untimed = [arm.name for arm in drawn if not arm.speed()]
     notes = [f"No speed, so not in the panel against seconds: {listing(untimed)}."] if untimed else []
     leaky = [arm.name for arm in drawn if arm.leaky]
     if leaky:
@@ -253,7 +235,7 @@ def loss_over_training(comparison):
 
 
 def seconds_of(arm):
-    speed = speed_of(arm)
+    speed = arm.speed()
     return (lambda run, p: p[1] / speed[0]) if speed else None
 
 

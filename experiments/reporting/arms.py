@@ -101,6 +101,10 @@ class Arm:
         return most is not None and (self.flop_rate() or 0) > most
 
     @property
+    def enough_seeds(self):
+        return len(self.best) >= FEWEST_SEEDS
+
+    @property
     def ranked(self):
         return bool(self.best) and not self.leaky and not self.unlearned
 
@@ -199,8 +203,8 @@ class Comparison:
         return sorted((arm for arm in self.arms if arm.ranked), key=self.mean_loss)
 
     def front(self):
-        """Ranked arms with a speed that no other beats in both, from the lowest loss to the fastest."""
-        arms = [arm for arm in self.arms if arm.ranked and arm.speed()]
+        """Ranked arms of enough seeds with a speed, that no other beats in both, from the lowest loss to the fastest."""
+        arms = [arm for arm in self.arms if arm.ranked and arm.enough_seeds and arm.speed()]
         kept = intervals.pareto([(self.mean_loss(arm), 1 / arm.speed()[0]) for arm in arms])
         return sorted((arms[i] for i in kept), key=lambda arm: arm.speed()[0])
 

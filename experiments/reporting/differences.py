@@ -49,7 +49,7 @@ def forest(comparison):
                      f"{signed(d.bootstrap[0], 4)} to {signed(d.bootstrap[1], 4)}" if d.t else MISSING, verdict_of(d),
                      ", ".join(signed(v, 4) for v in d.values)])
     how = (f"Each arm's loss minus that of {base.name}, over seeds that share data and initial weights: left of the zero "
-           "line is better than the baseline. Dot: the mean. Bar: the wider of two 95 % intervals, Student's t and the "
+           "line is better than the baseline. Dot: the mean. Bar: the wider of two 95\u202f% intervals, Student's t and the "
            "bootstrap; where it holds zero the difference is not resolved. Hollow small dots are single seeds. With "
            f"fewer than {FEWEST_SEEDS} seeds there is no interval. No correction is made for the number of arms: of "
            "twenty arms that do not differ, one is expected to look as if it did.")

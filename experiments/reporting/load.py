@@ -133,7 +133,10 @@ def domains_and_experts(comparison):
             runs[arm] = run
     if not runs:
         return Missing(name, "Domains and experts: no line says which domain's tokens went to which expert.")
-    order = sorted(runs, key=lambda arm: (arm.style is None, -max(information(runs[arm]))))
+    order = sorted(runs, key=lambda arm: (not arm.ranked, -max(information(runs[arm]))))
+    if comparison.baseline in order[MAPS_SHOWN:]:   # always among those that are shown
+        order.remove(comparison.baseline)
+        order.insert(MAPS_SHOWN - 1, comparison.baseline)
     best = {arm: max(range(len(information(runs[arm]))), key=information(runs[arm]).__getitem__) for arm in order}
     panels, folded, cells = [], [], 0
     for arm in order:
@@ -146,7 +149,7 @@ def domains_and_experts(comparison):
                 panels.append(panel)
             elif cells <= CELLS_MOST:
                 folded.append(panel)
-    most = max(order, key=lambda arm: max(information(runs[arm])))
+    most = order[0]
     rows = [[arm.name, runs[arm].get("seed"), layer_name(runs[arm], best[arm])] +
             [", ".join(fixed(v, 3) for v in information(runs[arm]))] for arm in order]
     left_out = " Some are left out: there are too many." if cells > CELLS_MOST else ""
@@ -227,7 +230,7 @@ def drop_against_quality(comparison):
              plus_minus(*comparison.loss_interval(arm), 4)] for arm in order]
     worst = order[-1]
     how = ("Each point is an arm: the share of its choices that found no place at their expert, over the last quarter of "
-           "training, and its validation loss, with 95 % intervals over the seeds. The baseline is shown for reference. "
+           "training, and its validation loss, with 95\u202f% intervals over the seeds. The baseline is shown for reference. "
            "Evaluation drops nothing unless the run says --eval-drop 1.")
     return Figure(name, f"{count(len([a for a in capped if a.mean('drop') > 0]), 'arm')} dropped rows, at most "
                   f"{percent(worst.mean('drop'))} in {worst.name}",

@@ -98,6 +98,9 @@ def unequal(comparison):
     tokens = sorted({number(run.get("tokens")) for run in best} - {None})
     if len(tokens) > 1 and tokens[-1] > 1.001 * tokens[0] and comparison.budget not in ("flops", "seconds"):
         found.append(f"The arms were not trained on equally many tokens ({short(tokens[0])} to {short(tokens[-1])}).")
+    seeds = {tuple(sorted(map(str, arm.best))) for arm in comparison.arms if arm.enough_seeds}
+    if len(seeds) > 1:
+        found.append("Not all arms have the same seeds: means of losses differ by that too; paired differences do not.")
     for option, words in (("batch", "batch sizes"), ("seq", "sequence lengths"), ("tokenizer", "tokenizers"),
                           ("eval_batches", "sizes of the validation text")):
         values = {str(mapping(run.get("config")).get(option)) for run in best if run.get("config")}

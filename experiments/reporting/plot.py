@@ -58,6 +58,7 @@ svg text.title { font-size: 15px; font-weight: 600; fill: var(--ink); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); } .lead { stroke: var(--faint); stroke-width: 0.8; }
 .zero { stroke: var(--ink); stroke-width: 1.2; } .floor { stroke: var(--green); stroke-width: 1.5; }
 text.floor-label { fill: var(--green); stroke: var(--panel); stroke-width: 3px; paint-order: stroke; }
+.pale { opacity: 0.5; }
 .front { fill: none; stroke: var(--ink); stroke-width: 1.4; opacity: 0.55; }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } .band { opacity: 0.13; stroke: none; }
 .whisker { stroke-width: 1.3; fill: none; } .halo { stroke: var(--panel); stroke-width: 1.2; }
@@ -151,7 +152,7 @@ class Drawing:
             self.add(el("line", x1=self.left, x2=self.right, y1=y(t), y2=y(t), cls="grid"),
                      el("text", say_y(t), x=self.left - 6, y=y(t) + 4, text_anchor="end"))
         self.add(el("line", x1=self.left, x2=self.right, y1=self.bottom, y2=self.bottom, cls="axis"))
-        for t in ticks_x or x.ticks(max(2, int((self.right - self.left) / 70))):
+        for t in ticks_x or x.ticks(max(2, int((self.right - self.left) / 58))):
             anchor = "end" if x(t) > self.right - 12 else "middle"
             self.add(el("line", x1=x(t), x2=x(t), y1=self.bottom, y2=self.bottom + 4, cls="axis"),
                      el("text", say_x(t), x=x(t), y=self.bottom + 17, text_anchor=anchor))
@@ -172,10 +173,10 @@ class Drawing:
             self.add(el("path", tooltip(title), d=path(points), cls="curve l" + tone(style),
                         stroke_dasharray=dash(style), clip_path=clip))
 
-    def mark(self, x, y, style, colour=None, title=None, size=5.5):
+    def mark(self, x, y, style, colour=None, title=None, size=5.5, pale=False):
         """The mark of a style: circle, square, triangle, ..., in its colour or that of another style."""
         self.add(el("path", tooltip(title), d=mark_path(style if isinstance(style, int) else 0, x, y, size),
-                    cls="f" + (colour or tone(style)) + " halo"))
+                    cls="f" + (colour or tone(style)) + " halo" + (" pale" if pale else "")))
         self.block(x - size, y - size, x + size, y + size, weight=150)
 
     def whisker(self, x0, y0, x1, y1, colour):
@@ -320,10 +321,10 @@ def line_swatch(style):
 
 
 def mark_swatch(style):
-    return el("svg", el("path", d=mark_path(style or 0, 12, 6, 4.2), cls="f" + tone(style)), viewBox="0 0 24 12",
-              cls="swatch", aria_hidden="true")
+    return el("svg", el("path", d=mark_path(style or 0, 12, 6, 4.2), cls="f" + tone(style)), viewBox="5 0 14 12",
+              cls="swatch box", aria_hidden="true")
 
 
 def box_swatch(cls):
-    return el("svg", el("rect", x=6, y=1, width=12, height=10, cls=cls), viewBox="0 0 24 12", cls="swatch",
+    return el("svg", el("rect", x=1, y=1, width=12, height=10, cls=cls), viewBox="0 0 14 12", cls="swatch box",
               aria_hidden="true")

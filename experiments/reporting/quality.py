@@ -84,17 +84,18 @@ def quality_against_speed(comparison):
     if apart:
         panels.append(Panel(lambda width: draw_speed(comparison, apart, [], width, "red"), BESIDE if placed else 620,
                             "Not ranked: they read later tokens, or their router does not learn"))
-    if front:
+    if front and len(placed) > 1:
         fastest, best = front[-1].name, front[0].name
         title = f"{fastest} is the fastest and has the lowest loss" if fastest == best else \
-            f"{len(front)} of {count(len(placed), 'arm')} on the front: {best} has the lowest loss, {fastest} is the fastest"
+            f"{len(front)} of {count(len(placed), 'arm')} on the front: {best} has its lowest loss, {fastest} is the fastest"
     else:
-        title = "No arm that may be ranked has a speed"
+        title = "Loss and speed" + (", but no arm has the three seeds that a front needs" if not front else "")
     how = ("Lower is better, right is faster. Each point is an arm at its best learning rate, its mean over the seeds; "
-           "vertical bars are 95 % intervals (Student's t) over the seeds" +
+           "vertical bars are 95\u202f% intervals (Student's t) over the seeds" +
            (", horizontal ones over the timings. " if any(len(arm.speeds()) > 1 for arm in placed) else
             "; each arm was timed once, so there is no interval across. ") +
-           "The line joins the points that no other point beats in both; the others are grey. Intervals are per arm, "
+           "The line joins the points that no other point beats in both; the others are grey, those of fewer than three "
+           "seeds pale and never on it. Intervals are per arm, "
            "without a correction for the number of arms; near the line, order is not certain.")
     return Figure(name, title, panels, how, RANK_HEAD, table, notes=notes, commands=commands)
 
@@ -140,7 +141,7 @@ def draw_speed(comparison, arms, front, width, colour=None):
         if across:
             d.whisker(x(speed - across), at[1], x(speed + across), at[1], tone)
         say = f"{arm.name}: {plus_minus(mean, half or None)} {comparison.unit}, {short(speed)} tokens/s"
-        d.mark(*at, arm.style, tone, say)
+        d.mark(*at, arm.style, tone, say, pale=not arm.enough_seeds)
         labels.append((*at, clipped(arm.name, 18 if phone or colour else 24),
                        "bad" if colour else "label" if arm in front else "quiet"))
     for arm in arms:
@@ -222,7 +223,7 @@ def loss_over_training(comparison):
     notes = [f"No speed, so not in the panel against seconds: {listing(untimed)}."] if untimed else []
     leaky = [arm.name for arm in drawn if arm.leaky]
     if leaky:
-        notes.append(f"Dashed red: {listing(leaky)}, which read later tokens; their loss is no language model's.")
+        notes.append(f"In red: {listing(leaky)}, which read later tokens; their loss is no language model's.")
     best = min((arm for arm in drawn if arm.ranked), key=lambda arm: drawn[arm][-1][1], default=None)
     title = f"{words.capitalize()} over the training" + (
         f": {best.name} ends lowest, at {fixed(drawn[best][-1][1])}" if best and len(drawn) > 1 else "")
@@ -243,7 +244,7 @@ def draw_curves(comparison, curves, x_label, words, width):
     named = [arm for arm in curves if arm.style is not None]
     room = max([plot.text_width(clipped(arm.name, 15)) for arm in named] + [20]) + 12
     d = plot.Drawing(width, 290, f"{words} against {x_label}", right=room, left=44)
-    late = [p for points in curves.values() for p in points[max(1, len(points) // 12):] or points]
+    late = [p for points in curves.values() for p in points[len(points) // 4:]]
     floor = [comparison.floor] if comparison.floor else []
     x = d.scale_x([0] + [points[-1][0] for points in curves.values()], pad=0)
     y = d.scale_y([v for p in late for v in p[2:]] + floor, pad=0.03)

@@ -142,9 +142,9 @@ def moe_tax(comparison):
            (f"; the share in the table is of {short(most)}FLOP/s, the most that {device} can do." if most else "."))
     peak = max((arm.flop_rate() or 0) for arm in order)
     panels = [Panel(lambda width: draw_bars(order, lambda arm: taxes[arm][2], lambda arm: taxes[arm][3],
-                                            "time of a token, relative to the dense control", width), 520)]
+                                            "time of a token, relative to the dense control", width), 450)]
     if peak:
-        panels.append(Panel(lambda width: draw_bars(order, lambda arm: arm.flop_rate() or 0, None, "FLOP/s", width), 400))
+        panels.append(Panel(lambda width: draw_bars(order, lambda arm: arm.flop_rate() or 0, None, "FLOP/s", width), 450))
     return Figure(name, title, panels, how,
                   ["arm", "step, ms", "dense control", "time ratio", "FLOPs ratio", "tax", "FLOP/s", "of the peak"], rows,
                   notes=notes, commands=commands_of(order, timing_lines))
@@ -163,7 +163,7 @@ def draw_bars(order, value, tick, label, width):
                       cls="label"),
               plot.el("rect", plot.tooltip(f"{arm.name}: {short(v)}"), x=d.left, y=y + 1, width=max(0.5, x(v) - d.left),
                       height=BAR - 2, cls="grey2" if arm.dense else "f1"),
-              plot.el("text", fixed(v, 2) if tick else short(v), x=x(v) + 6, y=y + 14))
+              plot.el("text", fixed(v, 2) if tick else short(v), x=x(v) + 6, y=y + 14, cls="quiet"))
         if tick and abs(tick(arm) - 1) >= CLOSE:
             d.add(plot.el("line", plot.tooltip(f"ratio of FLOPs: {fixed(tick(arm), 2)}"), x1=x(tick(arm)),
                           x2=x(tick(arm)), y1=y - 1, y2=y + BAR + 1, cls="curve l2"))

@@ -185,6 +185,13 @@ class Comparison:
         values = self.losses(arm)
         return mean_and_half(values) if len(values) >= FEWEST_SEEDS else (statistics.fmean(values), None)
 
+    def above_floor(self, arm):
+        """Mean over the seeds of what each run's loss is above its own floor; None where a run has none."""
+        floors = [number(run.get("val_floor")) for run in arm.best.values()]
+        if self.loss != "val_loss" or not floors or None in floors:
+            return None
+        return statistics.fmean(loss - floor for loss, floor in zip(self.losses(arm), floors))
+
     def difference(self, arm):
         """Of the arm to the baseline; None for the baseline itself and where no seed is shared."""
         if self.baseline is None or arm is self.baseline:
@@ -226,7 +233,7 @@ class Comparison:
         for arm in self.arms:
             choose_rate(arm, self.loss)
         floors = [number(run.get("val_floor")) for arm in self.arms for run in arm.best.values()]
-        if self.loss == "val_loss" and floors and None not in floors and max(floors) - min(floors) < 0.01 * min(floors):
+        if self.loss == "val_loss" and floors and None not in floors and max(floors) - min(floors) < 0.03 * min(floors):
             self.floor = statistics.fmean(floors)
         wanted = [baseline, self.recipe.get("baseline") if self.recipe else None, "topk"]
         wanted += [arm.name for arm in self.ranked()]
@@ -241,7 +248,7 @@ class Comparison:
         ranked = self.ranked()
         order = [self.baseline] if self.baseline else []
         dense = [arm for arm in ranked if arm.dense][:1]
-        for arm in dense + self.front()[:4] + ranked[:3] + ranked[-1:] + ranked + [a for a in self.arms if a.best]:
+        for arm in dense + self.front()[:5] + ranked[:3] + ranked[-1:] + ranked + [a for a in self.arms if a.best]:
             if arm not in order:
                 order.append(arm)
         for i, arm in enumerate(order[:plot.STYLES]):

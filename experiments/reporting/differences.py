@@ -6,7 +6,7 @@ from .arms import FEWEST_SEEDS, finite_loss
 from .figure import PHONE, Figure, Missing, Panel
 from .lines import number
 from .markup import MISSING, clipped, count, fixed, listing, plus_minus, short, signed
-from .quality import best_runs, commands_of, loss_label, tick_digits
+from .quality import best_runs, commands_of, loss_label
 
 LINE = 26   # height of an arm in the forest plot
 
@@ -81,15 +81,16 @@ def draw_forest(comparison, order, differences, width):
         values += difference.values + (list(difference.ends) if difference.t is not None else [])
     shown = robust_ends(values, [differences[arm].mean for arm in order])
     x = d.scale_x([min(max(v, shown[0]), shown[1]) for v in values])
-    for t in x.ticks(max(2, int((d.right - d.left) / 80))):
+    ticks = x.ticks(max(2, int((d.right - d.left) / (55 if phone else 80))))
+    for t in ticks:
         d.add(plot.el("line", x1=x(t), x2=x(t), y1=d.top - 6, y2=d.bottom, cls="grid"),
-              plot.el("text", signed(t, tick_digits(x)) if t else "0", x=x(t), y=d.bottom + 17, text_anchor="middle"))
+              plot.el("text", plot.even(ticks, signed)(t) if t else "0", x=x(t), y=d.bottom + 17, text_anchor="middle"))
     d.add(plot.el("line", x1=x(0), x2=x(0), y1=d.top - 6, y2=d.bottom, cls="zero"),
           plot.el("text", f"difference in {comparison.unit if not phone else comparison.unit.split(' per ')[0]}",
                   x=d.right, y=d.height - 6, text_anchor="end"),
           plot.el("text", "\u2190 lower loss", x=x(0) - 6, y=d.top - 10, text_anchor="end"),
-          plot.el("text", f"higher than {clipped(comparison.baseline.name, 14)} \u2192", x=x(0) + 6, y=d.top - 10)
-          if x(0) + 130 < width else None)
+          plot.el("text", "higher" + ("" if phone else f" than {clipped(comparison.baseline.name, 14)}") + " \u2192",
+                  x=x(0) + 6, y=d.top - 10))
     for i, arm in enumerate(order):
         difference, y = differences[arm], d.top + step * (i + 0.5)
         colour = "red" if not arm.ranked else "grey" if not difference.resolved else "1" if difference.mean < 0 else "2"
@@ -171,7 +172,7 @@ def draw_rates(comparison, arms, width):
     x = d.scale_x([rate for rates in arms.values() for rate in rates], log=True, pad=0.08)
     y = d.scale_y([v for rates in arms.values() for values in rates.values() for v in values if v <= most])
     rates = sorted({rate for found in arms.values() for rate in found})
-    d.axes(x, y, "peak learning rate (log scale)", loss_label(comparison), say_y=lambda t: fixed(t, tick_digits(y)),
+    d.axes(x, y, "peak learning rate (log scale)", loss_label(comparison), say_y="even",
            ticks_x=rates if len(rates) <= 8 else None)
     ends = []
     for arm in sorted(arms, key=lambda arm: -1 if arm.style is None else 10 - arm.style):

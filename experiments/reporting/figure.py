@@ -17,7 +17,7 @@ class Panel:
     def html(self):
         wide = self.draw(self.width).svg()
         drawings = [el("div", wide, cls="desk"), el("div", self.draw(PHONE).svg(), cls="phone")] \
-            if self.width > PHONE + 60 else [wide]
+            if abs(self.width - PHONE) > 40 else [wide]
         return el("div", el("h4", self.title) if self.title else None, drawings, style=f"--w: {self.width}")
 
 

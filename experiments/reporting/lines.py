@@ -15,6 +15,7 @@ import collections
 import json
 import math
 import os
+import re
 import statistics
 
 POINTS = 60  # of a curve taken from a log
@@ -166,7 +167,9 @@ def name_runs(runs):
     used = set()
     for key, first in kinds.items():
         router = first["config"].get("router")
-        name = str(router) if router and routers[router] == 1 else os.path.basename(first["from_log"])
+        folder = os.path.basename(first["from_log"])
+        without_seed = re.sub(f"[-_.]?(s|seed)?[-_.]?{first['seed']}$", "", folder) or folder
+        name = str(router) if router and routers[router] == 1 else without_seed
         while name in used:
             name += "'"
         used.add(name)

@@ -6,7 +6,7 @@ from . import plot
 from .figure import PHONE, Figure, Missing, Panel
 from .lines import mapping, number
 from .markup import MISSING, Markup, clipped, count, details, el, fixed, listing, percent, plus_minus, short
-from .quality import best_runs, commands_of, loss_label, near_floor, tick_digits
+from .quality import best_runs, commands_of, loss_label, near_floor
 
 MEASURES = (   # index in a point of "loads", key of its late mean, title, axis
     (1, "load_cv", "Spread over the experts", "coefficient of variation"),
@@ -245,10 +245,9 @@ def draw_drop(comparison, arms, width):
     losses = {arm: (mean, half or 0) for arm, (mean, half) in losses.items()}
     floor = [comparison.floor] if comparison.floor and near_floor(comparison.floor, losses.values()) else []
     x = d.scale_x([0] + [arm.mean("drop") or 0 for arm in arms], pad=0.12)
-    x.low = min(x.low, 0)
     y = d.scale_y([m + s * h for m, h in losses.values() for s in (-1, 1)] + floor)
     d.axes(x, y, "share of the choices dropped", loss_label(comparison), say_x=percent_tick,
-           say_y=lambda t: fixed(t, tick_digits(y)))
+           say_y="even")
     if floor:
         d.rule(y(floor[0]), f"floor {fixed(floor[0])}")
     labels = []

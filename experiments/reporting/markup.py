@@ -67,7 +67,10 @@ def fixed(x, digits=3):
 
 
 def signed(x, digits=3):
-    return MISSING if x is None else f"{x:+.{digits}f}".replace("-", "\u2212")
+    if x is None:
+        return MISSING
+    text = f"{x:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def plus_minus(mean, half, digits=3):

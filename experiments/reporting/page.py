@@ -83,6 +83,9 @@ def unequal(comparison):
     best = [run for arm in comparison.arms for run in arm.best.values()]
     timings = [line for arm in comparison.arms for line in arm.timings]
     found = []
+    if any(line.get("from_log") for line in timings):
+        found.append("Speeds are those that the runs themselves logged: what else the machine was doing, the logs do not "
+                     "know. experiments/sweep times each arm alone.")
     devices = sorted({str(line["device"]) for line in timings if line.get("device")})
     if len(devices) > 1:
         found.append(f"Speeds were taken on {len(devices)} different devices ({listing(devices)}): they cannot be compared.")
@@ -108,7 +111,8 @@ def unequal(comparison):
             found.append(f"The arms have different {words}: {listing(sorted(values))}.")
     floors = [f for f in (number(run.get("val_floor")) for run in best) if f is not None]
     if floors and comparison.floor is None and comparison.loss == "val_loss":
-        found.append("The floor of the loss differs between runs, so it is not drawn.")
+        found.append("The floor of the loss differs between runs (they were evaluated on different texts), so it is not "
+                     "drawn; what an arm is above it is taken run by run.")
     return found
 
 
@@ -180,8 +184,7 @@ def summary(inputs, sections):
     parts = [count(len(inputs.runs), "run")] + [count(arms, "arm")] * bool(arms)
     if len(sections) > 1:
         parts.append(count(len(sections), "comparison"))
-    return ", ".join(parts) + ". Quality is the loss of whole runs; speed is taken from timings with nothing else on " \
-        "the device."
+    return ", ".join(parts) + ". Quality is the loss of whole runs, speed that of timings alone on a device."
 
 
 def figures_of(sections, others):

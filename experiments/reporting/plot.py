@@ -13,7 +13,7 @@ tells too; the colours are told apart by eyes that see no red or no green.
 import math
 import re
 
-from .markup import Markup, el, short
+from .markup import Markup, el, fixed, short
 
 LIGHT = {
     "page": "#f7f7f4", "panel": "#ffffff", "ink": "#1c2126", "soft": "#56606a", "rule": "#dfe2e4", "grid": "#eceeef",
@@ -105,7 +105,7 @@ def linear_ticks(low, high, most):
     if not raw > 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, first + 200) if i * step <= high + step * 1e-9]
 
@@ -119,6 +119,12 @@ def log_ticks(low, high, most):
         if len(found) <= most + 2 or digits == (1,):
             return found[::max(1, math.ceil(len(found) / (most + 2)))]
     return []
+
+
+def even(ticks, say=fixed):
+    """A function that says any of the ticks, with the fewest decimals that give none of them rounded."""
+    digits = next((digits for digits in range(6) if all(abs(round(t, digits) - t) < 1e-9 for t in ticks)), 6)
+    return lambda t: say(t, digits)
 
 
 def text_width(text, size=11.5):
@@ -148,7 +154,10 @@ class Drawing:
         return Scale(*spread(values, log, zero, pad), self.bottom, self.top, log)
 
     def axes(self, x, y, x_label, y_label, say_x=short, say_y=short, ticks_x=None):
-        for t in y.ticks(max(2, int((self.bottom - self.top) / 34))):
+        """say_x and say_y: from a tick's value to its words; say_y "even": all with the decimals that they need."""
+        ticks_y = self.ticks_y(y)
+        say_y = even(ticks_y) if say_y == "even" else say_y
+        for t in ticks_y:
             self.add(el("line", x1=self.left, x2=self.right, y1=y(t), y2=y(t), cls="grid"),
                      el("text", say_y(t), x=self.left - 6, y=y(t) + 4, text_anchor="end"))
         self.add(el("line", x1=self.left, x2=self.right, y1=self.bottom, y2=self.bottom, cls="axis"))
@@ -158,6 +167,9 @@ class Drawing:
                      el("text", say_x(t), x=x(t), y=self.bottom + 17, text_anchor=anchor))
         self.add(el("text", x_label, x=self.right, y=self.height - 4, text_anchor="end"),
                  el("text", y_label, x=0, y=11))
+
+    def ticks_y(self, y):
+        return y.ticks(max(2, int((self.bottom - self.top) / 34)))
 
     def rule(self, y, text, cls="floor"):
         """A dashed horizontal line with its label above it."""
@@ -304,7 +316,8 @@ def spread(values, log, zero, pad):
         air = max((high / low) ** pad, 1.06)
         return low / air, high * air
     air = ((high - low) or abs(high) or 1.0) * pad
-    return (min(0.0, low) if zero else low - air), high + air
+    below = min(0.0, low) if zero else low - air
+    return (max(0.0, below) if low >= 0 else below), high + air
 
 
 # ---- keys

@@ -1,5 +1,4 @@
 """Figures about the loss: against speed, over the training, over the learning rate, against the baseline."""
-import math
 import statistics
 
 from . import plot
@@ -42,7 +41,7 @@ def rank_row(comparison, arm, front):
         ("on the front", arm in front), ("reads later tokens", arm.leaky), ("sees the rest of the batch", arm.sees_batch),
         ("router without gradient", arm.unlearned), ("implausible speed", arm.implausible)) if holds]
     return [arm.name, short(arm.rate), len(arm.best), plus_minus(mean, half, 4), against_words(comparison, arm),
-            fixed(mean - comparison.floor, 4) if comparison.floor else MISSING,
+            fixed(comparison.above_floor(arm), 4),
             plus_minus(speed[0], speed[1], 0) if speed else MISSING,
             short(number(arm.first("params_total"))), short(number(arm.first("params_active"))),
             short(number(arm.first("flops_per_token"))), fixed(arm.mean("load_cv"), 2), percent(arm.mean("drop")),
@@ -86,8 +85,11 @@ def quality_against_speed(comparison):
                             "Not ranked: they read later tokens, or their router does not learn"))
     if front and len(placed) > 1:
         fastest, best = front[-1].name, front[0].name
-        title = f"{fastest} is the fastest and has the lowest loss" if fastest == best else \
-            f"{len(front)} of {count(len(placed), 'arm')} on the front: {best} has its lowest loss, {fastest} is the fastest"
+        few = sum(not arm.enough_seeds for arm in placed)
+        title = f"{len(front)} of {count(len(placed), 'arm')} on the front: " + (
+            f"{best} has the lowest mean loss and is the fastest" if best == fastest else
+            f"{best} has the lowest mean loss, {fastest} is the fastest") + (
+            f", {few} with too few seeds left aside" if few else "")
     else:
         title = "Loss and speed" + (", but no arm has the three seeds that a front needs" if not front else "")
     how = ("Lower is better, right is faster. Each point is an arm at its best learning rate, its mean over the seeds; "
@@ -114,13 +116,14 @@ def draw_speed(comparison, arms, front, width, colour=None):
     floor = [comparison.floor] if comparison.floor and near_floor(comparison.floor, losses.values()) else []
     ends = [m + sign * h for m, h in speeds.values() for sign in (-1, 1)]
     log = min(ends) > 0 and max(ends) / min(ends) > 3
-    x = d.scale_x(ends, log=log, pad=0.1)
+    x = d.scale_x([max(end, 0) for end in ends], log=log, pad=0.1)
     y = d.scale_y([m + sign * h for m, h in losses.values() for sign in (-1, 1)] + floor)
     d.axes(x, y, "tokens per second" + (" (log scale)" if log else "") + " \u2192", loss_label(comparison),
-           say_y=lambda t: fixed(t, tick_digits(y)))
+           say_y="even")
     if above:
-        for t in plot.linear_ticks(y.low - comparison.floor, y.high - comparison.floor, 8):
-            d.add(plot.el("text", signed(t, tick_digits(y)), x=d.right + 8, y=y(t + comparison.floor) + 4))
+        ticks = plot.linear_ticks(y.low - comparison.floor, y.high - comparison.floor, 8)
+        for t in ticks:
+            d.add(plot.el("text", plot.even(ticks, signed)(t), x=d.right + 8, y=y(t + comparison.floor) + 4))
         d.add(plot.el("text", "above the floor", x=d.width, y=11, text_anchor="end"))
     if floor:
         d.rule(y(floor[0]), f"floor {fixed(floor[0])}")
@@ -139,7 +142,7 @@ def draw_speed(comparison, arms, front, width, colour=None):
         if half:
             d.whisker(at[0], y(mean - half), at[0], y(mean + half), tone)
         if across:
-            d.whisker(x(speed - across), at[1], x(speed + across), at[1], tone)
+            d.whisker(x(max(speed - across, x.low)), at[1], x(speed + across), at[1], tone)
         say = f"{arm.name}: {plus_minus(mean, half or None)} {comparison.unit}, {short(speed)} tokens/s"
         d.mark(*at, arm.style, tone, say, pale=not arm.enough_seeds)
         labels.append((*at, clipped(arm.name, 18 if phone or colour else 24),
@@ -155,12 +158,6 @@ def near_floor(floor, losses):
     """Whether a scale with the floor leaves the points most of the room."""
     low, high = min(m - h for m, h in losses), max(m + h for m, h in losses)
     return low - floor < 0.4 * (high - floor)
-
-
-def tick_digits(scale):
-    ticks = scale.ticks(8)
-    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 0.1
-    return max(0, min(5, -math.floor(math.log10(step) + 1e-9))) if step > 0 else 2
 
 
 # ---- 2. loss over the training
@@ -224,7 +221,7 @@ def loss_over_training(comparison):
     leaky = [arm.name for arm in drawn if arm.leaky]
     if leaky:
         notes.append(f"In red: {listing(leaky)}, which read later tokens; their loss is no language model's.")
-    best = min((arm for arm in drawn if arm.ranked), key=lambda arm: drawn[arm][-1][1], default=None)
+    best = min((arm for arm in drawn if arm.ranked and arm.enough_seeds), key=lambda arm: drawn[arm][-1][1], default=None)
     title = f"{words.capitalize()} over the training" + (
         f": {best.name} ends lowest, at {fixed(drawn[best][-1][1])}" if best and len(drawn) > 1 else "")
     how = ("One curve an arm, the mean over its seeds; the band spans the lowest and the highest seed. The same curves "
@@ -248,7 +245,7 @@ def draw_curves(comparison, curves, x_label, words, width):
     floor = [comparison.floor] if comparison.floor else []
     x = d.scale_x([0] + [points[-1][0] for points in curves.values()], pad=0)
     y = d.scale_y([v for p in late for v in p[2:]] + floor, pad=0.03)
-    d.axes(x, y, x_label, f"{words}, {comparison.unit.split(' per ')[0]}", say_y=lambda t: fixed(t, tick_digits(y)))
+    d.axes(x, y, x_label, f"{words}, {comparison.unit.split(' per ')[0]}", say_y="even")
     if floor:
         d.rule(y(floor[0]), f"floor {fixed(floor[0])}")
     ends = []

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What tests/test_report_page.sh holds pages of experiments/report to; a check that fails ends with status 1.
 
-    tests/report_checks.py whole PAGE                       well-formed, self-contained, no link without its target
     tests/report_checks.py text PAGE WORDS...               the page's text holds all of WORDS
     tests/report_checks.py front PAGE NAMES                 the sentence on the front, and the points drawn on it
     tests/report_checks.py figures PAGE RESULTS.jsonl       each kind of figure, drawn for a desk and for a phone
     tests/report_checks.py numbers PAGE RESULTS.jsonl [ARM=RATE]   tables against numbers computed here from the lines
     tests/report_checks.py logs PAGE LOG.jsonl...           the losses of runs of ./train
+Each of these also holds that the page is well-formed, self-contained and has no link without its target.
+
     tests/report_checks.py drawings FOLDER COUNT            so many SVG files, each whole and without a variable colour
 """
 import collections
@@ -85,6 +86,13 @@ def whole(page, path):
             fail("a figure without title or caption:", e.get("id"))
 
 
+def text(page, *parts):
+    said = words(page)
+    for part in parts:
+        if part not in said:
+            fail("the page does not say:", part)
+
+
 def figures(page, results):
     for name in FIGURES + MACHINE:
         for found in figure(page, name):
@@ -153,7 +161,7 @@ def best_rates(runs, failed):
 
 def numbers(page, results, wanted_rate=None):
     lines = list(lines_of(results))
-    sizes = list(dict.fromkeys(line["size"] for line in lines if line.get("kind") == "run" and "size" in line))
+    sizes = list(dict.fromkeys(line["size"] for line in lines if line.get("kind") in ("run", "timing") and "size" in line))
     sections = [e for e in page.iter("section") if e.find("h2") is not None and
                 words(e.find("h2")) not in ("Machine", "Provenance")]
     if len(sizes) != len(sections):
@@ -161,6 +169,8 @@ def numbers(page, results, wanted_rate=None):
     checked = 0
     for size, section in zip(sizes, sections):
         own = [line for line in lines if line.get("size") == size]
+        if not any(line["kind"] == "run" for line in own):
+            continue
         best = best_rates([line for line in own if line["kind"] == "run"],
                           [line for line in own if line["kind"] == "failed"])
         rows = {row["arm"]: row for row in table(figure(section, "quality_against_speed")[0])}
@@ -261,14 +271,9 @@ if __name__ == "__main__":
     command, path, *rest = sys.argv[1:]
     if command == "drawings":
         drawings(path, *rest)
-    elif command == "whole":
-        whole(parse(path), path)
-    elif command == "text":
-        text = words(parse(path))
-        for part in rest:
-            if part not in text:
-                fail("the page does not say:", part)
-    elif command in ("figures", "front", "numbers", "logs"):
-        {"figures": figures, "front": front, "numbers": numbers, "logs": logs}[command](parse(path), *rest)
+    elif command in ("text", "figures", "front", "numbers", "logs"):
+        page = parse(path)
+        whole(page, path)
+        {"text": text, "figures": figures, "front": front, "numbers": numbers, "logs": logs}[command](page, *rest)
     else:
         sys.exit(__doc__)

@@ -51,7 +51,7 @@ def base(arm):
 
 def domain_shares(source, sharp):
     layers = []
-    for layer in range(4):
+    for layer in range(2):
         rows = []
         for d in range(len(DOMAINS)):
             weights = [math.exp(sharp * (1 + layer) * (source.random() if e % len(DOMAINS) != d else 1.6))

@@ -77,6 +77,16 @@ def rows(x, width):
         if isinstance(x, list) else []
 
 
+def tidy(line):
+    """Values of the wrong kind, of those that are looked up by name or used as keys, become absent."""
+    for key in ("config", "versions", "val_domains", "stages_ms", "router_gradient"):
+        if key in line:
+            line[key] = mapping(line[key])
+    for key in ("sweep", "size", "budget", "seed"):
+        if isinstance(line.get(key), (dict, list)):
+            line[key] = str(line[key])
+
+
 def run_key(line):
     return [str(line.get(key)) for key in ("sweep", "size", "budget", "arm", "rate", "seed")]
 
@@ -200,6 +210,7 @@ def read_file(inputs, path, logs, sweep=None):
         elif kind == "recipe":
             inputs.recipes.setdefault(entry.get("sweep", sweep), Recipe(str(entry.get("text") or "")))
         elif kind in bins:
+            tidy(entry)
             if kind != "microbench" and entry.get("sweep") is None:
                 entry["sweep"] = sweep
             if kind in ("run", "failed"):   # of a run that was made twice the later line counts

@@ -1,0 +1,219 @@
+#!/usr/bin/env bash
+# Tests of experiments/report: its page, its figures and its refusals, from lines made by tests/report_inputs.py and by
+# hand. No run is made but for two small ones, where ./train is built.
+#
+#     tests/test_report_page.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
+#
+# Every test is a function and runs in a directory of its own; it passes when no check in it failed. Called by
+# run_tests.sh. What pages are held to is in tests/report_checks.py.
+set -u
+REPO=$PWD
+ROOT=$(mktemp -d "${TMPDIR:-/tmp}/test_report_page.XXXXXX")
+trap 'rm -rf "$ROOT"' EXIT
+export PYTHONPYCACHEPREFIX=$ROOT/compiled LC_ALL=C.UTF-8
+
+# check WHAT COMMAND...: COMMAND must succeed.
+check() {
+    local what=$1
+    shift
+    "$@" >check.out 2>&1 && return
+    echo "  $what"
+    tail -n 5 check.out
+    failed=1
+}
+
+# report ARGUMENT...: output is in the files `out` and `err`, the exit status in $status.
+report() {
+    timeout 30 "$REPO/experiments/report" "$@" >out 2>err
+    status=$?
+}
+
+# page CHECK ARGUMENT...: what tests/report_checks.py says of the page.
+page() {
+    check "page: $*" python3 "$REPO/tests/report_checks.py" "$1" page.html "${@:2}"
+}
+
+# made: the report ended well.
+made() {
+    check "exit status $status: $(tail -n 1 err)" test "$status" = 0
+}
+
+# refused TEXT: ended with status 1, one line on stderr that holds TEXT, and no page.
+refused() {
+    check "exit status $status, expected 1" test "$status" = 1
+    check "stderr is not one line: $(head -n 3 err)" test "$(wc -l <err)" = 1
+    check "stderr does not say '$1': $(head -n 1 err)" grep -qF -- "$1" err
+    check "there is a page" test ! -e page.html
+}
+
+lines_of() { python3 "$REPO/tests/report_inputs.py" "$@"; }
+
+SWEEP=$ROOT/sweep
+lines_of synthetic "$SWEEP" || exit 1
+
+# ---- a sweep with something for every figure
+
+test_every_figure() {
+    report "$SWEEP" -o page.html --figures figures --title 'A <title> & more'
+    made
+    check "stderr is not empty" test ! -s err
+    page figures "$SWEEP/results.jsonl"
+    page numbers "$SWEEP/results.jsonl"
+    page front 'sigmoid, topk, topk-cf1 and top1'
+    page text 'A <title> & more' "<&\">'" \
+        'Does a learned router beat a hash of the token?' 'Expected topk below hash: seen' \
+        'Expected sigmoid below topk: not resolved' 'The router of broken gets no gradient from the loss' \
+        'expert-choice: the router reads later tokens' 'too-fast: more FLOP/s than the device can do' \
+        'Fewer than 3 seeds, so no interval: one-seed (1).' \
+        'top1 (rate 0.016, seed 1): 10 steps in a row were not finite' 'untimed'
+    check "figures" python3 "$REPO/tests/report_checks.py" drawings figures 12
+    cp page.html first
+    report "$SWEEP" -o page.html --title 'A <title> & more'
+    check "the same input gives another page" cmp first page.html
+}
+
+test_baseline() {
+    report "$SWEEP" -o page.html --baseline hash
+    made
+    page text 'Against hash, seed by seed'
+    rm page.html
+    report "$SWEEP" -o page.html --baseline hush
+    refused '--baseline hush: no such arm; there are'
+}
+
+test_old_table() {
+    lines_of converted "$REPO/experiments/results/router_table.jsonl" >table.jsonl
+    report table.jsonl -o page.html --figures figures
+    made
+    page numbers table.jsonl
+    page text 'router_table, lm wide' 'f199ec5e3182' 'The lines come from 4 commits'
+    check "figures" python3 "$REPO/tests/report_checks.py" drawings figures 13
+}
+
+# ---- inputs that are not whole
+
+test_nothing() {
+    mkdir empty
+    report empty -o page.html
+    refused 'no results in empty'
+    report none -o page.html
+    refused 'none: No such file or directory'
+    : >empty/results.jsonl
+    report empty -o page.html
+    refused 'no results in empty'
+}
+
+test_damaged_lines() {
+    {
+        head -n 4 "$SWEEP/results.jsonl"
+        printf '%s\n' '{"kind":"run","arm":' '[1]' '{"kind":"party","arm":"x"}' '{"kind":"run"}'
+        printf '\xff\xfe{"step":6}\n'
+        tail -n +5 "$SWEEP/results.jsonl"
+    } >damaged.jsonl
+    report damaged.jsonl -o page.html
+    made
+    check "the lines are not named" grep -qF 'damaged.jsonl:5: not a JSON object, left out' err
+    page text 'damaged.jsonl:6: not a JSON object' 'damaged.jsonl:8: a "run" line without "arm"' \
+        'damaged.jsonl: 1 line of kind "party", not shown'
+    page numbers "$SWEEP/results.jsonl"
+}
+
+# Losses and other numbers that are none, of the wrong kind or absent.
+test_strange_values() {
+    cat >strange.jsonl <<'LINES'
+{"kind":"run","arm":"nan","seed":1,"rate":0.1,"val_loss":NaN,"train":[[0,0,NaN],[10,10,1e999]],"loads":[[0,null]]}
+{"kind":"run","arm":"cut","seed":1,"rate":0.1,"val_loss":null,"val":[[0,0,5.5]],"steps":10,"tokens":0}
+{"kind":"run","arm":"bare","val_loss":2}
+{"kind":"run","arm":"odd","seed":[1],"rate":"fast","val_loss":1.5,"config":7,"val":{"a":1},"train":[1,[2],"x"],
+  "loads":3,"domain_expert":[[["a"]]],"mi":"x","val_floor":"low","device":5,"versions":[1],"router_gradient":3}
+{"kind":"run","arm":"fine","seed":1,"rate":0.1,"val_loss":1.25,"domain_expert":[[[0,1],[1,0]]],"train":[[1,8,2]]}
+{"kind":"timing","arm":"fine","ms":0,"stages_ms":{"experts":0}}
+{"kind":"timing","arm":"odd","ms":-1,"tokens_per_step":5,"stages_ms":[1]}
+{"kind":"timing","arm":"only timed","ms":2,"tok_s":500}
+{"kind":"failed","arm":"nan","rate":0.2,"seed":1}
+{"kind":"microbench"}
+{"kind":"microbench","ms":{"p50":1},"flops":100,"bytes":0,"bw":{"ms":0,"moved_bytes":5},"stages":{"x":1}}
+{"ranks":2,"tok_s":5}
+LINES
+    sed -i -z 's/\n  //g' strange.jsonl
+    report strange.jsonl -o page.html --figures figures
+    made
+    page text 'Without a finite final validation loss, left out: nan (rate 0.1, seed 1) and cut (rate 0.1, seed 1).' \
+        'Timed, but without a run: only timed.' 'nan (rate 0.2, seed 1)'
+    check "a page holds NaN" bash -c '! grep -qiE "\b(nan|inf)[,\" ]*(px|[0-9])" page.html'
+}
+
+# The rate with the lowest mean over the shared seeds is the arm's; one at which a seed failed is not.
+test_rate_that_failed() {
+    python3 - >rates.jsonl <<'PYTHON'
+import json
+def line(**values):
+    print(json.dumps(dict(sweep="s", size="a", arm="topk", **values)))
+for rate, seed, loss in ((0.1, 1, 1.0), (0.1, 2, 1.2), (0.2, 1, 0.5), (0.3, 1, 1.4)):
+    line(kind="run", rate=rate, seed=seed, val_loss=loss)
+line(kind="failed", rate=0.2, seed=2, why="not finite")
+PYTHON
+    report rates.jsonl -o page.html
+    made
+    page numbers rates.jsonl topk=0.1
+}
+
+test_logs() {
+    if [ ! -x "$REPO/train" ]; then
+        echo "  ./train is not built"
+        failed=1
+        return
+    fi
+    for router in topk hash; do
+        "$REPO/train" --layers 2 --dim 16 --heads 2 --experts 4 --expert-dim 16 --seq 32 --batch 2 --steps 12 --log-every 1 \
+            --eval-every 3 --eval-batches 1 --router $router --out runs/$router >train.out 2>&1
+    done
+    report runs -o page.html --figures figures
+    made
+    page text '2 layers of 16' 'Speeds are those that the runs themselves logged' 'Fewer than 3 seeds'
+    page logs runs/topk/log.jsonl runs/hash/log.jsonl
+    head -n 6 runs/topk/log.jsonl >cut
+    mkdir -p half/topk
+    mv cut half/topk/log.jsonl
+    report half/topk -o page.html
+    made
+    page text 'Without a finite final validation loss, left out: topk'
+}
+
+test_no_converter() {
+    mkdir bin
+    timeout 30 env PATH="$PWD/bin" "$(python3 -c 'import sys; print(sys.executable)')" "$REPO/experiments/report" \
+        "$SWEEP" -o page.html --png >out 2>err
+    status=$?
+    made
+    check "it does not say why there is no PNG" grep -q '^no PNG: neither rsvg-convert nor chromium is here' out
+    check "no drawings" test -s page_figures/roofline_1.svg
+}
+
+test_unwritable() {
+    report "$SWEEP" -o none/page.html
+    refused 'none/page.html'
+}
+
+# ---- running the tests
+
+all_passed=0
+all_failed=0
+mapfile -t names < <(sed -n 's/^test_\([a-z0-9_]*\)() {$/\1/p' "$0")
+for name in "${names[@]}"; do
+    wanted=$#
+    for word; do
+        [[ $name != *$word* ]] || wanted=0
+    done
+    [ "$wanted" = 0 ] || continue
+    mkdir "$ROOT/$name"
+    if (cd "$ROOT/$name" && failed=0 && { "test_$name"; exit "$failed"; }); then
+        all_passed=$((all_passed + 1))
+        echo "ok    $name"
+    else
+        all_failed=$((all_failed + 1))
+        echo "FAIL  $name"
+    fi
+done
+echo "$all_passed passed, $all_failed failed"
+[ $all_failed = 0 ]

@@ -47,6 +47,7 @@ if [[ ! $steps =~ ^[1-9][0-9]*$ || $((steps % 2)) = 1 ]]; then
 fi
 train=$1 out=$2
 [ -x "$train" ] || { say "$train is not a program: run make first"; exit 1; }
+train=$(realpath "$train")
 read -ra mpirun <<<"${MPIRUN:-mpirun --oversubscribe --bind-to none --quiet}"
 if ! command -v "${mpirun[0]}" >/dev/null; then
     say "${mpirun[0]} is not found: install Open MPI, or name another in MPIRUN"
@@ -54,6 +55,7 @@ if ! command -v "${mpirun[0]}" >/dev/null; then
 fi
 if [ "$(id -u)" = 0 ] && [ -z "${MPIRUN:-}" ]; then mpirun+=(--allow-run-as-root); fi
 touch "$out" || exit 1
+help=$("$train" --help) || { say "$train --help fails: build it again"; exit 1; }
 
 # name, options; "first" stands for a run of half of the steps with the gate as it was drawn, which the arm starts from
 arms='
@@ -72,7 +74,7 @@ trap 'rm -rf "$runs"' EXIT
 # More ranks than cores: who waits lets others work.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} OMPI_MCA_mpi_yield_when_idle=1
 
-# train_on FOLDER OPTION...: options that come later replace those before. Leaves the command in $command.
+# train_on FOLDER OPTION...: in $runs; options that come later replace those before. Leaves the command in $command.
 train_on() {
     local folder=$1 words=() kept=() seen=' ' i
     words=("${options[@]}" --ep "$ranks" --lr "$rate" --seed "$seed" "${@:2}" ${extra[@]+"${extra[@]}"})
@@ -81,7 +83,7 @@ train_on() {
         seen+="${words[i]} "
     done
     command="mpirun -n $ranks ./train ${kept[*]}"
-    "${mpirun[@]}" -n "$ranks" "$train" "${kept[@]}" --out "$folder" </dev/null >"$runs/output" 2>&1 ||
+    (cd "$runs" && "${mpirun[@]}" -n "$ranks" "$train" "${kept[@]}" --out "$folder" </dev/null >output 2>&1) ||
         { say "stopped: $(grep -am 1 moelab "$runs/output" || tail -n 1 "$runs/output")"; exit 1; }
 }
 
@@ -93,24 +95,24 @@ for seed in $seeds; do
     while read -r arm words; do
         if [ -z "$arm" ] || [[ -n $only && ,$only, != *",$arm,"* ]] || has_line "$arm"; then continue; fi
         read -ra words <<<"$words"
-        if [[ "${words[*]}" == *all-but-router* ]] && ! "$train" --help | grep -q all-but-router; then
+        if [[ "${words[*]}" == *all-but-router* && $help != *all-but-router* ]]; then
             say "$arm is left out: this program cannot freeze all but the router"
             continue
         fi
         more=()
         if [ "${words[-1]}" = first ]; then
             unset 'words[-1]'
-            first=$runs/first-$seed
-            [ -e "$first" ] || train_on "$first" --domains by-rank --freeze router --steps $((steps / 2))
+            first=first-$seed
+            [ -e "$runs/$first" ] || train_on "$first" --domains by-rank --freeze router --steps $((steps / 2))
             words+=(--init-from "$first" --steps $((steps / 2)))
             more=("steps_before=$((steps / 2))")
         else
             words+=(--steps "$steps")
         fi
         say "seed $seed, $arm"
-        train_on "$runs/$arm-$seed" "${words[@]}"
+        train_on "$arm-$seed" "${words[@]}"
         "$here/specialise_table.py" line "$runs/$arm-$seed" sweep=specialise_by_rank size=small "arm=$arm" \
-            "rate=$rate" "seed=$seed" phase=seeds budget=tokens "command=${command//$runs\//}" \
+            "rate=$rate" "seed=$seed" phase=seeds budget=tokens "command=$command" \
             ${more[@]+"${more[@]}"} >>"$out"
         rm -rf "${runs:?}/$arm-$seed"
     done <<<"$arms"

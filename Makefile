@@ -108,6 +108,7 @@ help:
 	@echo "make ladder    build the rungs of experiments/ladder, kernels from the simplest to the fastest (needs nvcc)"
 	@echo "make alltoall  build the levels of experiments/alltoall, the exchange between GPUs (needs nvcc, MPI, NCCL)"
 	@echo "make bench     measure the speed of the kernels and of training on this machine"
+	@echo "make grids     measure MoE layers stage by stage over grids of sizes, routers and layouts (minutes)"
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
 	@echo "make format    apply .clang-format"
 	@echo "make clean     remove what was built; runs/ stays"
@@ -286,7 +287,7 @@ MPIRUN = $(if $(RANKS),mpirun -n $(RANKS) --oversubscribe --bind-to none --quiet
          --allow-run-as-root) )
 
 # Each step is a make of its own: after setup has installed a compiler, the next make finds it.
-.PHONY: demo test check fuzz bench format clean
+.PHONY: demo test check fuzz bench grids format clean
 DEMO_PROGRAM = $(if $(filter-out 0,$(CUDA)),$(CUDA_PROGRAM),train)
 demo: $(filter no_cuda,$(DEMO_PROGRAM))
 	@$(MAKE) setup
@@ -343,6 +344,14 @@ fuzz:
 bench: build/bench_train
 	@build/bench_train $(BENCH_OPTIONS)
 
+# All grids of microbenchmarks, with CUDA=1 those of a GPU, else their small twins; lines are added to GRIDS_OUT.
+GRIDS_OUT = runs/grids.jsonl
+GRIDS_OPTIONS = $(if $(filter 1,$(CUDA)),,--scale small --seconds 0.1)
+GRIDS_PROGRAM = build/bench_layer$(if $(filter 1,$(CUDA)),_cuda)
+grids: $(GRIDS_PROGRAM)
+	@mkdir -p $(dir $(GRIDS_OUT))
+	@experiments/grids.sh -o '$(GRIDS_OPTIONS)' $(GRIDS_PROGRAM) $(GRIDS_OUT)
+
 # Programs of the tests and experiments that are built on demand: build/NAME, and build/NAME_cuda for a GPU.
 build/bench_train: build/cpu/experiments/bench_train.o
 BENCH_LAYER = $(addprefix experiments/,bench_layer.o bench_grid.o bench_grid_line.o bench_moe.o \
@@ -366,13 +375,14 @@ build/parity_cpu: build/cpu/tests/parity.o build/cpu/libmoelab.a
 	$(Q)$(CC) $(FLAGS_cpu) $(filter %.o,$^) $(filter %.a,$^) $(LDFLAGS) $(LIBS) -o $@
 
 $(foreach name,tests/parity tests/hf_logits tests/comm_ranks experiments/bench_train experiments/bench_layer \
-    experiments/bench_generate experiments/bench_alltoall,$(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
+    experiments/bench_generate experiments/bench_alltoall,\
+    $(eval build/$(notdir $(name))_cuda: build/cuda/$(name).o build/cuda/libmoelab.a))
 build/bench_alltoall_cuda: build/cuda/experiments/scale_rows.o
 build/bench_layer_cuda: $(addprefix build/cuda/,$(BENCH_LAYER))
 build/bench_generate_cuda: $(addprefix build/cuda/,$(BENCH_GENERATE))
 build/parity_cuda_fp32: build/cuda-fp32/tests/parity.o build/cuda-fp32/libmoelab.a
-$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_generate_cuda bench_alltoall_cuda \
-    hf_logits_cuda comm_ranks_cuda):
+$(addprefix build/,parity_cuda parity_cuda_fp32 bench_train_cuda bench_layer_cuda bench_generate_cuda \
+    bench_alltoall_cuda hf_logits_cuda comm_ranks_cuda):
 	$(Q)$(LINK_CUDA) -o $@
 
 # The rungs of experiments/ladder, each one file: build/ladder/LADDER_level_N_NAME. experiments/ladder/run.sh runs them.

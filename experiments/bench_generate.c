@@ -1,8 +1,8 @@
 /* Speed of generation: prompts and new tokens apart, over the number of sequences side by side, on a CPU or a GPU.
  *
  *     build/bench_generate --checkpoint runs/demo         a run's model (or a folder of Hugging Face transformers)
- *     build/bench_generate_cuda --model tiny              fresh weights of a model of bench_models.h: what a token takes
- *                                                         hardly depends on what the weights are
+ *     build/bench_generate_cuda --model tiny              fresh weights of a model of bench_models.h: what a token
+ *                                                         takes hardly depends on what the weights are
  *     build/bench_generate --model cpu-default --router topk --top-k 1       .. with other options of ./train
  *
  *     --batches 1,2,4,8,16,32,64   sequences side by side, one JSON line for each

@@ -1,5 +1,5 @@
-/* The model reads its own output, one token of each sequence at a time, keys and values of earlier tokens kept. Called by
- * sample.c and experiments/bench_generate.c. */
+/* The model reads its own output, one token of each sequence at a time, keys and values of earlier tokens kept. Called
+ * by sample.c and experiments/bench_generate.c. */
 #include "generate.h"
 
 #include <assert.h>

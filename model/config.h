@@ -21,7 +21,7 @@ typedef enum { OBJECTIVE_LM, OBJECTIVE_MLM } Objective;
 typedef enum { SCHEDULE_COSINE, SCHEDULE_CONSTANT, SCHEDULE_WSD } Schedule;
 typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER, FREEZE_ALL_BUT_ROUTER } Freeze;
 typedef enum { PERFT_NONE, PERFT_R, PERFT_E, PERFT_D, PERFT_S } PerftKind;
-typedef enum { LORA_NONE, LORA_ATTENTION } Lora;
+typedef enum { LORA_NONE, LORA_ATTENTION } LoraPlace;
 typedef enum { EXCHANGE_FLAT, EXCHANGE_BUCKETED, EXCHANGE_DEDUP, EXCHANGE_PADDED, EXCHANGE_P2P } ExchangeWay;
 enum { EXCHANGE_MOST_PARTS = 8 };
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORMS, RECOMPUTE_EXPERTS } Recompute;
@@ -54,7 +54,7 @@ typedef struct {
     int drop;                                              /* DropPolicy */
     double norm_eps, rope_base;
     /* adapters of fine-tuning: perft.h, adapter.h */
-    int perft, lora; /* PerftKind, Lora */
+    int perft, lora; /* PerftKind, LoraPlace */
     int perft_count, perft_rank, perft_top_k;
     int perft_act; /* Activation */
     double perft_scale;

@@ -22,7 +22,8 @@ void import_tokenizer(char tokenizer[CONFIG_TEXT], const Config *source, const c
 
 /* Overwrites in host (tensors->total values, initial ones before) the weights that DIR has. Types F64, F32, F16 and
  * BF16 are read. Ends the program with one line when a tensor is missing, is one too many, or has another shape or type
- * than DIR's config.json and this model ask for. upcycle: DIR's dense MLPs become the experts. */
+ * than DIR's config.json and this model ask for; adapters (adapter.h) that DIR has not stay as they are. upcycle: DIR's
+ * dense MLPs become the experts. */
 void import_weights(acc_t *host, const TensorList *tensors, const ModelConfig *model, const char *directory,
                     bool upcycle);
 

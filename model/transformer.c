@@ -41,24 +41,8 @@ static int att_width(const ModelConfig *config) {
 
 /* ---- parameters ---- */
 
-/* The adapters of the attention: one for queries, keys and values together, as their weights are one matrix, and one
- * for what attention puts out. rows: 0 for the list of tensors. */
-static ExpertShape lora_qkv_shape(const ModelConfig *c, int E, int rows) {
-    return adapter_shape(c, E, c->dim, c->perft_rank, qkv_width(c), rows);
-}
-
-static ExpertShape lora_out_shape(const ModelConfig *c, int E, int rows) {
-    return adapter_shape(c, E, att_width(c), c->perft_rank, c->dim, rows);
-}
-
-static void lora_tensors(TensorList *list, const ModelConfig *c, int l) {
-    char prefix[64];
-    if (c->lora == LORA_ATTENTION) {
-        snprintf(prefix, sizeof prefix, "layers.%d.attn.qkv.lora", l);
-        adapter_tensors(list, c, TENSOR_DENSE, l, lora_qkv_shape(c, 0, 0), prefix);
-        snprintf(prefix, sizeof prefix, "layers.%d.attn.out.lora", l);
-        adapter_tensors(list, c, TENSOR_DENSE, l, lora_out_shape(c, 0, 0), prefix);
-    }
+static LoraWidths lora_widths(const ModelConfig *config) {
+    return (LoraWidths){.qkv = qkv_width(config), .att = att_width(config)};
 }
 
 void transformer_tensors(TensorList *list, const ModelConfig *c) {
@@ -73,7 +57,7 @@ void transformer_tensors(TensorList *list, const ModelConfig *c) {
             tensors_add(list, TENSOR_DENSE, l, ones, HS, 0, 0, "layers.%d.attn.k_norm.w", l);
         }
         tensors_add(list, TENSOR_DENSE, l, out_std, C, att_width(c), 0, "layers.%d.attn.out.w", l);
-        lora_tensors(list, c, l);
+        lora_tensors(list, c, l, lora_widths(c));
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.ffn_norm.w", l);
         chain_tensors(list, c, l);
         perft_tensors(list, c, l);
@@ -106,12 +90,6 @@ static Weight find_weight(const Transformer *model, const char *format, ...) {
                     wanted ? model->grads + tensor->offset : NULL};
 }
 
-static void connect_lora(Transformer *model, Adapter *adapter, int l, const char *projection) {
-    char prefix[64];
-    snprintf(prefix, sizeof prefix, "layers.%d.attn.%s.lora", l, projection);
-    adapter_connect(adapter, &model->tensors, prefix, model->weights, model->grads);
-}
-
 void transformer_connect(Transformer *model) {
     const ModelConfig *c = model->config;
     if (weights_are_master()) {
@@ -138,8 +116,7 @@ void transformer_connect(Transformer *model) {
         layer->ffn_norm = find_weight(model, "layers.%d.ffn_norm.w", l);
         chain_connect(&layer->chain, &model->tensors, l, model->weights, model->master, model->grads);
         perft_connect(&layer->perft, &model->tensors, l, model->weights, model->master, model->grads);
-        connect_lora(model, &layer->lora_qkv, l, "qkv");
-        connect_lora(model, &layer->lora_out, l, "out");
+        lora_connect(&layer->lora, &model->tensors, l, model->weights, model->grads);
     }
     model->scratch.din_rows = model->scratch.out_rows;
     rope_table(model->angles, c->seq, c->head_dim, c->rope_base, NULL);
@@ -218,11 +195,8 @@ static void reserve_layer(Transformer *model, int l, int first_site, const Confi
     }
     chain_reserve(&layer->chain, config, l, model->N, &model->context, first_site, scratch, arena);
     perft_reserve(&layer->perft, config, l, model->N, &model->context, first_site, scratch, arena);
-    if (c->lora == LORA_ATTENTION) {
-        adapter_reserve(&layer->lora_qkv, lora_qkv_shape(c, 1, model->N), N, arena);
-        adapter_reserve(&layer->lora_out, lora_out_shape(c, 1, model->N), N, arena);
-        moe_grow_scratch(scratch, layer->lora_qkv.shape);
-    }
+    lora_reserve(&layer->lora, c, model->N, lora_widths(c), arena);
+    moe_grow_scratch(scratch, layer->lora.qkv.shape); /* the other's rank is the same */
 }
 
 /* What there is once: the stream's end, head and losses, what routers tell. */
@@ -398,7 +372,7 @@ static void turn(Transformer *model, Layer *layer, int start, Stream *stream) {
 static void project(Transformer *model, Layer *layer, Stream *stream) {
     const ModelConfig *c = model->config;
     matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, model->N, c->dim, qkv_width(c), stream);
-    adapter_forward(&layer->lora_qkv, moe_adapter_scratch(&model->scratch), layer->qkv_raw, layer->xn, stream);
+    adapter_forward(&layer->lora.qkv, moe_adapter_scratch(&model->scratch), layer->qkv_raw, layer->xn, stream);
 }
 
 /* dw += dy^T x, unless the weight is frozen. */
@@ -426,7 +400,7 @@ static void attention_block_forward(Transformer *model, Layer *layer, int start,
                        attention_shape(model), stream);
     }
     matmul_forward(model->branch, layer->att, layer->attn_out.w, model->N, att_width(c), c->dim, stream);
-    adapter_forward(&layer->lora_out, moe_adapter_scratch(&model->scratch), model->branch, layer->att, stream);
+    adapter_forward(&layer->lora.out, moe_adapter_scratch(&model->scratch), model->branch, layer->att, stream);
 }
 
 /* dn = gradient of layer->xn, from dx, the gradient of the residual stream after the attention. */
@@ -444,14 +418,14 @@ static void attention_block_backward(Transformer *model, Layer *layer, Stream *s
     }
     matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, att_width(c), C, 0, stream);
     weight_backward(layer->attn_out, model->dx, layer->att, N, att_width(c), C, stream);
-    adapter_backward(&layer->lora_out, scratch, model->datt, model->dx, layer->att, stream);
+    adapter_backward(&layer->lora.out, scratch, model->datt, model->dx, layer->att, stream);
     attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qk_turned, layer->qkv_raw,
                        attention_shape(model), stream);
     rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w,
                   layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
     matmul_backward_input(model->dn, model->dqkv, layer->qkv.w, N, C, qkv_width(c), 0, stream);
     weight_backward(layer->qkv, model->dqkv, layer->xn, N, C, qkv_width(c), stream);
-    adapter_backward(&layer->lora_qkv, scratch, model->dn, model->dqkv, layer->xn, stream);
+    adapter_backward(&layer->lora.qkv, scratch, model->dn, model->dqkv, layer->xn, stream);
 }
 
 /* Normalises the stream: s = x + branch (or x itself before the first branch), y = norm(s). */

@@ -18,6 +18,7 @@
 #include "../kernels/device.h"
 #include "chain.h"
 #include "config.h"
+#include "lora.h"
 #include "moe.h"
 #include "perft.h"
 #include "tensors.h"
@@ -33,21 +34,21 @@ typedef struct {
 /* One layer's parameters and what its forward keeps for its backward. */
 typedef struct {
     Weight attn_norm, qkv, q_norm, k_norm, attn_out, ffn_norm;
-    real_t *x;                  /* (N,C) residual stream at the layer's start */
-    real_t *xn;                 /* (N,C) normalised */
-    acc_t *x_rstd;              /* (N) */
-    real_t *qkv_raw;            /* (N, (NH+2*NKV)*HS) as projected */
-    real_t *qk_turned;          /* (N, (NH+NKV)*HS), queries and keys after QK-norm and RoPE */
-    acc_t *qk_rstd;             /* (N, NH+NKV) */
-    real_t *att;                /* (N, NH*HS) */
-    acc_t *lse;                 /* (B,NH,T) */
-    real_t *mid;                /* (N,C) residual stream after attention */
-    real_t *mn;                 /* (N,C) normalised */
-    acc_t *mid_rstd;            /* (N) */
-    real_t *keys, *values;      /* (B,cached,NKV,HS) generation only; of a model that reads prompts, another's */
-    Chain chain;                /* the MoE layer, applied once or several times */
-    Perft perft;                /* adapters beside it */
-    Adapter lora_qkv, lora_out; /* .. and beside the attention's projections */
+    real_t *x;             /* (N,C) residual stream at the layer's start */
+    real_t *xn;            /* (N,C) normalised */
+    acc_t *x_rstd;         /* (N) */
+    real_t *qkv_raw;       /* (N, (NH+2*NKV)*HS) as projected */
+    real_t *qk_turned;     /* (N, (NH+NKV)*HS), queries and keys after QK-norm and RoPE */
+    acc_t *qk_rstd;        /* (N, NH+NKV) */
+    real_t *att;           /* (N, NH*HS) */
+    acc_t *lse;            /* (B,NH,T) */
+    real_t *mid;           /* (N,C) residual stream after attention */
+    real_t *mn;            /* (N,C) normalised */
+    acc_t *mid_rstd;       /* (N) */
+    real_t *keys, *values; /* (B,cached,NKV,HS) generation only; of a model that reads prompts, another's */
+    Chain chain;           /* the MoE layer, applied once or several times */
+    Perft perft;           /* adapters beside it */
+    Lora lora;             /* .. and beside the attention's projections */
 } Layer;
 
 typedef struct {

@@ -161,7 +161,8 @@ def best_rates(runs, failed):
 
 def numbers(page, results, wanted_rate=None):
     lines = list(lines_of(results))
-    sizes = list(dict.fromkeys(line["size"] for line in lines if line.get("kind") in ("run", "timing") and "size" in line))
+    sizes = list(dict.fromkeys(line["size"] for line in lines
+                               if line.get("kind") in ("run", "timing") and "size" in line))
     sections = [e for e in page.iter("section") if e.find("h2") is not None and
                 words(e.find("h2")) not in ("Machine", "Provenance")]
     if len(sizes) != len(sections):

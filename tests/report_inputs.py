@@ -2,7 +2,7 @@
 """Inputs for tests of experiments/report.
 
     tests/report_inputs.py synthetic FOLDER          a sweep's folder with something for every figure and every warning
-    tests/report_inputs.py converted TABLE.jsonl     experiments/results/router_table.jsonl as lines of a sweep, to stdout
+    tests/report_inputs.py converted TABLE.jsonl     experiments/results/router_table.jsonl as lines of a sweep
 
 The synthetic numbers are drawn with a fixed seed and mean nothing; the shapes are those of real lines.
 """
@@ -40,7 +40,8 @@ DEVICE = "AMD EPYC (2 threads, AVX2)"
 
 def base(arm):
     _, _, mflops, _, router, extra = ARMS[arm]
-    config = dict(router=router, objective="lm", data="builtin", tokenizer="byte", batch=8, seq=128, experts=8, layers=4)
+    config = dict(router=router, objective="lm", data="builtin", tokenizer="byte", batch=8, seq=128, experts=8,
+                  layers=2)
     config.update(extra)
     return {"sweep": "synthetic", "size": "small", "arm": arm, "budget": "tokens", "ts": "2025-01-01T00:00:00Z",
             "config": config, "command": f"./train --router {router} --out runs/{arm}", "commit": "0123456789ab",
@@ -118,7 +119,8 @@ def synthetic(folder):
     failed = base("top1")
     failed.update(kind="failed", rate=0.016, seed=1, phase="rates", why="10 steps in a row were not finite")
     lines.append(failed)
-    lines += [bench_line(t, d, layout) for t in (256, 1024, 4096) for d in (64, 256) for layout in ("compact", "padded")]
+    lines += [bench_line(tokens, dim, layout) for tokens in (256, 1024, 4096) for dim in (64, 256)
+              for layout in ("compact", "padded")]
     lines += [{"model": "d12", "impl": impl, "router": "topk", "mode": "weak", "ranks": r, "ep": ep if ep == 1 else r,
                "tok_s": 1000 * speed * r ** power, "device": DEVICE, "command": "mpirun -n N build/bench_train"}
               for impl, ep, speed, power in (("moelab", 1, 60, 0.97), ("moelab", 2, 55, 0.9), ("torch", 1, 30, 0.85))
@@ -132,8 +134,8 @@ def synthetic(folder):
 
 def converted(path):
     same = ("arm rate seed commit device ts command leaky sees_batch params_total params_active flops_per_token steps "
-            "tokens val_loss val_floor ms side_by_side load_cv max_vio entropy mean_entropy drop token_drop dead margin "
-            "router_main_norm router_balance_norm").split()
+            "tokens val_loss val_floor ms side_by_side load_cv max_vio entropy mean_entropy drop token_drop dead "
+            "margin router_main_norm router_balance_norm").split()
     for text in open(path, encoding="utf-8"):
         old = json.loads(text)
         line = {key: old[key] for key in same}

@@ -165,8 +165,8 @@ test_logs() {
         return
     fi
     for router in topk hash; do
-        "$REPO/train" --layers 2 --dim 16 --heads 2 --experts 4 --expert-dim 16 --seq 32 --batch 2 --steps 12 --log-every 1 \
-            --eval-every 3 --eval-batches 1 --router $router --out runs/$router >train.out 2>&1
+        "$REPO/train" --layers 2 --dim 16 --heads 2 --experts 4 --expert-dim 16 --seq 32 --batch 2 --steps 12 \
+            --log-every 1 --eval-every 3 --eval-batches 1 --router $router --out runs/$router >train.out 2>&1
     done
     report runs -o page.html --figures figures
     made

@@ -210,7 +210,7 @@ class Comparison:
         return sorted((arm for arm in self.arms if arm.ranked), key=self.mean_loss)
 
     def front(self):
-        """Ranked arms of enough seeds with a speed, that no other beats in both, from the lowest loss to the fastest."""
+        """Ranked arms of enough seeds with a speed that no other beats in both, from the lowest loss on."""
         arms = [arm for arm in self.arms if arm.ranked and arm.enough_seeds and arm.speed()]
         kept = intervals.pareto([(self.mean_loss(arm), 1 / arm.speed()[0]) for arm in arms])
         return sorted((arms[i] for i in kept), key=lambda arm: arm.speed()[0])

@@ -44,8 +44,8 @@ def scaling_figures(lines):
             continue
         best = max(long, key=lambda n: long[n][-1][1])
         ratio = long[best][-1][1] / long[best][0][1]
-        title = f"{key}: {best} gets {fixed(ratio, 2)} times the tokens/s from {long[best][-1][0] / long[best][0][0]:g} " \
-            "times the ranks"
+        more = long[best][-1][0] / long[best][0][0]
+        title = f"{key}: {best} gets {fixed(ratio, 2)} times the tokens/s from {more:g} times the ranks"
         figures.append(Figure(name, title, [Panel(lambda width, s=long: draw_scaling(s, width), 620)], how, head, rows,
                               commands=commands))
     return figures
@@ -57,7 +57,7 @@ def series_name(line):
         words.append(str(line["router"]))
     for key in ("ep", "exchange"):
         if line.get(key) not in (None, ""):
-            words.append(f"ep = ranks" if key == "ep" and line["ep"] == line["ranks"] and line["ep"] > 1 else
+            words.append("ep = ranks" if key == "ep" and line["ep"] == line["ranks"] and line["ep"] > 1 else
                          f"{key} {line[key]}")
     return " ".join(filter(None, words)) or "runs"
 
@@ -78,7 +78,8 @@ def draw_scaling(series, width):
         d.curve([(x(a), y(b)) for a, b in points], style, name)
         for r, v in points:
             d.mark(x(r), y(v), style, title=f"{name}, {r} ranks: {short(v)} tokens/s", size=4)
-        ends.append((x(points[-1][0]), y(points[-1][1]), clipped(name, 22), f"t{style}" if style is not None else "quiet"))
+        ends.append((x(points[-1][0]), y(points[-1][1]), clipped(name, 22),
+                     "quiet" if style is None else f"t{style}"))
     if width > PHONE:
         d.end_labels([(y_, text, cls) for _, y_, text, cls in ends])
     else:
@@ -158,8 +159,8 @@ def bench_figures(lines):
         if bandwidth:
             figures.append(bandwidths(f"bandwidth_{i}", device, bandwidth, slope, notes, commands))
         if not roof and not bandwidth:
-            figures.append(Missing(f"microbenchmarks_{i}", f"Microbenchmarks on {device}: no line has a time with FLOPs "
-                                                           "and bytes."))
+            figures.append(Missing(f"microbenchmarks_{i}",
+                                   f"Microbenchmarks on {device}: no line has a time with FLOPs and bytes."))
     return figures
 
 
@@ -172,9 +173,9 @@ def roofline(name, device, series, top, slope, notes, commands):
     roofs = f"the flat roof is {short(top)}FLOP/s" if top else "the device's most FLOP/s is not known"
     roofs += f", the slanted one {short(slope)}B/s times the intensity" if slope else \
         ", its memory's bandwidth is not known, so there is no slanted roof"
-    how = (f"{device}: {roofs}. Each point is a microbenchmark: right means more arithmetic for each byte that goes to or "
-           "from memory, up is faster. A point under the slanted roof waits for memory, one under the flat roof for the "
-           "arithmetic; the distance to the roof is what could be gained.")
+    how = (f"{device}: {roofs}. Each point is a microbenchmark: right means more arithmetic for each byte that goes to "
+           "or from memory, up is faster. A point under the slanted roof waits for memory, one under the flat roof for "
+           "the arithmetic; the distance to the roof is what could be gained.")
     return Figure(name, title, [Panel(lambda width: draw_cloud(
         series, "FLOPs for each byte (log scale)", "FLOP/s (log scale)", width, top, slope))], how,
         ["what", "FLOPs/byte", "FLOP/s", "of the roof", "point"], rows, key=key_of_series(series), notes=notes,
@@ -186,8 +187,8 @@ def bandwidths(name, device, series, slope, notes, commands):
             for s, points in series.items() for a, r, words in points]
     fastest = max(((s, p) for s, points in series.items() for p in points), key=lambda item: item[1][1])
     title = f"Moving rows: {fastest[0]} reaches {short(fastest[1][1])}B/s"
-    how = (f"{device}: bytes moved in one call and how many a second. Small moves are bound by the time it takes to start "
-           "them, large ones by the memory" + (f", {short(slope)}B/s at most." if slope else "."))
+    how = (f"{device}: bytes moved in one call and how many a second. Small moves are bound by the time it takes to "
+           "start them, large ones by the memory" + (f", {short(slope)}B/s at most." if slope else "."))
     return Figure(name, title, [Panel(lambda width: draw_cloud(
         series, "bytes moved (log scale)", "bytes per second (log scale)", width, slope, None), 620)], how,
         ["what", "bytes", "bytes/s", "of the peak", "point"], rows, key=key_of_series(series), notes=notes,
@@ -208,8 +209,8 @@ def draw_cloud(series, x_label, y_label, width, top, slope):
     if top and slope:
         corner = min(max(top / slope, x.low), x.high)
         start = max(x.low, y.low / slope)
-        d.add(plot.el("path", d=plot.path([(x(start), y(min(top, start * slope))), (x(corner), y(min(top, corner * slope))),
-                                           (x(x.high), y(min(top, x.high * slope)))]), cls="roof"))
+        at = [start, corner, x.high]
+        d.add(plot.el("path", d=plot.path([(x(a), y(min(top, a * slope))) for a in at]), cls="roof"))
     elif top:
         d.add(plot.el("path", d=plot.path([(d.left, y(top)), (d.right, y(top))]), cls="roof"))
     for i, (name, found) in enumerate(series.items()):

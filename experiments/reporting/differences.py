@@ -28,8 +28,7 @@ def forest(comparison):
     resolved = sum(differences[arm].resolved for arm in ranked)
     unsure = sum(differences[arm].t is not None and not differences[arm].resolved for arm in ranked)
     few = sum(differences[arm].t is None for arm in ranked)
-    words = [f"{resolved} of {count(len(ranked), 'arm')} differ from {base.name}" if resolved != 1 or len(ranked) > 1 else
-             f"{ranked[0].name} differs from {base.name}"]
+    words = [f"{resolved} of {count(len(ranked), 'arm')} differ from {base.name}"]
     words += [f"{unsure} not resolved"] * (unsure > 0) + [f"{few} with too few seeds"] * (few > 0)
     spread = comparison.losses(base)
     notes = []
@@ -48,12 +47,13 @@ def forest(comparison):
         rows.append([arm.name, d.n, signed(d.mean, 4), "\u00b1 " + fixed(d.t[1] - d.mean, 4) if d.t else MISSING,
                      f"{signed(d.bootstrap[0], 4)} to {signed(d.bootstrap[1], 4)}" if d.t else MISSING, verdict_of(d),
                      ", ".join(signed(v, 4) for v in d.values)])
-    how = (f"Each arm's loss minus that of {base.name}, over seeds that share data and initial weights: left of the zero "
-           "line is better than the baseline. Dot: the mean. Bar: the wider of two 95\u202f% intervals, Student's t and the "
-           "bootstrap; where it holds zero the difference is not resolved. Hollow small dots are single seeds. With "
-           f"fewer than {FEWEST_SEEDS} seeds there is no interval. No correction is made for the number of arms: of "
-           "twenty arms that do not differ, one is expected to look as if it did.")
-    return Figure(name, ", ".join(words), [Panel(lambda width: draw_forest(comparison, order, differences, width))], how,
+    how = (f"Each arm's loss minus that of {base.name}, over seeds that share data and initial weights: left of the "
+           "zero line is better than the baseline. Dot: the mean. Bar: the wider of two 95\u202f% intervals, Student's "
+           "t and the bootstrap; where it holds zero the difference is not resolved. Hollow small dots are single "
+           f"seeds. With fewer than {FEWEST_SEEDS} seeds there is no interval. No correction is made for the number of "
+           "arms: of twenty arms that do not differ, one is expected to look as if it did.")
+    panel = Panel(lambda width: draw_forest(comparison, order, differences, width))
+    return Figure(name, ", ".join(words), [panel], how,
                   ["arm", "seeds", "difference", "Student's t", "bootstrap", "said in words", "seed by seed"], rows,
                   notes=notes, commands=commands_of([base] + order, best_runs))
 
@@ -148,7 +148,7 @@ def loss_over_rate(comparison):
     edge = [arm.name for arm, rates in arms.items() if arm.ranked and arm.rate in (min(rates), max(rates))]
     title = f"The best learning rate is inside the grid for {len(arms) - len(edge)} of {count(len(arms), 'arm')}" \
         if edge else "Every arm's best learning rate is inside the grid"
-    notes = [f"Best at an end of the grid, so a rate beyond it may be better still: {listing(edge, 30)}."] if edge else []
+    notes = [f"Best at an end of the grid, so a rate beyond it may be better still: {listing(edge, 30)}."] * bool(edge)
     failed = [f"{arm.name} at {short(number(line.get('rate')))}" for arm in comparison.arms for line in arm.failed]
     if failed:
         notes.append(f"Failed, which counts as infinitely bad: {listing(failed)}.")

@@ -156,11 +156,12 @@ def domains_and_experts(comparison):
     more = details(f"Other layers and arms ({len(folded)})", el("div", [p.html() for p in folded], cls="panels"),
                    el("p", left_out, cls="note") if left_out else None) if folded else None
     how = ("Rows are the domains of the validation text, which the model is never told; columns are experts, cells the "
-           "share of the domain's choices in percent. Orange is more than the fair share of one expert, blue less: rows "
-           "that look alike mean that experts do not tell domains apart. Nats: mutual information of domain and expert, "
-           "0 when they have nothing to do with each other. One seed an arm, the layer where it is largest; expert "
-           "numbers mean nothing across arms.")
-    return Figure(name, f"Experts tell domains apart most in {most.name}: {fixed(max(information(runs[most])), 2)} nats",
+           "share of the domain's choices in percent. Orange is more than the fair share of one expert, blue less: "
+           "rows that look alike mean that experts do not tell domains apart. Nats: mutual information of domain and "
+           "expert, 0 when they have nothing to do with each other. One seed an arm, the layer where it is largest; "
+           "expert numbers mean nothing across arms.")
+    title = f"Experts tell domains apart most in {most.name}: {fixed(max(information(runs[most])), 2)} nats"
+    return Figure(name, title,
                   panels, how, ["arm", "seed", "layer shown", "mutual information of each layer, nats"], rows,
                   more=more, commands=commands_of(order, lambda arm: [runs[arm]]))
 
@@ -229,8 +230,9 @@ def drop_against_quality(comparison):
              percent(arm.mean("token_drop"), 2), percent(arm.mean("padding"), 1),
              plus_minus(*comparison.loss_interval(arm), 4)] for arm in order]
     worst = order[-1]
-    how = ("Each point is an arm: the share of its choices that found no place at their expert, over the last quarter of "
-           "training, and its validation loss, with 95\u202f% intervals over the seeds. The baseline is shown for reference. "
+    how = ("Each point is an arm: the share of its choices that found no place at their expert, over the last quarter "
+           "of training, and its validation loss, with 95\u202f% intervals over the seeds. The baseline is shown for "
+           "reference. "
            "Evaluation drops nothing unless the run says --eval-drop 1.")
     return Figure(name, f"{count(len([a for a in capped if a.mean('drop') > 0]), 'arm')} dropped rows, at most "
                   f"{percent(worst.mean('drop'))} in {worst.name}",
@@ -255,7 +257,8 @@ def draw_drop(comparison, arms, width):
         (mean, half), at = losses[arm], x(arm.mean("drop") or 0)
         if half:
             d.whisker(at, y(mean - half), at, y(mean + half), plot.tone(arm.style))
-        d.mark(at, y(mean), arm.style, title=f"{arm.name}: {percent(arm.mean('drop') or 0)} dropped, loss {fixed(mean)}")
+        say = f"{arm.name}: {percent(arm.mean('drop') or 0)} dropped, loss {fixed(mean)}"
+        d.mark(at, y(mean), arm.style, title=say)
         labels.append((at, y(mean), clipped(arm.name, 18), "label"))
     d.labels(labels)
     return d

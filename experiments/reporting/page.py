@@ -16,7 +16,8 @@ def section_of(comparison, figures):
         said.append(f"On the front of loss and speed, from the lowest loss to the fastest: "
                     f"{listing([arm.name for arm in front], 12)}.")
     return el("section", el("h2", comparison.title), recipe_words(comparison.recipe),
-              el("div", el("h3", "What the data say"), el("ul", [el("li", sentence) for sentence in said]), cls="verdict"),
+              el("div", el("h3", "What the data say"), el("ul", [el("li", sentence) for sentence in said]),
+                 cls="verdict"),
               warning_box(comparison_warnings(comparison)),
               [figure.html() for figure in figures], id=comparison.slug)
 
@@ -32,7 +33,8 @@ def warning_box(warnings, title="Read with care"):
     if not warnings:
         return None
     grave = any(alarm for alarm, _ in warnings)
-    return el("div", el("h3", title), el("ul", [el("li", sentence) for _, sentence in sorted(warnings, key=lambda w: not w[0])]),
+    graver_first = sorted(warnings, key=lambda warning: not warning[0])
+    return el("div", el("h3", title), el("ul", [el("li", sentence) for _, sentence in graver_first]),
               cls="alarm" if grave else "caution")
 
 
@@ -84,11 +86,12 @@ def unequal(comparison):
     timings = [line for arm in comparison.arms for line in arm.timings]
     found = []
     if any(line.get("from_log") for line in timings):
-        found.append("Speeds are those that the runs themselves logged: what else the machine was doing, the logs do not "
-                     "know. experiments/sweep times each arm alone.")
+        found.append("Speeds are those that the runs themselves logged: what else the machine was doing, the logs do "
+                     "not know. experiments/sweep times each arm alone.")
     devices = sorted({str(line["device"]) for line in timings if line.get("device")})
     if len(devices) > 1:
-        found.append(f"Speeds were taken on {len(devices)} different devices ({listing(devices)}): they cannot be compared.")
+        found.append(f"Speeds were taken on {len(devices)} different devices ({listing(devices)}): they cannot be "
+                     "compared.")
     devices = sorted({str(run["device"]) for run in best if run.get("device")})
     if len(devices) > 1:
         found.append(f"Losses come from {len(devices)} different devices: {listing(devices)}.")
@@ -111,8 +114,8 @@ def unequal(comparison):
             found.append(f"The arms have different {words}: {listing(sorted(values))}.")
     floors = [f for f in (number(run.get("val_floor")) for run in best) if f is not None]
     if floors and comparison.floor is None and comparison.loss == "val_loss":
-        found.append("The floor of the loss differs between runs (they were evaluated on different texts), so it is not "
-                     "drawn; what an arm is above it is taken run by run.")
+        found.append("The floor of the loss differs between runs (they were evaluated on different texts), so it is "
+                     "not drawn; what an arm is above it is taken run by run.")
     return found
 
 
@@ -136,8 +139,7 @@ def provenance(inputs):
     rows = [["read from", listing([os.path.relpath(p) if not p.startswith("/") else p for p in inputs.sources], 6)],
             ["lines", ", ".join(count(len(what), noun) for what, noun in (
                 (inputs.runs, "run"), (inputs.timings, "timing"), (inputs.failed, "failure"),
-                (inputs.benches, "microbenchmark"), (inputs.scalings, "line of scaling tests"))
-                                if what)],
+                (inputs.benches, "microbenchmark"), (inputs.scalings, "scaling test")) if what)],
             ["failed runs", listing(failed, 12) or "none"],
             ["commits (lines)", commit_words or MISSING],
             ["devices (lines)", tally("device")],
@@ -171,7 +173,8 @@ def whole(title, inputs, sections, others):
               el("nav", el("ul", [el("li", el("a", words, href="#" + name)) for name, words in links]),
                  aria_label="sections") if len(links) > 2 else None,
               [section_of(comparison, figures) for comparison, figures in sections],
-              el("section", el("h2", "Machine"), [figure.html() for figure in others], id="machine") if others else None,
+              el("section", el("h2", "Machine"), [figure.html() for figure in others],
+                 id="machine") if others else None,
               provenance(inputs))
     head = el("head", el("meta", charset="utf-8"),
               el("meta", name="viewport", content="width=device-width, initial-scale=1"),

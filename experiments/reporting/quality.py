@@ -38,8 +38,9 @@ def rank_row(comparison, arm, front):
     mean, half = comparison.loss_interval(arm)
     speed = arm.speed()
     marks = [words for words, holds in (
-        ("on the front", arm in front), ("reads later tokens", arm.leaky), ("sees the rest of the batch", arm.sees_batch),
-        ("router without gradient", arm.unlearned), ("implausible speed", arm.implausible)) if holds]
+        ("on the front", arm in front), ("reads later tokens", arm.leaky),
+        ("sees the rest of the batch", arm.sees_batch), ("router without gradient", arm.unlearned),
+        ("implausible speed", arm.implausible)) if holds]
     return [arm.name, short(arm.rate), len(arm.best), plus_minus(mean, half, 4), against_words(comparison, arm),
             fixed(comparison.above_floor(arm), 4),
             plus_minus(speed[0], speed[1], 0) if speed else MISSING,
@@ -96,8 +97,8 @@ def quality_against_speed(comparison):
            "vertical bars are 95\u202f% intervals (Student's t) over the seeds" +
            (", horizontal ones over the timings. " if any(len(arm.speeds()) > 1 for arm in placed) else
             "; each arm was timed once, so there is no interval across. ") +
-           "The line joins the points that no other point beats in both; the others are grey, those of fewer than three "
-           "seeds pale and never on it. Intervals are per arm, "
+           "The line joins the points that no other point beats in both; the others are grey, those of fewer than "
+           "three seeds pale and never on it. Intervals are per arm, "
            "without a correction for the number of arms; near the line, order is not certain.")
     return Figure(name, title, panels, how, RANK_HEAD, table, notes=notes, commands=commands)
 
@@ -221,7 +222,8 @@ def loss_over_training(comparison):
     leaky = [arm.name for arm in drawn if arm.leaky]
     if leaky:
         notes.append(f"In red: {listing(leaky)}, which read later tokens; their loss is no language model's.")
-    best = min((arm for arm in drawn if arm.ranked and arm.enough_seeds), key=lambda arm: drawn[arm][-1][1], default=None)
+    sure = [arm for arm in drawn if arm.ranked and arm.enough_seeds]
+    best = min(sure, key=lambda arm: drawn[arm][-1][1], default=None)
     title = f"{words.capitalize()} over the training" + (
         f": {best.name} ends lowest, at {fixed(drawn[best][-1][1])}" if best and len(drawn) > 1 else "")
     how = ("One curve an arm, the mean over its seeds; the band spans the lowest and the highest seed. The same curves "

@@ -31,8 +31,9 @@ def convert(path):
 
 def photograph(browser, profile, path, width, height):
     out = os.path.splitext(path)[0] + ".png"
-    return run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
-                f"--force-device-scale-factor={SCALE}", f"--window-size={int(width)},{int(height)}",
+    return run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                f"--user-data-dir={profile}", f"--force-device-scale-factor={SCALE}",
+                f"--window-size={int(width)},{int(height)}",
                 f"--screenshot={out}", "file://" + os.path.abspath(path)]) and os.path.exists(out)
 
 

@@ -9,8 +9,8 @@ from .quality import commands_of
 
 BAR = 19
 # In the order in which a step runs them. Stages of the MoE layer have colours, the others greys.
-ORDER = ["embed", "norm", "attention", "route", "router", "permute", "dispatch", "exchange", "experts", "combine", "head",
-         "optimizer", "other"]
+ORDER = ["embed", "norm", "attention", "route", "router", "permute", "dispatch", "exchange", "experts", "combine",
+         "head", "optimizer", "other"]
 COLOURS = {"route": "f4", "router": "f4", "permute": "f7", "dispatch": "f6", "exchange": "f5", "experts": "f1",
            "combine": "f3", "attention": "grey0", "head": "grey2", "optimizer": "grey4", "norm": "grey1",
            "embed": "grey3", "other": "grey5"}
@@ -101,7 +101,9 @@ def ticks_below(d, x, label):
 def control_of(arm, dense):
     """The dense arm whose FLOPs per token are nearest."""
     flops = number(arm.first("flops_per_token"))
-    return min(dense, key=lambda other: abs(number(other.first("flops_per_token")) - flops)) if flops and dense else None
+    if not flops or not dense:
+        return None
+    return min(dense, key=lambda other: abs(number(other.first("flops_per_token")) - flops))
 
 
 def moe_tax(comparison):
@@ -109,7 +111,7 @@ def moe_tax(comparison):
     arms = [arm for arm in comparison.arms if arm.times() and not arm.implausible]
     dense = [arm for arm in arms if arm.dense and number(arm.first("flops_per_token"))]
     if not dense:
-        return Missing(name, "MoE tax: no dense control was timed, so there is nothing to hold the mixtures' time against.")
+        return Missing(name, "MoE tax: no dense control was timed, so there is nothing to hold the mixtures against.")
     rows, taxes = [], {}
     for arm in arms:
         control = control_of(arm, dense)
@@ -128,7 +130,8 @@ def moe_tax(comparison):
         ms, control, ratio, work = taxes[arm]
         rate = arm.flop_rate()
         rows.append([arm.name, fixed(ms, 3), control.name if control is not arm else "(itself)", fixed(ratio, 3),
-                     fixed(work, 3), fixed(ratio / work, 3), short(rate), percent(rate / most) if rate and most else MISSING])
+                     fixed(work, 3), fixed(ratio / work, 3), short(rate),
+                     percent(rate / most) if rate and most else MISSING])
     mixtures = [arm for arm in order if not arm.dense]
     equal = [taxes[arm][2] for arm in mixtures if abs(taxes[arm][3] - 1) < CLOSE]
     title = f"At equal active FLOPs a mixture's step takes {fixed(min(equal), 2)} to {fixed(max(equal), 2)} times " \
@@ -136,18 +139,19 @@ def moe_tax(comparison):
     unequal = [arm.name for arm in mixtures if abs(taxes[arm][3] - 1) >= CLOSE]
     notes = [f"No dense control of equal active FLOPs: {listing(unequal, 16)}. The tick on the bar is the time that "
              "their FLOPs alone would explain."] if unequal else []
-    how = ("Bars: the time of a token relative to the dense control whose active FLOPs are nearest; at 1 routing, moving "
-           "rows and smaller products would be free. The tick marks the ratio of the FLOPs. Right: FLOP/s, counted from "
-           "the model's arithmetic, not from what the device executed" +
-           (f"; the share in the table is of {short(most)}FLOP/s, the most that {device} can do." if most else "."))
+    how = ("Bars: the time of a token relative to the dense control whose active FLOPs are nearest; at 1 routing, "
+           "moving rows and smaller products would be free. The tick marks the ratio of the FLOPs. Right: FLOP/s, "
+           "counted from the model's arithmetic, not from what the device executed" +
+           (f"; the share in the table is of {short(most)}FLOP/s, an upper limit for {device}." if most else "."))
     peak = max((arm.flop_rate() or 0) for arm in order)
     panels = [Panel(lambda width: draw_bars(order, lambda arm: taxes[arm][2], lambda arm: taxes[arm][3],
                                             "time of a token, relative to the dense control", width), 450)]
     if peak:
-        panels.append(Panel(lambda width: draw_bars(order, lambda arm: arm.flop_rate() or 0, None, "FLOP/s", width), 450))
+        panels.append(Panel(lambda width: draw_bars(order, lambda arm: arm.flop_rate() or 0, None, "FLOP/s", width),
+                            450))
     return Figure(name, title, panels, how,
-                  ["arm", "step, ms", "dense control", "time ratio", "FLOPs ratio", "tax", "FLOP/s", "of the peak"], rows,
-                  notes=notes, commands=commands_of(order, timing_lines))
+                  ["arm", "step, ms", "dense control", "time ratio", "FLOPs ratio", "tax", "FLOP/s", "of the peak"],
+                  rows, notes=notes, commands=commands_of(order, timing_lines))
 
 
 def draw_bars(order, value, tick, label, width):

@@ -256,6 +256,9 @@ class Control:
             whole = os.path.exists(os.path.join(before.folder, "checkpoint", "manifest.json"))
             if not (whole and log.finished(before.steps) and self.plan.matches(before, log.header["config"])):
                 return self.first_before(before)
+            if not any(r.get("kind") == "before" and r.get("arm") == before.arm and self.plan.matches(before, r["config"])
+                       and r.get("size") == before.size for r in self.records):
+                self.record(before, log, self.slots[0])  # the sweep was killed before its line was written
         return run
 
     def begin(self, run):

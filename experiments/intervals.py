@@ -6,9 +6,10 @@
     reach([(x, loss), ...], target)                                the x at which a falling curve meets the target
 
 Which interval to believe: with n values the percentile bootstrap draws from C(2n-1, n) samples (10 of them at n = 3)
-and is too narrow for so few; a 95 % interval covers a normal mean 75 % of the time at n = 3, 84 % at n = 5 and 91 % at
-n = 10 (BCa: 73 % and 84 %). Student's t is exact for normal values. Both are printed, and a difference counts as
-resolved only when both intervals leave out 0. Every bootstrap draws from a generator of its own with a fixed seed, so a table is the same each time.
+and is too narrow for so few; an interval of 95 % covers a normal mean 75 % of the time at n = 3, 84 % at n = 5 and
+91 % at n = 10 (BCa: 73 % and 84 %). Student's t is exact for normal values. Both are printed, and a difference counts
+as resolved only when both intervals leave out 0. Every bootstrap draws from a generator of its own with a fixed seed,
+so a table is the same each time.
 
 Papers: Efron 1987 (bias-corrected and accelerated intervals); Holm 1979 (several comparisons at once). Used by rank.py,
 the report and the notebooks. Standard library only; tests/sweep_statistics.py holds it to known answers.

@@ -30,8 +30,8 @@ KINDS = {"run": RUN,
                         others_busy=NUMBER + (NULL,)),
          "recipe": {"ts": TEXT, "sweep": TEXT, "question": TEXT, "expect": TEXT, "baseline": TEXT, "budget": TEXT,
                     "seeds": LIST, "rates": MAP, "rate_seeds": int, "sizes": LIST, "arms": LIST, "text": TEXT}}
-CLOCKS = {"ts", "ms", "ms_p95", "tok_s", "stages_ms", "others_busy", "train_seconds", "peak_bytes", "command", "peak_flops",
-          "peak_from"}
+CLOCKS = {"ts", "ms", "ms_p95", "tok_s", "stages_ms", "others_busy", "train_seconds", "peak_bytes", "command",
+          "peak_flops", "peak_from"}
 PATHS = {"out", "init_from"}
 
 

@@ -13,8 +13,9 @@
 # Variables you may set on the command line, e.g. `make CC=clang OPENMP=0`:
 #     CC, ARCH (native), PRECISION (double: ./train in double; fp32: train_cuda in float, not bf16), CUDA_ARCHS,
 #     OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
-#     DEMO_OPTIONS, RANKS (of the demo, under mpirun), TESTS (names of tests to run), SANITIZE (0: leave the sanitized
-#     tests out), FUZZ_SECONDS (each), V (1: print commands)
+#     DEMO_OPTIONS, RANKS (of the demo, under mpirun), RECIPE, SWEEP_OUT, SWEEP_OPTIONS (of the sweep),
+#     TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
+#     V (1: print commands)
 
 DEMO_DIR = runs/demo
 DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-batches 16 --sample 160
@@ -102,6 +103,7 @@ all: $(PROGRAMS) train_cuda_if_any
 help:
 	@echo "make           build ./train and data/tokenize and print this menu"
 	@echo "make demo      train a small model for about a minute; the report is $(DEMO_DIR)/report.html"
+	@echo "make sweep     train three routers at two sizes with three seeds each, in some minutes, and compare them"
 	@echo "make test      check, build and run every test, sanitizers included"
 	@echo "make fuzz      $(FUZZ_SECONDS) s of made-up input for each reader of files (FUZZ_SECONDS)"
 	@echo "make check     include direction, headers that compile alone, formatting (seconds)"
@@ -151,11 +153,12 @@ missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $
     (*) command -v $${need%:*} ;; \
     esac >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
 
-.PHONY: setup setup-tests setup-fuzz toolchain
+.PHONY: setup setup-sweep setup-tests setup-fuzz toolchain
 setup: NEEDS = $(BUILD_NEEDS) $(if $(RANKS),$(MPI_NEEDS))
+setup-sweep: NEEDS = $(BUILD_NEEDS) python3:python3
 setup-tests: NEEDS = $(TEST_NEEDS)
 setup-fuzz: NEEDS = $(FUZZ_NEEDS)
-setup setup-tests setup-fuzz:
+setup setup-sweep setup-tests setup-fuzz:
 	@missing="$(call missing,$(NEEDS))"; \
 	[ -n "$$missing" ] || exit 0; \
 	if ! command -v apt-get >/dev/null; then \
@@ -287,13 +290,26 @@ MPIRUN = $(if $(RANKS),mpirun -n $(RANKS) --oversubscribe --bind-to none --quiet
          --allow-run-as-root) )
 
 # Each step is a make of its own: after setup has installed a compiler, the next make finds it.
-.PHONY: demo test check fuzz bench grids format clean
+.PHONY: demo sweep test check fuzz bench grids format clean
 DEMO_PROGRAM = $(if $(filter-out 0,$(CUDA)),$(CUDA_PROGRAM),train)
 demo: $(filter no_cuda,$(DEMO_PROGRAM))
 	@$(MAKE) setup
 	@$(MAKE) $(DEMO_PROGRAM)
 	$(MPIRUN)./$(DEMO_PROGRAM) $(if $(RANKS),--ep $(RANKS) )$(DEMO_OPTIONS)
 	@echo "report: $(DEMO_DIR)/report.html (open it in a browser)"
+
+# A sweep goes on where the same command was interrupted; its table comes from what is finished. Runs of a CPU take one
+# core each; with CUDA=1 there is one on each GPU.
+RECIPE = experiments/recipes/demo.sweep
+SWEEP_OUT = runs/sweep
+SWEEP_OPTIONS = $(if $(filter-out 0,$(CUDA)),--gpus all,--jobs $(shell nproc 2>/dev/null || echo 2) --threads 1)
+sweep: $(filter no_cuda,$(DEMO_PROGRAM))
+	@$(MAKE) setup-sweep
+	@$(MAKE) $(DEMO_PROGRAM)
+	@experiments/sweep $(RECIPE) --out $(SWEEP_OUT) --program ./$(DEMO_PROGRAM) $(SWEEP_OPTIONS)
+	@experiments/sweep rank $(SWEEP_OUT) >$(SWEEP_OUT)/table.md
+	@[ ! -x experiments/report ] || experiments/report $(SWEEP_OUT) -o $(SWEEP_OUT)/report.html
+	@for page in table.md report.html; do [ ! -f $(SWEEP_OUT)/$$page ] || echo "$$page: $(SWEEP_OUT)/$$page"; done
 
 # A test with a line "// build: double" is for the double build alone, one with "// build: both" is built twice.
 TEST_SOURCES := $(wildcard tests/test_*.c)

@@ -395,7 +395,10 @@ static bool is_due(const Run *run, int every) {
 static void train(Run *run) {
     const TrainConfig *t = &run->config.train;
     Watch *watch = &run->watch;
-    if (run->at.step == 0 && t->eval_every > 0 && !t->resume[0]) {
+    /* A signal may have ended the run in the middle of an evaluation, which is then made up for. */
+    bool lacking = comm_any(run->first && run->log.lacks_evaluation);
+    bool first = run->at.step == 0 && t->eval_every > 0 && !t->resume[0];
+    if (first || (lacking && (is_due(run, t->eval_every) || run->at.step == t->steps))) {
         run_evaluation(run);
     }
     watch_begin(watch, run->at.step);

@@ -170,8 +170,8 @@ def speed(comparison, arm):
         return None, None
     on_cpu = re.search(r"\d+ threads?, ", str(timing.get("device")))
     if on_cpu and (timing.get("others_busy") or 0) > 0.5:
-        comparison.note_of(f"{arm.name} ({timing['others_busy']:.1f})", "Speed was measured while other processes kept "
-                           "cores busy (how many): {}.")
+        comparison.note_of(f"{arm.name} ({timing['others_busy']:.1f})",
+                           "Speed was measured while other processes kept cores busy (how many): {}.")
     return timing["ms"], rate
 
 
@@ -187,7 +187,7 @@ def check_provenance(comparison, arms):
         comparison.note(f"Made by a program that no commit describes: {', '.join(dirty)}.")
     for arm in arms:
         for start, steps in (arm.runs()[0].get("before") or {}).items() if arm.rate is not None and arm.runs() else []:
-            comparison.note_of(arm.name, f"Started from the weights of {start} ({steps} steps, which are in no column): "
+            comparison.note_of(arm.name, f"Started from the weights of {start}, whose {steps} steps are in no column: "
                                "{}.")
 
 

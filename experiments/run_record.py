@@ -126,7 +126,8 @@ def summary(log):
     record = provenance(log.header)
     evaluation = log.evaluations[-1] if log.evaluations else {}
     last = log.steps[-1] if log.steps else {}
-    end, gradient = log.event("end") or {}, log.event("router_gradient")
+    end = {} if log.diverged() else log.event("end") or {}  # a run that diverged has at most that of an earlier stop
+    gradient = log.event("router_gradient")
     record.update(
         steps=end.get("step", last.get("step")), tokens=last.get("tokens"), train_seconds=end.get("train_seconds"),
         val_loss=evaluation.get("val_loss"), val_bpb=evaluation.get("val_bpb"), val_floor=evaluation.get("val_floor"),

@@ -254,9 +254,17 @@ class Control:
         for before in self.plan.befores_of(run):
             log = run_record.read_log(os.path.join(before.folder, "log.jsonl"))
             whole = os.path.exists(os.path.join(before.folder, "checkpoint", "manifest.json"))
+            if any(job.run == before for job in self.jobs.running):
+                return before
             if not (whole and log.finished(before.steps) and self.plan.matches(before, log.header["config"])):
                 return self.first_before(before)
+            if not self.has_line(before):
+                self.record(before, log, self.slots[0])  # the sweep was killed before it was written
         return run
+
+    def has_line(self, before):
+        return any(r.get("kind") == "before" and (r.get("size"), r.get("arm")) == (before.size, before.arm)
+                   and self.plan.matches(before, r.get("config")) for r in self.records)
 
     def begin(self, run):
         """Starts the run, or takes its line from what its directory holds; False when it did the latter."""

@@ -112,21 +112,25 @@ static void write_config(const Config *config) {
 /* --- the log --- */
 
 /* Whether a whole line of an earlier log stays when the run goes on after resume_step. Lines without a step of their
- * own belong to the line before them: *past says whether that one went. */
-static bool line_stays(const char *line, int64_t resume_step, bool *past) {
+ * own belong to the line before them: *past says whether that one went. *evaluated becomes true at the evaluation of
+ * resume_step. */
+static bool line_stays(const char *line, int64_t resume_step, bool *past, bool *evaluated) {
     cJSON *object = cJSON_ParseWithOpts(line, NULL, true);
     bool whole = cJSON_IsObject(object);
     const cJSON *step = cJSON_GetObjectItemCaseSensitive(object, "step");
     if (cJSON_IsNumber(step)) {
         *past = step->valuedouble > (double)resume_step;
+        bool same = step->valuedouble == (double)resume_step;
+        *evaluated = *evaluated || (same && cJSON_HasObjectItem(object, "val_loss"));
     }
     cJSON_Delete(object);
     return whole && !*past;
 }
 
 /* Rewrites the log without what came after resume_step, and without lines that are not whole. Returns how many lines
- * are left; 0 also when there is no log. */
-static int64_t cut_log(const char *path, int64_t resume_step) {
+ * are left; 0 also when there is no log. *evaluated: whether the evaluation of resume_step is among them. */
+static int64_t cut_log(const char *path, int64_t resume_step, bool *evaluated) {
+    *evaluated = false;
     FILE *earlier = fopen(path, "r");
     if (!earlier) {
         CHECK(errno == ENOENT, "cannot read %s (%s): make it readable or move it away", path, strerror(errno));
@@ -139,7 +143,7 @@ static int64_t cut_log(const char *path, int64_t resume_step) {
     int64_t lines = 0;
     bool past = false;
     for (ssize_t length; (length = getline(&line, &capacity, earlier)) > 0;) {
-        if (line[length - 1] == '\n' && line_stays(line, resume_step, &past)) {
+        if (line[length - 1] == '\n' && line_stays(line, resume_step, &past, evaluated)) {
             fwrite(line, 1, (size_t)length, kept);
             lines++;
         }
@@ -204,8 +208,11 @@ void log_open(Log *log, const Config *config, const LogHeader *header, int64_t r
     make_directory(train->out);
     snprintf(log->path, sizeof log->path, "%s/log.jsonl", train->out);
     log->warned = false;
+    log->lacks_evaluation = false;
     if (continues_in_place(train)) {
-        earlier_lines = cut_log(log->path, resume_step);
+        bool evaluated;
+        earlier_lines = cut_log(log->path, resume_step, &evaluated);
+        log->lacks_evaluation = !evaluated;
     } else {
         clear_run(config);
     }

@@ -27,8 +27,9 @@
 #include "config.h"
 
 typedef struct {
-    int fd;      /* -1: a log that keeps nothing, of a rank that is not the first */
-    bool warned; /* a write failed, and stderr was told */
+    int fd;                /* -1: a log that keeps nothing, of a rank that is not the first */
+    bool warned;           /* a write failed, and stderr was told */
+    bool lacks_evaluation; /* it goes on at a step of which it has none: the run may have been stopped in the middle */
     char path[CONFIG_TEXT + 16];
 } Log;
 

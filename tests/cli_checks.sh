@@ -166,7 +166,7 @@ text = open(run + "/log.jsonl", encoding="utf-8").read()
 assert text.endswith("\n"), "the last line is not whole"
 header, *lines = map(read, text.splitlines())
 header_keys = """ts program git_sha git_dirty config device precision versions params_total params_active
-    params_trainable flops_per_token domains moe_layers leaky sees_batch""".split()
+    params_trainable flops_per_token domains moe_layers learned leaky sees_batch""".split()
 step_keys = """step tokens loss aux z lr grad_norm router_grad_norm router_main_norm router_balance_norm ms tok_s mfu
     drop token_drop padding load_cv load_kl max_vio entropy mean_entropy margin dead near_dead leaky skipped counts
     layer_entropy layer_main_norm layer_balance_norm layer_margin""".split()

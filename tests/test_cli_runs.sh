@@ -14,6 +14,17 @@ QUICK=(--eval-every 0 --log-every 500)
 
 # ---- what a run leaves behind and prints
 
+# A signal in the middle of an evaluation leaves a checkpoint of the step, and no line of its evaluation.
+test_an_evaluation_that_was_cut_short_is_made_up_for() {
+    run --out whole
+    cp -r whole cut
+    sed -i '/^{"step":6,.*"val_loss"/d' cut/log.jsonl
+    resumes cut whole
+    resume cut
+    succeeds
+    check "the evaluation is there once" test "$(grep -c '^{"step":6,.*"val_loss"' cut/log.jsonl)" = 1
+}
+
 test_run_directory() {
     run
     succeeds

@@ -1,0 +1,372 @@
+#!/usr/bin/env bash
+# Tests of experiments/sweep: what it runs and keeps, that a sweep which was killed at any moment and run again leaves
+# the same lines, what it refuses, and the table that `sweep rank` makes.
+#
+#     tests/test_sweep.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
+#
+# Called by run_tests.sh. Read next: experiments/sweep, sweep_records.py, sweep_rank.py, sweep_statistics.py.
+# shellcheck source=tests/cli_checks.sh
+TESTS=$(realpath tests) EXPERIMENTS=$(realpath experiments)
+. "$(dirname "$0")/cli_checks.sh"
+command -v python3 >/dev/null || {
+    echo "skip  there is no python3"
+    echo "0 passed, 0 failed"
+    exit 0
+}
+export PYTHONDONTWRITEBYTECODE=1
+
+# sweep ARGUMENT...: output is in the files `out` and `err`, the exit status in $status.
+sweep() {
+    timeout 60 python3 "$EXPERIMENTS/sweep" "$@" --program "$TRAIN" >out 2>err
+    status=$?
+}
+
+# records COMMAND ARGUMENT...
+records() {
+    check "lines of results: $*" python3 "$TESTS/sweep_records.py" "$@"
+}
+
+# has EXPRESSION: it is true of the lines of folder/results.jsonl.
+has() {
+    [ "$(python3 "$TESTS/sweep_records.py" get folder/results.jsonl "$1" 2>&1)" = True ] || fail "not so: $1"
+}
+
+# sweep_refused TEXT: ended with status 1 and one line on stderr that holds TEXT.
+sweep_refused() {
+    ends 1
+    check "stderr is not one line of sweep: $(head -n 3 err)" test "$(grep -c '^sweep: ' err) $(wc -l <err)" = "1 1"
+    check "stderr does not say '$1': $(head -n 1 err)" grep -qF -- "$1" err
+}
+
+# recipe LINE...: the file demo.sweep: two arms, with the lines given, each of which replaces one of its keyword.
+recipe() {
+    {
+        printf '%s\n' "$@"
+        for line in "question Which one?" "expect a below b" "baseline topk" "seeds 1 2 3" "rates 4e-3" \
+            "options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 6 --eval-batches 1 \
+--eval-every 3 --log-every 2 --save-every 2" "size tiny"; do
+            printf '%s\n' "$@" | grep -q "^${line%% *} " || echo "$line"
+        done
+        printf '%s\n' "$@" | grep -q '^arm ' || printf '%s\n' "arm topk --router topk" "arm dense --router dense"
+    } >demo.sweep
+}
+
+# ---- a whole sweep
+
+test_a_sweep() {
+    recipe "rates 4e-3 1e-3" "size tiny" "size wide --dim 24 --heads 3"
+    sweep demo.sweep --out folder --jobs 2 --timing-steps 8
+    succeeds
+    records schema folder/results.jsonl
+    has '[len(of(k)) for k in ("recipe", "run", "timing", "failed")] == [1, 16, 4, 0]'
+    has '{(r["size"], r["arm"], r["seed"]) for r in of("run")} ==
+        {(s, a, n) for s in ("tiny", "wide") for a in ("topk", "dense") for n in (1, 2, 3)}'
+    has 'sorted(r["phase"] for r in of("run")) == ["rates"] * 8 + ["seeds"] * 8'
+    # all seeds at the rate that was better with the first
+    has 'all(r["rate"] == min((x["val_loss"], x["rate"]) for x in of("run") if x["phase"] == "rates" and
+        (x["size"], x["arm"]) == (r["size"], r["arm"]))[1] for r in of("run") if r["seed"] > 1)'
+    has 'all(r["config"]["dim"] == {"tiny": 16, "wide": 24}[r["size"]] for r in of("run"))'
+    has 'all(r["steps"] == 8 and r["warmup_steps"] == 10 and r["config"]["steps"] == 18 for r in of("timing"))'
+    has 'all(r["side_by_side"] == 2 and r["device"].endswith("(1 thread, AVX2)") == ("AVX2" in r["device"])
+        for r in of("run"))'
+    check "a checkpoint is left" test -z "$(find folder -name checkpoint)"
+    check "files of a run" test "$(echo folder/runs/wide/dense/0.004-1/*)" = "$(echo \
+        folder/runs/wide/dense/0.004-1/{config.json,log.jsonl,output.txt,report.html})"
+    check "scratch is left" test ! -e folder/scratch
+    check "the recipe is another" cmp demo.sweep folder/recipe
+    # nothing is left to do
+    cp folder/results.jsonl before.jsonl
+    sweep demo.sweep --out folder
+    succeeds
+    check "lines were added" cmp before.jsonl folder/results.jsonl
+    # arms, seeds and rates may be added
+    sed -i 's/^seeds .*/seeds 1 2 3 4/; s/^rates .*/rates 4e-3 1e-3 2e-3/; $a arm hash --router hash' demo.sweep
+    sweep demo.sweep --out folder --no-timing --size tiny --keep-runs
+    succeeds
+    has '{(r["arm"], r["seed"]) for r in of("run") if r["size"] == "tiny"} ==
+        {(a, n) for a in ("topk", "dense", "hash") for n in (1, 2, 3, 4)}'
+    has 'sum(r["rate"] == 0.002 and r["seed"] == 1 for r in of("run")) == 3 and len(of("recipe")) == 2'
+    check "no checkpoint is kept" test -e folder/runs/tiny/hash/0.002-1/checkpoint/manifest.json
+    python3 "$EXPERIMENTS/sweep" rank folder --strict >out 2>err
+    status=$?
+    succeeds
+    check "three arms are ranked" test "$(sed -n '/tiny: equal tokens/,/Losses are/p' out | grep -c '^| [a-z]')" = 4
+}
+
+test_a_dry_run() {
+    recipe
+    sweep demo.sweep --dry-run
+    succeeds
+    check "no sum" grep -qE '^6 runs, [0-9.]+[kMG]FLOP, about 0:00:0[0-9] with 1 at a time' out
+    check "tokens of a run" grep -qE '^tiny +topk +3 +6 +192 ' out
+    sweep demo.sweep --dry-run --out folder --seeds 1 --steps 5
+    succeeds
+    check "made more than a cache" test "$(echo folder/*)" = "folder/lock folder/probes.json folder/sweep.log"
+    check "tokens of a short run" grep -qE '^tiny +topk +1 +5 +160 ' out
+    for recipe in "$EXPERIMENTS"/recipes/*.sweep; do
+        check "recipe $recipe" python3 -c "import sys; sys.path.insert(0, '$EXPERIMENTS')
+import sweep_recipe; sweep_recipe.read(sys.argv[1])" "$recipe"
+    done
+}
+
+# ---- interrupted
+
+# A run that takes long enough to be caught at work.
+LONG='options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 240 --eval-batches 1
+--eval-every 40 --log-every 10 --save-every 20'
+
+# interrupt SIGNAL CONDITION...: starts the sweep, sends the signal as soon as CONDITION holds.
+interrupt() {
+    python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --jobs 2 --no-timing --program "$TRAIN" >out 2>&1 &
+    pid=$!
+    for _ in {1..1000}; do
+        ! "${@:2}" 2>/dev/null || break
+        sleep 0.01
+    done
+    kill "-$1" "$pid"
+    wait "$pid" 2>/dev/null
+    status=$?
+}
+
+a_checkpoint_is_there() {
+    compgen -G 'folder/runs/tiny/*/0.004-[12]/checkpoint/manifest.json' >/dev/null
+}
+
+so_many_lines() {
+    [ "$(wc -l <folder/results.jsonl)" -ge "$1" ]
+}
+
+test_killed_and_run_again() {
+    recipe "${LONG//$'\n'/ }" "rates 4e-3 8e-3" "seeds 1 2" "arm topk --router topk" "arm noisy --router noisy" \
+        "arm tuned --init-from {base}" "before base --router sigmoid --steps 40 --lr 1e-3"
+    sweep demo.sweep --out folder --jobs 2 --no-timing
+    succeeds
+    has '[len(of(k)) for k in ("recipe", "before", "run")] == [1, 2, 9] and all(r["before"] == {"base": 40}
+        for r in of("run") if r["arm"] == "tuned")'
+    mv folder whole
+    interrupt KILL test -s folder/lock
+    interrupt KILL a_checkpoint_is_there
+    interrupt KILL so_many_lines 3
+    cut=$(tail -n 1 folder/results.jsonl | wc -c)
+    truncate -s "-$((cut / 2))" folder/results.jsonl
+    interrupt TERM so_many_lines 5
+    ends 75
+    check "did not say how to go on" grep -q 'the same command goes on from here' out
+    truncate -s -1 folder/results.jsonl
+    interrupt KILL so_many_lines 8
+    sweep demo.sweep --out folder --jobs 2 --no-timing
+    succeeds
+    records same whole/results.jsonl folder/results.jsonl
+    check "half a line was not told" grep -q 'ended in half a line' folder/sweep.log
+    check "no run went on from its checkpoint" grep -q 'resumed tiny' folder/sweep.log
+    check "a run of a killed sweep is still there" test -z "$(pgrep -f "$PWD/folder")"
+    # A line that is lost is made from the run's directory, one of another configuration is made again.
+    sed -i '$d' folder/results.jsonl
+    sweep demo.sweep --out folder --jobs 2 --no-timing
+    records same whole/results.jsonl folder/results.jsonl
+    sed -i '/"noisy".*"seed":2/s/"expert_dim":8/"expert_dim":9/' folder/results.jsonl
+    sweep demo.sweep --out folder --jobs 2 --no-timing
+    succeeds
+    check "was not told" grep -q '1 lines are of another configuration' out
+    has 'len(of("run")) == 10 and records[-1]["config"]["expert_dim"] == 8'
+}
+
+test_a_damaged_checkpoint_is_started_over() {
+    recipe "${LONG//$'\n'/ }" "seeds 1"
+    sweep demo.sweep --out folder --no-timing
+    mv folder whole
+    interrupt KILL a_checkpoint_is_there
+    for file in folder/runs/tiny/*/0.004-1/checkpoint/model.safetensors; do
+        truncate -s 100 "$file"
+    done
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    check "was not told" grep -q 'did not go on from its checkpoint' out
+    records same whole/results.jsonl folder/results.jsonl
+}
+
+test_one_sweep_in_a_folder() {
+    recipe "${LONG//$'\n'/ }"
+    python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --program "$TRAIN" --no-timing >first 2>&1 &
+    pid=$!
+    for _ in {1..500}; do [ -s folder/lock ] && break; sleep 0.01; done
+    sweep demo.sweep --out folder
+    sweep_refused "--out folder: process $pid is at work there"
+    kill "$pid"
+    finish
+    ends 75
+}
+
+# ---- runs that fail
+
+test_divergence() {
+    recipe "rates 4e-3 90" "options --layers 2 --dim 16 --heads 2 --seq 32 --expert-dim 16 --batch 2 --steps 60 \
+--eval-batches 1 --eval-every 0 --max-skips 3 --clip 0" "arm topk --router topk" "arm hash --router hash"
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    records schema folder/results.jsonl
+    has 'sorted(r["rate"] for r in of("failed")) == [90, 90] and all(r["rate"] == 0.004 for r in of("run"))'
+    has 'all("not finite" in r["why"] for r in of("failed")) and len(of("run")) == 6'
+    cp folder/results.jsonl before.jsonl
+    sweep demo.sweep --out folder --no-timing
+    check "diverged runs were made again" cmp before.jsonl folder/results.jsonl
+    python3 "$EXPERIMENTS/sweep" rank folder >table
+    check "the table hides what diverged" grep -q 'diverged (1)' table
+    # an arm that diverges at all of its rates
+    recipe "rates 80 90" "$(grep '^options' demo.sweep)" "arm topk --router topk"
+    sweep demo.sweep --out lost --no-timing
+    succeeds
+    check "was not told" grep -q 'tiny topk: diverged at every rate' out
+    python3 "$EXPERIMENTS/sweep" rank lost --strict >table
+    check "is ranked" test "$?" = 1
+    check "no sentence" grep -q '^- Not ranked: topk diverged at every rate' table
+}
+
+# A program that fails now and then: such a run is named, the others go on, and the next call makes it.
+test_a_run_that_fails() {
+    cat >moody <<MOODY
+#!/bin/bash
+case " \$* " in
+*" --seed 2 "*"folder/runs"*) [ -e calm ] || { echo "moelab: no memory left [x.c:1, rank 0 on y]" >&2; exit 1; } ;;
+esac
+exec "$TRAIN" "\$@"
+MOODY
+    chmod +x moody
+    recipe
+    TRAIN=./moody sweep demo.sweep --out folder --no-timing
+    ends 1
+    check "was not told" grep -q 'FAILED tiny topk rate 0.004 seed 2, exit status 1: no memory left (folder/runs' out
+    has 'sorted((r["arm"], r["seed"]) for r in of("run")) == [(a, n) for a in ("dense", "topk") for n in (1, 3)]'
+    touch calm
+    TRAIN=./moody sweep demo.sweep --out folder --no-timing
+    succeeds
+    has 'len(of("run")) == 6 and not of("failed")'
+}
+
+# ---- budgets and places
+
+test_budgets() {
+    recipe "budget flops" "arm topk --router topk" "arm one --router top1 --top-k 1 --expert-dim 32"
+    sweep demo.sweep --out folder --no-timing --seeds 1
+    succeeds
+    has '(lambda t, o: abs(o["steps"] * o["flops_per_token"] / (t["steps"] * t["flops_per_token"]) - 1) < 0.5 / 5 and
+        o["steps"] < t["steps"])(*sorted(of("run"), key=lambda r: r["arm"], reverse=True))'
+    rm -r folder
+    recipe "budget seconds" "arm topk --router topk" "arm wide --router topk --expert-dim 256"
+    sweep demo.sweep --out folder --no-timing
+    sweep_refused "budget seconds needs the time of a step of topk: leave --no-timing out"
+    sweep demo.sweep --out folder --seeds 1 --timing-steps 20
+    succeeds
+    has '(lambda ms: {r["arm"]: r["steps"] for r in of("run")} ==
+        {"topk": 6, "wide": max(1, round(6 * ms["topk"] / ms["wide"]))})({r["arm"]: r["ms"] for r in of("timing")})'
+    recipe "arm topk --router topk" "arm long --router topk --steps 7"
+    sweep demo.sweep --out other
+    sweep_refused "demo.sweep:2: arm long of size tiny draws 224 tokens and the baseline 192"
+}
+
+# Runs are told their GPU and their threads, no more at once than there are places, and timings are alone.
+test_places() {
+    cat >seen <<SEEN
+#!/bin/bash
+[[ " \$* " != *" folder/runs"* ]] || runs=1
+[[ " \$* " != *"--log-every 1 "* ]] || timing=1
+echo "begin \${runs:-0} \${timing:-0} \$CUDA_VISIBLE_DEVICES \$OMP_NUM_THREADS \$OMP_WAIT_POLICY" >>places
+"$TRAIN" "\$@"
+status=\$?
+echo "end" >>places
+exit \$status
+SEEN
+    chmod +x seen
+    recipe "${LONG//$'\n'/ }"
+    TRAIN=./seen sweep demo.sweep --out folder --gpus 3,5 --per-gpu 2 --threads 2 --timing-steps 2
+    succeeds
+    has 'all(r["side_by_side"] == 2 for r in of("run"))'
+    check "places" test "$(grep 'begin 1' places | sort | uniq -c | awk '{print $3, $4, $5, $6, $7}' | paste -sd,)" = \
+        "1 0 3 2 passive,1 0 5 2 passive"
+    check "timings are on one GPU" test "$(grep 'begin 0 1' places | cut -d' ' -f4 | sort -u)" = 3
+    check "more runs at once than places, or only one" awk '/^begin 1/ { n++ } /^end/ && n > 0 { n-- }
+        n > most { most = n } END { exit most < 2 || most > 4 }' places
+    check "a timing has company" awk '/^begin/ { n++ } /^begin 0 1/ && n > 1 { exit 1 } /^end/ { n-- }' places
+    sweep demo.sweep --out folder --gpus 3,3
+    sweep_refused "a GPU stands twice: --per-gpu N runs N on each"
+}
+
+# ---- refusals
+
+# refuses_recipe TEXT LINE...
+refuses_recipe() {
+    recipe "${@:2}"
+    sweep demo.sweep --out folder --no-timing
+    sweep_refused "$1"
+    check "a run was made: $1" test ! -e folder/runs
+}
+
+test_bad_recipes() {
+    refuses_recipe "demo.sweep:1: unknown keyword 'arms': choose question" "arms a b"
+    refuses_recipe "demo.sweep:2: arm topk stands twice, first in line 1" "arm topk --router topk" "arm topk"
+    refuses_recipe "demo.sweep:1: baseline dance is not an arm: choose topk, dense" "baseline dance"
+    refuses_recipe "demo.sweep:1: 'x' is no seed" "seeds 1 x"
+    refuses_recipe "demo.sweep:1: '2' stands twice" "seeds 1 2 2"
+    refuses_recipe "demo.sweep:1: budget 'hours': choose tokens, flops, seconds" "budget hours"
+    refuses_recipe "demo.sweep:1: --seed is the sweep's own: use seeds" "options --seed 3"
+    refuses_recipe "demo.sweep:2: arm topk has no --steps" "options --dim 16" "arm topk"
+    refuses_recipe "demo.sweep:2: arm b starts from {base}: add a line 'before base ...'" "arm topk" \
+        "arm b --init-from {base}"
+    refuses_recipe "demo.sweep:2: size 'a/b': a name is letters" "arm topk" "size a/b"
+    refuses_recipe "demo.sweep:1: rates of 'big', which is not a size: choose tiny" "rates big 1e-3" "rates 1e-3"
+    refuses_recipe "arm b of size tiny: $TRAIN says: unknown option --rooter" "arm topk" "arm b --rooter topk"
+    refuses_recipe "arm b of size tiny: $TRAIN says: --router" "arm topk" "arm b --router expert-choice"
+    grep -v '^expect' demo.sweep >none.sweep
+    sweep none.sweep --out folder
+    sweep_refused "none.sweep:1: no expect: add a line 'expect ...', the sign you expect"
+    printf 'question a\nexpect b\n' >demo.sweep
+    sweep demo.sweep --out folder
+    sweep_refused "demo.sweep:1: no arms"
+    sweep missing.sweep --out folder
+    sweep_refused "missing.sweep: No such file"
+}
+
+test_bad_places() {
+    recipe
+    touch file
+    sweep demo.sweep --out file/folder
+    sweep_refused "--out file/folder: cannot write there"
+    TRAIN=./nothing sweep demo.sweep --out folder
+    sweep_refused "./nothing is not there, or is no program"
+    sweep demo.sweep --out folder --arms topk,tip
+    sweep_refused "--arms tip is not in the recipe: choose topk, dense"
+    sweep demo.sweep --out folder --seeds 9
+    sweep_refused "--seeds 9 is not in the recipe: choose 1, 2, 3"
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    cp folder/results.jsonl before.jsonl
+    sed -i 's/^expect .*/expect b below a/' demo.sweep
+    sweep demo.sweep --out folder
+    sweep_refused "--out folder: made by a recipe with another expect (folder/recipe)"
+    recipe "seeds 2 3"
+    sweep demo.sweep --out folder
+    sweep_refused "made by a recipe with another seeds"
+    recipe
+    sweep demo.sweep --out folder --steps 5
+    sweep_refused "made by a recipe with another steps"
+    cp demo.sweep other.sweep
+    sweep other.sweep --out folder
+    sweep_refused "--out folder: holds the sweep demo, this one is other"
+    sed -i '2s/^{/[/' folder/results.jsonl
+    sweep demo.sweep --out folder
+    sweep_refused "folder/results.jsonl:2: not JSON: mend or remove the line"
+    sed -i '2s/^\[/{/' folder/results.jsonl
+    check "lines have changed" cmp before.jsonl folder/results.jsonl
+}
+
+# ---- statistics and the table
+
+test_statistics() {
+    check "intervals" python3 "$TESTS/sweep_statistics.py" "$EXPERIMENTS"
+}
+
+test_rank() {
+    check "the table" python3 "$TESTS/sweep_rank.py" "$EXPERIMENTS"
+}
+
+run_tests "$@"

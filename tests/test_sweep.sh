@@ -311,29 +311,55 @@ SEEN
 
 # ---- refusals
 
-# refuses_recipe TEXT LINE...
-refuses_recipe() {
+# misread TEXT LINE...: a recipe that reading alone refuses, kept as a case.
+misread() {
+    cases=$((cases + 1))
+    recipe "${@:2}"
+    mv demo.sweep "case_$cases"
+    echo "$1" >"case_$cases.says"
+}
+
+test_bad_recipes() {
+    cases=0
+    misread "demo.sweep:1: unknown keyword 'arms': choose question" "arms a b"
+    misread "demo.sweep:2: arm topk stands twice, first in line 1" "arm topk --router topk" "arm topk"
+    misread "demo.sweep:1: baseline dance is not an arm: choose topk, dense" "baseline dance"
+    misread "demo.sweep:1: 'x' is no seed" "seeds 1 x"
+    misread "demo.sweep:1: '2' stands twice" "seeds 1 2 2"
+    misread "demo.sweep:1: budget 'hours': choose tokens, flops, seconds" "budget hours"
+    misread "demo.sweep:1: --seed is the sweep's own: use seeds" "options --seed 3"
+    misread "demo.sweep:2: arm topk has no --steps" "options --dim 16" "arm topk"
+    misread "demo.sweep:2: arm b starts from {base}: add a line 'before base ...'" "arm topk" "arm b --init-from {base}"
+    misread "demo.sweep:2: size 'a/b': a name is letters" "arm topk" "size a/b"
+    misread "demo.sweep:1: rates of 'big', which is not a size: choose tiny" "rates big 1e-3" "rates 1e-3"
+    misread "demo.sweep:1: rate-seeds 4, but there are 3 seeds" "rate-seeds 4"
+    check "recipes" python3 - "$EXPERIMENTS" "$cases" <<'PYTHON'
+import sys
+sys.path.insert(0, sys.argv[1])
+import sweep_recipe
+for case in range(1, int(sys.argv[2]) + 1):
+    text, says = open(f"case_{case}").read(), open(f"case_{case}.says").read().strip()
+    try:
+        sweep_recipe.parse(text, "demo.sweep")
+    except sweep_recipe.RecipeError as error:
+        assert says in str(error), f"says '{error}', not '{says}'"
+    else:
+        raise AssertionError(f"is taken: {says}")
+PYTHON
+}
+
+# refuses_sweep TEXT LINE...
+refuses_sweep() {
     recipe "${@:2}"
     sweep demo.sweep --out folder --no-timing
     sweep_refused "$1"
     check "a run was made: $1" test ! -e folder/runs
 }
 
-test_bad_recipes() {
-    refuses_recipe "demo.sweep:1: unknown keyword 'arms': choose question" "arms a b"
-    refuses_recipe "demo.sweep:2: arm topk stands twice, first in line 1" "arm topk --router topk" "arm topk"
-    refuses_recipe "demo.sweep:1: baseline dance is not an arm: choose topk, dense" "baseline dance"
-    refuses_recipe "demo.sweep:1: 'x' is no seed" "seeds 1 x"
-    refuses_recipe "demo.sweep:1: '2' stands twice" "seeds 1 2 2"
-    refuses_recipe "demo.sweep:1: budget 'hours': choose tokens, flops, seconds" "budget hours"
-    refuses_recipe "demo.sweep:1: --seed is the sweep's own: use seeds" "options --seed 3"
-    refuses_recipe "demo.sweep:2: arm topk has no --steps" "options --dim 16" "arm topk"
-    refuses_recipe "demo.sweep:2: arm b starts from {base}: add a line 'before base ...'" "arm topk" \
-        "arm b --init-from {base}"
-    refuses_recipe "demo.sweep:2: size 'a/b': a name is letters" "arm topk" "size a/b"
-    refuses_recipe "demo.sweep:1: rates of 'big', which is not a size: choose tiny" "rates big 1e-3" "rates 1e-3"
-    refuses_recipe "arm b of size tiny: $TRAIN says: unknown option --rooter" "arm topk" "arm b --rooter topk"
-    refuses_recipe "arm b of size tiny: $TRAIN says: --router" "arm topk" "arm b --router expert-choice"
+test_refused_recipes() {
+    refuses_sweep "demo.sweep:1: budget 'hours': choose" "budget hours"
+    refuses_sweep "arm b of size tiny: $TRAIN says: unknown option --rooter" "arm topk" "arm b --rooter topk"
+    refuses_sweep "arm b of size tiny: $TRAIN says: --router" "arm topk" "arm b --router expert-choice"
     grep -v '^expect' demo.sweep >none.sweep
     sweep none.sweep --out folder
     sweep_refused "none.sweep:1: no expect: add a line 'expect ...', the sign you expect"

@@ -50,7 +50,7 @@ def test_coverage():
     def student(values):
         return intervals.mean_interval(values)[1:]
 
-    for interval, n, trials, share in ((student, 3, 4000, 0.95), (student, 5, 4000, 0.95),
+    for interval, n, trials, share in ((student, 3, 2000, 0.95), (student, 5, 2000, 0.95),
                                        (intervals.bootstrap_interval, 3, 2000, 0.755),
                                        (intervals.bootstrap_interval, 5, 2000, 0.84)):
         error = 4 * math.sqrt(share * (1 - share) / trials)

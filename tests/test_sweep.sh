@@ -136,6 +136,25 @@ so_many_lines() {
     [ "$(wc -l <folder/results.jsonl)" -ge "$1" ]
 }
 
+# Runs of hours end with their sweep, within a second.
+test_runs_end_with_their_sweep() {
+    local process left
+    [ -e /proc/self/exe ] || return
+    LONG=${LONG//$'\n'/ }
+    recipe "${LONG/--steps 240/--steps 1000000}"
+    interrupt KILL a_checkpoint_is_there
+    check "no run had begun" test -e folder/runs
+    for _ in {1..100}; do
+        left=
+        for process in /proc/[0-9]*; do
+            [ "$(readlink "$process/exe")" != "$TRAIN" ] || [ "$(readlink "$process/cwd")" != "$PWD" ] || left=$process
+        done 2>/dev/null
+        [ -n "$left" ] || return
+        sleep 0.01
+    done
+    fail "a run of a killed sweep goes on: $left"
+}
+
 test_killed_and_run_again() {
     recipe "${LONG//$'\n'/ }" "rates 4e-3 8e-3" "seeds 1 2" "arm topk --router topk" "arm noisy --router noisy" \
         "arm tuned --init-from {base}" "before base --router sigmoid --steps 40 --lr 1e-3"
@@ -159,7 +178,6 @@ test_killed_and_run_again() {
     records same whole/results.jsonl folder/results.jsonl
     check "half a line was not told" grep -q 'ended in half a line' folder/sweep.log
     check "no run went on from its checkpoint" grep -q 'resumed tiny' folder/sweep.log
-    check "a run of a killed sweep is still there" test -z "$(pgrep -f "$PWD/folder")"
     # A line that is lost is made from the run's directory, one of another configuration is made again.
     sed -i '$d' folder/results.jsonl
     sweep demo.sweep --out folder --jobs 2 --no-timing
@@ -293,29 +311,55 @@ SEEN
 
 # ---- refusals
 
-# refuses_recipe TEXT LINE...
-refuses_recipe() {
+# misread TEXT LINE...: a recipe that reading alone refuses, kept as a case.
+misread() {
+    cases=$((cases + 1))
+    recipe "${@:2}"
+    mv demo.sweep "case_$cases"
+    echo "$1" >"case_$cases.says"
+}
+
+test_bad_recipes() {
+    cases=0
+    misread "demo.sweep:1: unknown keyword 'arms': choose question" "arms a b"
+    misread "demo.sweep:2: arm topk stands twice, first in line 1" "arm topk --router topk" "arm topk"
+    misread "demo.sweep:1: baseline dance is not an arm: choose topk, dense" "baseline dance"
+    misread "demo.sweep:1: 'x' is no seed" "seeds 1 x"
+    misread "demo.sweep:1: '2' stands twice" "seeds 1 2 2"
+    misread "demo.sweep:1: budget 'hours': choose tokens, flops, seconds" "budget hours"
+    misread "demo.sweep:1: --seed is the sweep's own: use seeds" "options --seed 3"
+    misread "demo.sweep:2: arm topk has no --steps" "options --dim 16" "arm topk"
+    misread "demo.sweep:2: arm b starts from {base}: add a line 'before base ...'" "arm topk" "arm b --init-from {base}"
+    misread "demo.sweep:2: size 'a/b': a name is letters" "arm topk" "size a/b"
+    misread "demo.sweep:1: rates of 'big', which is not a size: choose tiny" "rates big 1e-3" "rates 1e-3"
+    misread "demo.sweep:1: rate-seeds 4, but there are 3 seeds" "rate-seeds 4"
+    check "recipes" python3 - "$EXPERIMENTS" "$cases" <<'PYTHON'
+import sys
+sys.path.insert(0, sys.argv[1])
+import sweep_recipe
+for case in range(1, int(sys.argv[2]) + 1):
+    text, says = open(f"case_{case}").read(), open(f"case_{case}.says").read().strip()
+    try:
+        sweep_recipe.parse(text, "demo.sweep")
+    except sweep_recipe.RecipeError as error:
+        assert says in str(error), f"says '{error}', not '{says}'"
+    else:
+        raise AssertionError(f"is taken: {says}")
+PYTHON
+}
+
+# refuses_sweep TEXT LINE...
+refuses_sweep() {
     recipe "${@:2}"
     sweep demo.sweep --out folder --no-timing
     sweep_refused "$1"
     check "a run was made: $1" test ! -e folder/runs
 }
 
-test_bad_recipes() {
-    refuses_recipe "demo.sweep:1: unknown keyword 'arms': choose question" "arms a b"
-    refuses_recipe "demo.sweep:2: arm topk stands twice, first in line 1" "arm topk --router topk" "arm topk"
-    refuses_recipe "demo.sweep:1: baseline dance is not an arm: choose topk, dense" "baseline dance"
-    refuses_recipe "demo.sweep:1: 'x' is no seed" "seeds 1 x"
-    refuses_recipe "demo.sweep:1: '2' stands twice" "seeds 1 2 2"
-    refuses_recipe "demo.sweep:1: budget 'hours': choose tokens, flops, seconds" "budget hours"
-    refuses_recipe "demo.sweep:1: --seed is the sweep's own: use seeds" "options --seed 3"
-    refuses_recipe "demo.sweep:2: arm topk has no --steps" "options --dim 16" "arm topk"
-    refuses_recipe "demo.sweep:2: arm b starts from {base}: add a line 'before base ...'" "arm topk" \
-        "arm b --init-from {base}"
-    refuses_recipe "demo.sweep:2: size 'a/b': a name is letters" "arm topk" "size a/b"
-    refuses_recipe "demo.sweep:1: rates of 'big', which is not a size: choose tiny" "rates big 1e-3" "rates 1e-3"
-    refuses_recipe "arm b of size tiny: $TRAIN says: unknown option --rooter" "arm topk" "arm b --rooter topk"
-    refuses_recipe "arm b of size tiny: $TRAIN says: --router" "arm topk" "arm b --router expert-choice"
+test_refused_recipes() {
+    refuses_sweep "demo.sweep:1: budget 'hours': choose" "budget hours"
+    refuses_sweep "arm b of size tiny: $TRAIN says: unknown option --rooter" "arm topk" "arm b --rooter topk"
+    refuses_sweep "arm b of size tiny: $TRAIN says: --router" "arm topk" "arm b --router expert-choice"
     grep -v '^expect' demo.sweep >none.sweep
     sweep none.sweep --out folder
     sweep_refused "none.sweep:1: no expect: add a line 'expect ...', the sign you expect"

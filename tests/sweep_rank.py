@@ -1,4 +1,4 @@
-"""Tests of experiments/rank.py on made-up results: the table's figures, and everything that it refuses to rank.
+"""Tests of experiments/sweeping/rank.py on made-up results: the table's figures, and everything that it refuses to rank.
 
     tests/sweep_rank.py EXPERIMENTS        the folder; silent and status 0 when all is right
 """
@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1] + "/sweeping", sys.argv[1]]
 import rank as ranking  # noqa: E402
 
 SCRATCH = tempfile.TemporaryDirectory()

@@ -7,7 +7,7 @@ import math
 import random
 import sys
 
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1] + "/sweeping", sys.argv[1]]
 import intervals  # noqa: E402
 
 

@@ -104,7 +104,7 @@ test_a_dry_run() {
     check "made more than a cache" test "$(echo folder/*)" = "folder/lock folder/probes.json folder/sweep.log"
     check "tokens of a short run" grep -qE '^tiny +topk +1 +5 +160 ' out
     for recipe in "$EXPERIMENTS"/recipes/*.sweep; do
-        check "recipe $recipe" python3 -c "import sys; sys.path.insert(0, '$EXPERIMENTS')
+        check "recipe $recipe" python3 -c "import sys; sys.path[:0] = ['$EXPERIMENTS/sweeping', '$EXPERIMENTS']
 import sweep_recipe; sweep_recipe.read(sys.argv[1])" "$recipe"
     done
 }
@@ -335,7 +335,7 @@ test_bad_recipes() {
     misread "demo.sweep:1: rate-seeds 4, but there are 3 seeds" "rate-seeds 4"
     check "recipes" python3 - "$EXPERIMENTS" "$cases" <<'PYTHON'
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1] + '/sweeping', sys.argv[1]]
 import sweep_recipe
 for case in range(1, int(sys.argv[2]) + 1):
     text, says = open(f"case_{case}").read(), open(f"case_{case}.says").read().strip()

@@ -13,8 +13,9 @@ import re
 import statistics
 
 import intervals
+import peaks
 
-from . import peaks, plot
+from . import plot
 from .lines import mapping, number
 from .markup import count, listing
 

@@ -6,7 +6,9 @@ Both take what they find. A scaling line needs "ranks" and "tok_s". A microbench
 """
 import math
 
-from . import peaks, plot
+import peaks
+
+from . import plot
 from .figure import PHONE, Figure, Missing, Panel
 from .lines import mapping, number
 from .markup import MISSING, clipped, count, fixed, listing, percent, short

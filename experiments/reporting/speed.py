@@ -1,7 +1,9 @@
 """Figures about the time of a step: its stages, and what a mixture costs beside a dense model of equal work."""
 import statistics
 
-from . import peaks, plot
+import peaks
+
+from . import plot
 from .figure import PHONE, Figure, Missing, Panel
 from .lines import mapping, number
 from .markup import MISSING, clipped, count, fixed, listing, percent, short

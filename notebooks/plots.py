@@ -2,7 +2,7 @@
 
     from plots import *          # plt, COLORS, figure, label_ends, heat, note
 
-Figures are PNG, the notebooks' default, which every viewer and converter shows, of some 30 kB. Colours can be told apart
+Figures are PNG, which every viewer and converter shows, of some 30 kB. Colours can be told apart
 by colour-blind readers (Okabe and Ito's set). A curve is named at its end where there is room, rather than in a box.
 """
 import matplotlib

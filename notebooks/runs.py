@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import struct
 import subprocess
 
@@ -41,6 +42,8 @@ def program(command, ranks=0, threads=None):
     if threads or ranks:
         environment["OMP_NUM_THREADS"] = str(threads or 1)
     if ranks:
+        if not shutil.which("mpirun"):
+            raise ProgramFailed("there is no mpirun here: sudo apt-get install openmpi-bin libopenmpi-dev, then make")
         words = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none", "--quiet"] + words
         environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
                            OMPI_MCA_btl_vader_single_copy_mechanism="none")  # containers often forbid the other

@@ -93,8 +93,8 @@ SOURCES := $(filter-out $(PROGRAMS:=.c),$(wildcard kernels/*.c model/*.c data/*.
 CUDA_SOURCES := $(wildcard kernels/*.cu)
 WITHOUT_CUDA := $(filter-out $(CUDA_SOURCES:.cu=.c),$(SOURCES))
 
-# $1 variant, $2 C source: the variant whose object serves. data/ knows no real_t (tests/check_tree.sh holds it to that:
-# it may not include types.h), and the host's code of train_cuda in float is that of the CPU's program.
+# $1 variant, $2 C source: the variant whose object serves. data/ knows no real_t (tests/check_tree.sh holds it and what
+# it includes to that), and the host's code of train_cuda in float is that of the CPU's program.
 object_from = $(if $(filter data/%,$2),$(if $(filter asan%,$1),asan,cpu),$(if $(filter cuda-fp32,$1),cpu,$1))
 
 # $1 variant

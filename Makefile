@@ -14,8 +14,8 @@
 #     CC, ARCH (native), PRECISION (double: ./train in double; fp32: train_cuda in float, not bf16), CUDA_ARCHS,
 #     OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
 #     DEMO_OPTIONS, RANKS (of the demo, under mpirun), RECIPE, SWEEP_OUT, SWEEP_OPTIONS (of the sweep),
-#     TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each),
-#     V (1: print commands)
+#     NOTEBOOKS, NOTEBOOKS_OUT, NOTEBOOK_STEPS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests
+#     out), FUZZ_SECONDS (each), V (1: print commands)
 
 DEMO_DIR = runs/demo
 DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-batches 16 --sample 160
@@ -69,6 +69,10 @@ FLAGS_asan = $(FLAGS_common) $(FLAGS_sanitize)
 FLAGS_asan-double = $(FLAGS_asan) -DREAL_DOUBLE
 FLAGS_cuda = $(FLAGS_cpu) -DREAL_BF16
 FLAGS_cuda-fp32 = $(FLAGS_cpu)
+# Tests are compiled for the compiler's time: what takes their own is in the library. Of that the sanitized builds spend
+# most in the kernels.
+FLAGS_tests = -O0 -Wno-format-truncation
+FLAGS_sanitized_kernels = -O2
 # sm_80 is Ampere, with PTX for cards after Hopper; compute_90a (Hopper) cannot be had from the -arch=sm_90a shorthand
 # when code uses wgmma.
 CUDA_ARCHS = "-gencode=arch=compute_80,code=[sm_80,compute_80]" -gencode=arch=compute_90a,code=sm_90a
@@ -90,8 +94,14 @@ SOURCES := $(filter-out $(PROGRAMS:=.c),$(wildcard kernels/*.c model/*.c data/*.
 CUDA_SOURCES := $(wildcard kernels/*.cu)
 WITHOUT_CUDA := $(filter-out $(CUDA_SOURCES:.cu=.c),$(SOURCES))
 
+# $1 variant, $2 C source: the variant whose object serves. data/ knows no real_t (tests/check_tree.sh holds it and what
+# it includes to that), and the host's code of train_cuda in float is that of the CPU's program.
+object_from = $(if $(filter data/%,$2),$(if $(filter asan%,$1),asan,cpu),$(if $(filter cuda-fp32,$1),cpu,$1))
+
 # $1 variant
-objects_of = $(patsubst %,build/$1/%.o,$(basename $(if $(filter cuda%,$1),$(CUDA_SOURCES) $(WITHOUT_CUDA),$(SOURCES))))
+objects_of = $(if $(filter cuda%,$1),$(CUDA_SOURCES:%.cu=build/$1/%.o)) \
+             $(foreach source,$(if $(filter cuda%,$1),$(WITHOUT_CUDA),$(SOURCES)),\
+             build/$(call object_from,$1,$(source))/$(source:.c=.o))
 
 # ---- what a bare `make` does
 
@@ -111,6 +121,7 @@ help:
 	@echo "make alltoall  build the levels of experiments/alltoall, the exchange between GPUs (needs nvcc, MPI, NCCL)"
 	@echo "make bench     measure the speed of the kernels and of training on this machine"
 	@echo "make grids     measure MoE layers stage by stage over grids of sizes, routers and layouts (minutes)"
+	@echo "make notebooks execute notebooks/*.ipynb into place (installs Jupyter, NumPy, Matplotlib; minutes)"
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
 	@echo "make format    apply .clang-format"
 	@echo "make clean     remove what was built; runs/ stays"
@@ -142,29 +153,34 @@ BUILD_NEEDS = stdio.h:libc6-dev cjson/cJSON.h:libcjson-dev stb/stb_ds.h:libstb-d
 MPI_NEEDS = $(if $(filter 0,$(MPI)),,mpi.h:libopenmpi-dev mpirun:openmpi-bin)
 TEST_NEEDS = $(BUILD_NEEDS) cmocka.h:libcmocka-dev python3:python3 curl:curl $(MPI_NEEDS)
 FUZZ_NEEDS = $(BUILD_NEEDS) clang:clang libfuzzer:libclang-rt-dev
+NOTEBOOK_NEEDS = $(BUILD_NEEDS) $(MPI_NEEDS) numpy.py:python3-numpy matplotlib.py:python3-matplotlib \
+                 nbconvert.py:jupyter-nbconvert ipykernel.py:python3-ipykernel
 
-# Packages to install so that the headers in $1 can be included and its programs run; empty when all is there.
+# Packages to install so that the headers in $1 can be included, its programs run and its modules (.py) imported by the
+# python3 of PATH or the distribution's; empty when all is there.
 missing = $(strip $(shell command -v $(CC) >/dev/null || echo gcc; for need in $1; do \
     case $$need in \
     (*.h:*) echo "$(HASH)include <$${need%:*}>" | \
         $(CC) $(CPPFLAGS) $(MPI_INCLUDES) -DPCRE2_CODE_UNIT_WIDTH=8 -E -x c - ;; \
     (libfuzzer:*) echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
         clang -fsanitize=fuzzer,address -x c - -o /dev/null ;; \
+    (*.py:*) python3 -c "import $${need%.py:*}" || /usr/bin/python3 -c "import $${need%.py:*}" ;; \
     (*) command -v $${need%:*} ;; \
     esac >/dev/null 2>&1 || echo $${need$(HASH)*:}; done))
 
-.PHONY: setup setup-sweep setup-tests setup-fuzz toolchain
+.PHONY: setup setup-sweep setup-tests setup-fuzz setup-notebooks toolchain
 setup: NEEDS = $(BUILD_NEEDS) $(if $(RANKS),$(MPI_NEEDS))
 setup-sweep: NEEDS = $(BUILD_NEEDS) python3:python3
 setup-tests: NEEDS = $(TEST_NEEDS)
 setup-fuzz: NEEDS = $(FUZZ_NEEDS)
-setup setup-sweep setup-tests setup-fuzz:
+setup-notebooks: NEEDS = $(NOTEBOOK_NEEDS)
+setup setup-sweep setup-tests setup-fuzz setup-notebooks:
 	@missing="$(call missing,$(NEEDS))"; \
 	[ -n "$$missing" ] || exit 0; \
 	if ! command -v apt-get >/dev/null; then \
 	    echo "moelab needs gcc, the C library's headers, cJSON, stb, PCRE2, utf8proc and, for make test, cmocka," \
-	         "Python, curl and Open MPI: install them with your package manager (missing, by Debian's names:" \
-	         "$$missing)" >&2; exit 1; \
+	         "Python, curl and Open MPI, for make notebooks NumPy, Matplotlib, nbconvert and ipykernel: install them" \
+	         "with your package manager (missing, by Debian's names: $$missing)" >&2; exit 1; \
 	fi; \
 	install="apt-get install -y --no-install-recommends $$missing"; \
 	if [ "$$(id -u)" = 0 ]; then sudo=env; \
@@ -195,7 +211,8 @@ write_if_changed = mkdir -p $(dir $1) && { $2; } >$1.$$$$ && { cmp -s $1.$$$$ $1
 
 # Compiler and flags: another CC or ARCH rebuilds everything.
 build/%/flags: FORCE
-	@$(call write_if_changed,$@,echo '$(CC) $(FLAGS_$*) $(CPPFLAGS) $(if $(filter cuda%,$*),$(NVCC) $(FLAGS_nvcc-$*))')
+	@$(call write_if_changed,$@,echo '$(CC) $(FLAGS_$*) $(FLAGS_tests) $(CPPFLAGS) \
+	    $(if $(filter cuda%,$*),$(NVCC) $(FLAGS_nvcc-$*))')
 
 # The commit that logs and results name, as compiler arguments (read with @file by model/commit.c alone).
 GIT_SHA = $(if $(wildcard .git),$(shell git rev-parse --short=12 --verify --quiet HEAD 2>/dev/null))
@@ -207,11 +224,13 @@ build/git: FORCE
 	@$(call write_if_changed,$@,echo '$(GIT_MACROS)')
 
 # $1 variant, $2 folder of its test programs. A line "// link: FLAGS" in a test adds flags to its link.
+flags_of = $(FLAGS_$1) $(if $(filter tests/test_%,$2),$(FLAGS_tests)) \
+           $(if $(and $(filter asan%,$1),$(filter kernels/%,$2)),$(FLAGS_sanitized_kernels))
 define VARIANT_RULES
 build/$1/%.o: %.c build/$1/flags | toolchain
 	@mkdir -p $$(@D)
 	@echo "CC  $$@"
-	$(Q)$$(CC) $$(FLAGS_$1) $$(CPPFLAGS) $$(VERSION) -MMD -MP -c $$< -o $$@
+	$(Q)$$(CC) $$(call flags_of,$1,$$<) $$(CPPFLAGS) $$(VERSION) -MMD -MP -c $$< -o $$@
 
 build/$1/model/commit.o: VERSION = @build/git
 build/$1/model/commit.o: build/git
@@ -356,6 +375,17 @@ FUZZ_SECONDS = 60
 fuzz:
 	@$(MAKE) setup-fuzz
 	@tests/fuzz.sh $(FUZZ_SECONDS)
+
+# NOTEBOOKS: only those whose names contain one of these; NOTEBOOKS_OUT: a folder for the executed copies, so that the
+# notebooks stay as they are; NOTEBOOK_STEPS: the most training steps of a run.
+NOTEBOOKS =
+NOTEBOOKS_OUT =
+.PHONY: notebooks
+notebooks:
+	@$(MAKE) setup-notebooks
+	@$(MAKE) train build/bench_train build/bench_layer
+	@$(if $(NOTEBOOK_STEPS),NOTEBOOK_STEPS=$(NOTEBOOK_STEPS) )notebooks/execute.sh \
+	    $(if $(NOTEBOOKS_OUT),-o $(NOTEBOOKS_OUT)) $(NOTEBOOKS)
 
 bench: build/bench_train
 	@build/bench_train $(BENCH_OPTIONS)

@@ -101,6 +101,9 @@ check_includes() {
                 (from == "kernels" && to == "kernels") ||
                 (from == "data" && (to == "data" || target ~ /^kernels\/(check|random|checksum)\.h$/))
             if (!allowed) { problem(from " must not include " target) }
+            if (FILENAME ~ /^kernels\/(check|random|checksum)\.h$/) {
+                problem("data/ includes this and is compiled once for all types of numbers: no " target " here")
+            }
         }' $c_files /dev/null
 }
 

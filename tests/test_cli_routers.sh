@@ -98,9 +98,9 @@ test_routers_in_other_layers() {
             # shellcheck disable=SC2086  # words
             run --router "$router" --allow-leak --layers 2 --steps 2 --out run $options
             case "$router $options" in
-            dense*chain* | soft\ --chain* | soft-batch\ --chain*)
+            dense*chain* | soft\ --chain* | soft-batch\ --chain* | *uniform*chain* | soft-identity*chain*)
                 refused '--chain-steps 2 with --router' ;;
-            dense*capacity* | soft*capacity* | expert-choice*capacity*)
+            dense*capacity* | soft*capacity* | uniform*capacity* | expert-choice*capacity*)
                 refused '--router .* drop --capacity-factor' ;;
             *)
                 succeeds

@@ -191,13 +191,17 @@ test_killed_and_run_again() {
 
 test_a_damaged_checkpoint_is_started_over() {
     recipe "${LONG//$'\n'/ }" "seeds 1"
-    sweep demo.sweep --out folder --no-timing
+    sweep demo.sweep --out folder --jobs 2 --no-timing
     mv folder whole
-    interrupt KILL a_checkpoint_is_there
+    for _ in {1..5}; do # where both runs are done before the signal, once more
+        rm -rf folder
+        interrupt KILL a_checkpoint_is_there
+        so_many_lines 2 || break
+    done
     for file in folder/runs/tiny/*/0.004-1/checkpoint/model.safetensors; do
         truncate -s 100 "$file"
     done
-    sweep demo.sweep --out folder --no-timing
+    sweep demo.sweep --out folder --jobs 2 --no-timing
     succeeds
     check "was not told" grep -q 'did not go on from its checkpoint' out
     records same whole/results.jsonl folder/results.jsonl

@@ -112,6 +112,17 @@ def gather(records):
 
 # ---- what stands against an arm
 
+def tokens_drawn(run):
+    """Tokens that a run trained on, those of the runs it started from included."""
+    if not isinstance(run.get("tokens"), int):
+        return None
+    before = run.get("before_tokens")
+    if before is None:  # the same batches, where a line does not say
+        config, steps = run.get("config") or {}, run.get("before")
+        before = sum(steps.values()) * config.get("batch", 0) * config.get("seq", 0) if isinstance(steps, dict) else 0
+    return run["tokens"] + before
+
+
 def differing(mine, theirs, names):
     return [f"--{name.replace('_', '-')}" for name in names if mine.get(name) != theirs.get(name)]
 
@@ -146,7 +157,7 @@ def objections(comparison, arm, base):
         elif differing(mine, theirs, VALIDATION):
             found.append(f"{arm.name} is validated with another {', '.join(differing(mine, theirs, VALIDATION))} than "
                          f"{base.name}: losses on different text are not compared.")
-        tokens = {run.get("tokens") for run in runs}, {run.get("tokens") for run in base.runs()}
+        tokens = set(map(tokens_drawn, runs)), set(map(tokens_drawn, base.runs()))
         if comparison.budget in (None, "tokens") and (tokens[0] != tokens[1] or len(tokens[0]) > 1):
             found.append(f"{arm.name} drew {say_set(tokens[0])} tokens and {base.name} {say_set(tokens[1])}: equal "
                          "tokens are what the budget promises.")
@@ -186,7 +197,8 @@ def check_provenance(comparison, arms):
     if dirty:
         comparison.note(f"Made by a program that no commit describes: {', '.join(dirty)}.")
     for arm in arms:
-        for start, steps in (arm.runs()[0].get("before") or {}).items() if arm.rate is not None and arm.runs() else []:
+        starts = arm.runs()[0].get("before") if arm.rate is not None and arm.runs() else None
+        for start, steps in starts.items() if isinstance(starts, dict) else ():
             comparison.note_of(arm.name, f"Started from the weights of {start}, whose {steps} steps are in no column: "
                                "{}.")
 

@@ -306,6 +306,7 @@ class Control:
         befores = self.plan.befores_of(run)
         if befores:
             record["before"] = {before.arm: before.steps for before in befores}
+            record["before_tokens"] = self.plan.before_tokens(run.size, run.options)
         if why is None and not run_record.is_number(record["val_loss"]):
             why = "the validation loss is not finite"
         if why:

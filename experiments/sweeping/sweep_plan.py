@@ -18,6 +18,7 @@ import sweep_recipe
 
 # What a run may have otherwise than the probe of its arm: its own seed, rate and length, and what follows from them.
 FREE = {"lr", "seed", "steps", "out", "resume", "init_from", "warmup", "eval_every"}
+DEFAULT_BATCH, DEFAULT_SEQ = 16, 128  # ./train's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,22 @@ class Plan:
                     steps = max(1, round(base_steps * timings[size, baseline] / timings[size, arm]))
                 self.steps[size, arm] = steps
 
+    def before_tokens(self, size, options):
+        """Tokens of the runs that one with these options starts from, and of those that they start from."""
+        total = 0
+        for name in sweep_recipe.befores_named(options):
+            before = dict(self.options(size, name, "before"))
+            drawn = int(before["--steps"]) * int(before.get("--batch", DEFAULT_BATCH)) * int(
+                before.get("--seq", DEFAULT_SEQ))
+            total += drawn + self.before_tokens(size, list(before.items()))
+        return total
+
     def unequal_tokens(self):
-        """Under the budget `tokens`: the first (size, arm, tokens, the baseline's) that differ."""
+        """Under the budget `tokens`: the first (size, arm, tokens, the baseline's) that differ. What a run starts from
+        counts, too."""
         for size in self.sizes:
             tokens = {arm: self.own_steps(size, arm) * self.step_tokens(size, arm)
+                      + self.before_tokens(size, self.options(size, arm))
                       for arm in self.arms + [self.recipe.baseline]}
             for arm, count in tokens.items():
                 if self.recipe.budget == "tokens" and count != tokens[self.recipe.baseline]:

@@ -3,8 +3,8 @@
  * launch; backward is two, the second of which reads what the first keeps of each query row in the workspace. Decode is
  * one launch, a block for a query head; keep, a copy into the cache, is one.
  *
- * Called by model/transformer.c. Read next: attention_plain.cuh, which has the three kernels in the simplest form; then
- * attention_tiles.cuh, attention_scores.cuh and attention_flash.cuh, which build the fast ones.
+ * Called by model/attention_block.c. Read next: attention_plain.cuh, which has the three kernels in the simplest form;
+ * then attention_tiles.cuh, attention_scores.cuh and attention_flash.cuh, which build the fast ones.
  */
 #include "cuda.cuh"
 

@@ -5,7 +5,7 @@
  * array is rounded before it is added, for most shapes, and the sum is rounded again. cuBLAS chooses its kernel by the
  * shape, so a row has the same bits whatever stands in the other rows, but not for every N.
  *
- * Called by model/transformer.c and the routers. Read next: cuda_blas.cuh.
+ * Called by model/transformer.c, attention_block.c and the routers. Read next: cuda_blas.cuh.
  */
 #include "cuda.cuh"
 

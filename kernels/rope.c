@@ -2,7 +2,7 @@
  *
  * Backward turns the gradient back (a rotation's transpose is the rotation by -angle), then goes through the norm as
  * norm.c does. The two weights are shared by all rows and heads, so their gradients are summed over CHUNKS fixed ranges
- * of rows, added in order at the end: the same bits for any number of threads. Called by model/transformer.c before
+ * of rows, added in order at the end: the same bits for any number of threads. Called by model/attention_block.c before
  * attention.
  */
 #include "rope.h"

@@ -6,8 +6,8 @@
  * a warp per head and up to TURNS numbers per thread.
  *
  * Backward adds the weights' gradients in registers over all heads a thread meets, the queries' first and then the
- * keys'; partials.cuh adds the blocks in order. Called by model/transformer.c before and after attention. Read next:
- * turn_heads, and turn_heads_back for its backward.
+ * keys'; partials.cuh adds the blocks in order. Called by model/attention_block.c before and after attention. Read
+ * next: turn_heads, and turn_heads_back for its backward.
  */
 #include "cuda.cuh"
 

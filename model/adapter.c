@@ -1,6 +1,6 @@
 /* See adapter.h. The gradients of a dense adapter's matrices are products over all rows, for which matmul.h is better
  * than the experts' kernels: on a GPU these give a block to so many rows of a matrix, and the matrices are small.
- * Called by transformer.c and perft.c. */
+ * Called by attention_block.c and perft.c. */
 #include "adapter.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
-/* Who may exchange rows, and the memory for it: exchange.h. Called by moe.c and train.c. Read next: exchange_plan.c,
- * exchange_rows.c. */
+/* Who may exchange rows, and the memory for it: exchange.h. Called by moe.c, moe_memory.c and train.c. Read next:
+ * exchange_plan.c, exchange_rows.c. */
 #include "exchange.h"
 
 #include <stdlib.h>

@@ -1,4 +1,5 @@
-/* See freeze.h. Called by transformer.c, which makes the list; read by optimizer.c, console.c and the log. */
+/* See freeze.h. Called by transformer.c, which makes the list, and weight.c; read by optimizer.c, console.c and the
+ * log. */
 #include "freeze.h"
 
 static bool is_frozen(const Tensor *tensor, const Config *config) {

@@ -24,7 +24,7 @@ static void decode_head(Transformer *model, Stream *stream) {
 }
 
 void transformer_decode(Transformer *model, const int *tokens, int position, Stream *stream) {
-    assert(model->decodes && position < model->cached);
+    assert(model->attention.decodes && position < model->attention.cached);
     transformer_forward_from(model, tokens, position, 0, stream);
     decode_head(model, stream);
 }
@@ -42,10 +42,10 @@ static void decode_prompt(Transformer *model, Transformer *reader, const int *to
 
 /* Every forward of the reader fills the model's cache from its first place on. */
 static void share_cache(Transformer *reader, const Transformer *model) {
-    reader->cached = model->cached;
+    reader->attention.cached = model->attention.cached;
     for (int l = 0; l < model->config->layers; l++) {
-        reader->layers[l].keys = model->layers[l].keys;
-        reader->layers[l].values = model->layers[l].values;
+        reader->layers[l].attention.keys = model->layers[l].attention.keys;
+        reader->layers[l].attention.values = model->layers[l].attention.values;
     }
 }
 

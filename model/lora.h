@@ -1,6 +1,6 @@
 /* LoRA of the attention (--lora attention; Hu et al. 2021, arXiv 2106.09685): adapters beside its projections, the
  * control that knows nothing of experts in comparisons of fine-tuning. One adapter stands beside the matrix of queries,
- * keys and values, as they are projected by one, and one beside what attention puts out. Called by transformer.c.
+ * keys and values, as they are projected by one, and one beside what attention puts out. Called by attention_block.c.
  */
 #ifndef MODEL_LORA_H
 #define MODEL_LORA_H

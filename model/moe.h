@@ -4,7 +4,8 @@
  *
  * The stages are separate kernels, called one after the other in moe.c and timed apart. A soft plan (plan.h) mixes
  * where a sparse one copies; the experts are the same. With the router "dense", or in a layer that --moe-every skips,
- * the layer is one MLP of the active width. chain.c applies it, once or several times.
+ * the layer is one MLP of the active width. chain.c applies it, once or several times. Its tensors and memory are
+ * in moe_memory.c.
  */
 #ifndef MODEL_MOE_H
 #define MODEL_MOE_H
@@ -60,6 +61,8 @@ typedef struct {
     bool soft, a_again;
 } ScratchSize;
 
+/* ---- what the layer has (moe_memory.c) ---- */
+
 /* Describes layer `layer`'s experts, whose gradients are overwritten; appends them to the list. (Routers are listed by
  * chain.c, one for each step.) */
 void moe_tensors(TensorList *tensors, const ModelConfig *config, int layer);
@@ -94,6 +97,8 @@ AdapterScratch moe_adapter_scratch(const MoeScratch *scratch);
 /* Takes every choice (no capacity, compact rows), or works as configured again. Experts that choose exactly their share
  * and soft plans have nothing to drop. */
 void moe_set_dropless(MoeLayer *moe, bool dropless);
+
+/* ---- what it computes (moe.c) ---- */
 
 /* y (N,C) from x (N,C); load (LOAD_VALUES) receives the losses and statistics, demand (E) the choices. Both unused in a
  * dense layer. */

@@ -1,18 +1,14 @@
-/* The transformer around the MoE layers: parameters, memory, then forward and backward of each part next to each other.
- * The whole model is transformer_forward_from, transformer_loss and transformer_backward at the end of the file.
+/* The transformer around attention and MoE layers: parameters, memory, then the norms between them, forward and
+ * backward next to each other. The whole model is at the end of the file: transformer_forward_from, transformer_loss
+ * and transformer_backward.
  *
- * Called by train.c, generate.c and experiments/bench_train.c. Read next: moe.c.
+ * Called by train.c, generate.c and experiments/bench_train.c. Read next: attention_block.c, then moe.c.
  */
 #include "transformer.h"
 
-#include <assert.h>
-#include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "../kernels/attention.h"
 #include "../kernels/check.h"
 #include "../kernels/comm.h"
 #include "../kernels/convert.h"
@@ -21,43 +17,19 @@
 #include "../kernels/matmul.h"
 #include "../kernels/norm.h"
 #include "../kernels/random.h"
-#include "../kernels/rope.h"
 #include "freeze.h"
 
 enum { LEAST_HEAD_ROWS = 256 };
 
-static int qkv_width(const ModelConfig *config) {
-    return (config->heads + 2 * config->kv_heads) * config->head_dim;
-}
-
-static int qk_width(const ModelConfig *config) {
-    return (config->heads + config->kv_heads) * config->head_dim;
-}
-
-/* Columns of what attention puts out: all query heads side by side; C unless --head-dim says otherwise. */
-static int att_width(const ModelConfig *config) {
-    return config->heads * config->head_dim;
-}
-
 /* ---- parameters ---- */
 
-static LoraWidths lora_widths(const ModelConfig *config) {
-    return (LoraWidths){.qkv = qkv_width(config), .att = att_width(config)};
-}
-
 void transformer_tensors(TensorList *list, const ModelConfig *c) {
-    double std = 0.02, out_std = std / sqrt(2.0 * c->layers), ones = -1;
-    int C = c->dim, HS = c->head_dim;
+    double std = 0.02, ones = -1;
+    int C = c->dim;
     tensors_add(list, TENSOR_DENSE, -1, std, c->vocab, C, 0, "embedding.w");
     for (int l = 0; l < c->layers; l++) {
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.attn_norm.w", l);
-        tensors_add(list, TENSOR_DENSE, l, std, qkv_width(c), C, 0, "layers.%d.attn.qkv.w", l);
-        if (c->qk_norm) {
-            tensors_add(list, TENSOR_DENSE, l, ones, HS, 0, 0, "layers.%d.attn.q_norm.w", l);
-            tensors_add(list, TENSOR_DENSE, l, ones, HS, 0, 0, "layers.%d.attn.k_norm.w", l);
-        }
-        tensors_add(list, TENSOR_DENSE, l, out_std, C, att_width(c), 0, "layers.%d.attn.out.w", l);
-        lora_tensors(list, c, l, lora_widths(c));
+        attention_block_tensors(list, c, l);
         tensors_add(list, TENSOR_DENSE, l, ones, C, 0, 0, "layers.%d.ffn_norm.w", l);
         chain_tensors(list, c, l);
         perft_tensors(list, c, l);
@@ -73,53 +45,32 @@ static bool weights_are_master(void) {
     return sizeof(real_t) == sizeof(acc_t);
 }
 
-/* The parameter of that name, all NULL when the model has none. */
-static Weight find_weight(const Transformer *model, const char *format, ...) {
-    char name[64];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(name, sizeof name, format, arguments);
-    va_end(arguments);
-    int index = tensors_find(&model->tensors, name);
-    if (index < 0) {
-        return (Weight){0};
-    }
-    const Tensor *tensor = &model->tensors.items[index];
-    bool wanted = model->grads && freeze_wants_gradient(tensor);
-    return (Weight){model->weights + tensor->offset, model->master + tensor->offset,
-                    wanted ? model->grads + tensor->offset : NULL};
-}
-
 void transformer_connect(Transformer *model) {
     const ModelConfig *c = model->config;
     if (weights_are_master()) {
         model->weights = (real_t *)model->master;
     }
-    model->embedding = find_weight(model, "embedding.w");
-    model->final_norm = find_weight(model, "final_norm.w");
-    model->head = find_weight(model, c->tie ? "embedding.w" : "head.w");
+    const TensorList *list = &model->tensors;
+    real_t *weights = model->weights;
+    acc_t *master = model->master, *grads = model->grads;
+    model->embedding = weight_find(list, weights, grads, "embedding.w");
+    model->final_norm = weight_find(list, weights, grads, "final_norm.w");
+    model->head = weight_find(list, weights, grads, c->tie ? "embedding.w" : "head.w");
     for (int l = 0; l < c->layers; l++) {
         Layer *layer = &model->layers[l];
         if (model->recompute) {
             layer->xn = model->layers[0].xn;
-            layer->qk_turned = model->layers[0].qk_turned;
             layer->mn = model->layers[0].mn;
         }
-        if (model->recompute == RECOMPUTE_EXPERTS) {
-            layer->qkv_raw = model->layers[0].qkv_raw;
-        }
-        layer->attn_norm = find_weight(model, "layers.%d.attn_norm.w", l);
-        layer->qkv = find_weight(model, "layers.%d.attn.qkv.w", l);
-        layer->q_norm = find_weight(model, "layers.%d.attn.q_norm.w", l);
-        layer->k_norm = find_weight(model, "layers.%d.attn.k_norm.w", l);
-        layer->attn_out = find_weight(model, "layers.%d.attn.out.w", l);
-        layer->ffn_norm = find_weight(model, "layers.%d.ffn_norm.w", l);
-        chain_connect(&layer->chain, &model->tensors, l, model->weights, model->master, model->grads);
-        perft_connect(&layer->perft, &model->tensors, l, model->weights, model->master, model->grads);
-        lora_connect(&layer->lora, &model->tensors, l, model->weights, model->grads);
+        layer->attn_norm = weight_find(list, weights, grads, "layers.%d.attn_norm.w", l);
+        layer->ffn_norm = weight_find(list, weights, grads, "layers.%d.ffn_norm.w", l);
+        attention_block_connect(&layer->attention, &model->attention, &model->layers[0].attention, list, l, weights,
+                                grads);
+        chain_connect(&layer->chain, list, l, weights, master, grads);
+        perft_connect(&layer->perft, list, l, weights, master, grads);
     }
+    attention_shared_connect(&model->attention);
     model->scratch.din_rows = model->scratch.out_rows;
-    rope_table(model->angles, c->seq, c->head_dim, c->rope_base, NULL);
     int all_rows[2] = {0, model->N};
     device_from_host(model->scratch.all_rows, all_rows, sizeof all_rows, NULL);
     transformer_set_step(model, 0, NULL);
@@ -166,37 +117,23 @@ static void reserve(Arena *arena, void *slot, size_t count, size_t size, MemoryC
     arena_reserve(arena, slot, count * size, category);
 }
 
-static void reserve_layer(Transformer *model, int l, int first_site, const Config *config, TransformerUse use,
-                          ScratchSize *scratch, Arena *arena) {
-    const ModelConfig *c = model->config;
+static void reserve_layer(Transformer *model, int l, int first_site, const Config *config, ScratchSize *scratch,
+                          Arena *arena) {
     Layer *layer = &model->layers[l];
-    size_t N = model->N, C = c->dim, width = qkv_width(c);
+    size_t N = model->N, C = model->config->dim;
     MemoryCategory kind = MEMORY_ACTIVATIONS;
     reserve(arena, &layer->x, N * C, sizeof(real_t), kind);
-    bool keep = l == 0 || !model->recompute; /* layers after the first use its buffers (transformer_connect) */
-    if (keep) {
+    if (l == 0 || !model->recompute) { /* layers after the first use its buffers (transformer_connect) */
         reserve(arena, &layer->xn, N * C, sizeof(real_t), kind);
-        reserve(arena, &layer->qk_turned, N * qk_width(c), sizeof(real_t), kind);
         reserve(arena, &layer->mn, N * C, sizeof(real_t), kind);
     }
     reserve(arena, &layer->x_rstd, N, sizeof(acc_t), kind);
-    if (l == 0 || model->recompute != RECOMPUTE_EXPERTS) {
-        reserve(arena, &layer->qkv_raw, N * width, sizeof(real_t), kind);
-    }
-    reserve(arena, &layer->qk_rstd, N * (c->heads + c->kv_heads), sizeof(acc_t), kind);
-    reserve(arena, &layer->att, N * att_width(c), sizeof(real_t), kind);
-    reserve(arena, &layer->lse, N * c->heads, sizeof(acc_t), kind);
     reserve(arena, &layer->mid, N * C, sizeof(real_t), kind);
     reserve(arena, &layer->mid_rstd, N, sizeof(acc_t), kind);
-    if (model->decodes) {
-        size_t cache = (size_t)model->B * model->cached * c->kv_heads * c->head_dim;
-        reserve(arena, &layer->keys, cache, sizeof(real_t), MEMORY_CACHE);
-        reserve(arena, &layer->values, cache, sizeof(real_t), MEMORY_CACHE);
-    }
+    attention_block_reserve(&layer->attention, &model->attention, l, arena);
+    moe_grow_scratch(scratch, layer->attention.lora.qkv.shape); /* the other's rank is the same */
     chain_reserve(&layer->chain, config, l, model->N, &model->context, first_site, scratch, arena);
     perft_reserve(&layer->perft, config, l, model->N, &model->context, first_site, scratch, arena);
-    lora_reserve(&layer->lora, c, model->N, lora_widths(c), arena);
-    moe_grow_scratch(scratch, layer->lora.qkv.shape); /* the other's rank is the same */
 }
 
 /* What there is once: the stream's end, head and losses, what routers tell. */
@@ -207,7 +144,6 @@ static void reserve_around_layers(Transformer *model, TransformerUse use, Arena 
     size_t rows = device_logits_at_once() / c->vocab;
     rows = rows > LEAST_HEAD_ROWS ? rows : LEAST_HEAD_ROWS;
     model->head_rows = N < rows ? model->N : (int)rows;
-    reserve(arena, &model->angles, (size_t)c->seq * c->head_dim, sizeof(acc_t), kind);
     reserve(arena, &model->final_x, N * C, sizeof(real_t), kind);
     reserve(arena, &model->hidden, N * C, sizeof(real_t), kind);
     reserve(arena, &model->final_rstd, N, sizeof(acc_t), kind);
@@ -226,14 +162,10 @@ static void reserve_around_layers(Transformer *model, TransformerUse use, Arena 
 }
 
 static void reserve_backward(Transformer *model, Arena *arena) {
-    const ModelConfig *c = model->config;
-    size_t N = model->N, C = c->dim;
-    MemoryCategory kind = MEMORY_ACTIVATIONS;
+    size_t N = model->N, C = model->config->dim;
     reserve(arena, &model->grads, model->tensors.total, sizeof(acc_t), MEMORY_GRADIENTS);
-    reserve(arena, &model->dx, N * C, sizeof(real_t), kind);
-    reserve(arena, &model->dn, N * C, sizeof(real_t), kind);
-    reserve(arena, &model->dqkv, N * qkv_width(c), sizeof(real_t), kind);
-    reserve(arena, &model->datt, N * att_width(c), sizeof(real_t), kind);
+    reserve(arena, &model->dx, N * C, sizeof(real_t), MEMORY_ACTIVATIONS);
+    reserve(arena, &model->dn, N * C, sizeof(real_t), MEMORY_ACTIVATIONS);
 }
 
 void transformer_reserve(Transformer *model, const Config *config, int batch, int slices, TransformerUse use,
@@ -242,9 +174,14 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     *model = (Transformer){.config = c, .B = batch, .T = use == USE_GENERATE ? 1 : c->seq, .slices = slices};
     model->N = model->B * model->T;
     model->predicted = model->N;
-    model->decodes = use == USE_GENERATE;
-    model->cached = model->decodes ? c->seq : 0;
-    model->recompute = model->decodes ? RECOMPUTE_NONE : config->train.recompute;
+    model->recompute = use == USE_GENERATE ? RECOMPUTE_NONE : config->train.recompute;
+    model->attention = (AttentionShared){.config = c,
+                                         .B = model->B,
+                                         .T = model->T,
+                                         .N = model->N,
+                                         .decodes = use == USE_GENERATE,
+                                         .cached = use == USE_GENERATE ? c->seq : 0,
+                                         .recompute = model->recompute};
     model->layers = calloc(c->layers, sizeof(Layer));
     model->moe_layers = calloc(c->layers * c->chain_steps, sizeof(int));
     model->moes = calloc(c->layers * c->chain_steps, sizeof(MoeLayer *));
@@ -277,18 +214,19 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     }
     ScratchSize scratch = {0};
     for (int l = 0, site = 0; l < c->layers; l++) {
-        reserve_layer(model, l, site, config, use, &scratch, arena);
+        reserve_layer(model, l, site, config, &scratch, arena);
         for (int s = 0; s < chain_routers(c, l); s++) {
             model->moes[site++] = &model->layers[l].chain.moe[s];
         }
     }
     reserve_around_layers(model, use, arena);
+    attention_shared_reserve(&model->attention, use == USE_TRAIN, arena);
     moe_reserve_scratch(&model->scratch, c, scratch, model->N, use == USE_TRAIN, arena);
     if (use == USE_TRAIN) {
         reserve_backward(model, arena);
         chain_reserve_scratch(&model->chain_scratch, c, model->N, arena);
     }
-    if (model->decodes) {
+    if (use == USE_GENERATE) {
         reserve(arena, &model->logits_acc, (size_t)model->B * c->vocab, sizeof(acc_t), MEMORY_ACTIVATIONS);
     }
 }
@@ -329,29 +267,14 @@ void transformer_begin_step(Transformer *model, int64_t step, Stream *stream) {
     }
 }
 
-/* ---- one layer, forward and backward ---- */
+/* ---- the norms before and after the parts of a layer ---- */
 
-static RopeShape rope_shape(const Transformer *model, int start) {
+/* Normalises the stream: s = x + branch (or x itself before the first branch), y = norm(s). */
+static void norm_block_forward(Transformer *model, real_t *s, real_t *y, acc_t *rstd, const real_t *x, Weight w,
+                               Stream *stream) {
     const ModelConfig *c = model->config;
-    return (RopeShape){.N = model->N,
-                       .T = model->T,
-                       .start = start,
-                       .NH = c->heads,
-                       .NKV = c->kv_heads,
-                       .HS = c->head_dim,
-                       .base = c->rope_base,
-                       .eps = c->norm_eps};
-}
-
-/* T is the length of the cache in generation. */
-static AttentionShape attention_shape(const Transformer *model) {
-    const ModelConfig *c = model->config;
-    return (AttentionShape){.B = model->B,
-                            .T = model->decodes ? model->cached : model->T,
-                            .NH = c->heads,
-                            .NKV = c->kv_heads,
-                            .HS = c->head_dim,
-                            .causal = c->objective == OBJECTIVE_LM};
+    profile_stage(model->profile, STAGE_NORM, stream);
+    norm_forward(s, y, rstd, x, s == x ? NULL : model->branch, w.w, model->N, c->dim, c->norm_eps, stream);
 }
 
 /* What --recompute left to be made again: the normalised values, for the backward of what read them. */
@@ -361,79 +284,6 @@ static void norm_again(Transformer *model, real_t *y, const real_t *s, acc_t *rs
         profile_stage(model->profile, STAGE_NORM, stream);
         norm_forward(NULL, y, rstd, s, NULL, w.w, model->N, c->dim, c->norm_eps, stream);
     }
-}
-
-static void turn(Transformer *model, Layer *layer, int start, Stream *stream) {
-    rope_forward(layer->qk_turned, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w, layer->k_norm.w, model->angles,
-                 rope_shape(model, start), stream);
-}
-
-/* Queries, keys and values, from the normalised stream. */
-static void project(Transformer *model, Layer *layer, Stream *stream) {
-    const ModelConfig *c = model->config;
-    matmul_forward(layer->qkv_raw, layer->xn, layer->qkv.w, model->N, c->dim, qkv_width(c), stream);
-    adapter_forward(&layer->lora.qkv, moe_adapter_scratch(&model->scratch), layer->qkv_raw, layer->xn, stream);
-}
-
-/* dw += dy^T x, unless the weight is frozen. */
-static void weight_backward(Weight w, const real_t *dy, const real_t *x, int N, int IN, int OUT, Stream *stream) {
-    if (w.grad) {
-        matmul_backward_weight(w.grad, dy, x, N, IN, OUT, stream);
-    }
-}
-
-/* branch = attention(layer->xn). Rows stand at positions start .. start+T-1; what decodes reads earlier ones from the
- * cache, what reads a prompt leaves them there. */
-static void attention_block_forward(Transformer *model, Layer *layer, int start, Stream *stream) {
-    const ModelConfig *c = model->config;
-    profile_stage(model->profile, STAGE_ATTENTION, stream);
-    project(model, layer, stream);
-    turn(model, layer, start, stream);
-    if (model->decodes) {
-        attention_decode(layer->att, layer->keys, layer->values, layer->qk_turned, layer->qkv_raw, start,
-                         attention_shape(model), stream);
-    } else {
-        attention_forward(layer->att, layer->lse, layer->qk_turned, layer->qkv_raw, attention_shape(model), stream);
-    }
-    if (layer->keys && !model->decodes) {
-        attention_keep(layer->keys, layer->values, layer->qk_turned, layer->qkv_raw, model->cached,
-                       attention_shape(model), stream);
-    }
-    matmul_forward(model->branch, layer->att, layer->attn_out.w, model->N, att_width(c), c->dim, stream);
-    adapter_forward(&layer->lora.out, moe_adapter_scratch(&model->scratch), model->branch, layer->att, stream);
-}
-
-/* dn = gradient of layer->xn, from dx, the gradient of the residual stream after the attention. */
-static void attention_block_backward(Transformer *model, Layer *layer, Stream *stream) {
-    const ModelConfig *c = model->config;
-    int N = model->N, C = c->dim;
-    AdapterScratch scratch = moe_adapter_scratch(&model->scratch);
-    norm_again(model, layer->xn, layer->x, layer->x_rstd, layer->attn_norm, stream);
-    profile_stage(model->profile, STAGE_ATTENTION, stream);
-    if (model->recompute == RECOMPUTE_EXPERTS) {
-        project(model, layer, stream);
-    }
-    if (model->recompute) {
-        turn(model, layer, 0, stream);
-    }
-    matmul_backward_input(model->datt, model->dx, layer->attn_out.w, N, att_width(c), C, 0, stream);
-    weight_backward(layer->attn_out, model->dx, layer->att, N, att_width(c), C, stream);
-    adapter_backward(&layer->lora.out, scratch, model->datt, model->dx, layer->att, stream);
-    attention_backward(model->dqkv, model->datt, layer->att, layer->lse, layer->qk_turned, layer->qkv_raw,
-                       attention_shape(model), stream);
-    rope_backward(model->dqkv, layer->q_norm.grad, layer->k_norm.grad, layer->qk_rstd, layer->qkv_raw, layer->q_norm.w,
-                  layer->k_norm.w, model->angles, rope_shape(model, 0), stream);
-    matmul_backward_input(model->dn, model->dqkv, layer->qkv.w, N, C, qkv_width(c), 0, stream);
-    weight_backward(layer->qkv, model->dqkv, layer->xn, N, C, qkv_width(c), stream);
-    adapter_backward(&layer->lora.qkv, scratch, model->dn, model->dqkv, layer->xn, stream);
-}
-
-/* Normalises the stream: s = x + branch (or x itself before the first branch), y = norm(s). */
-static void norm_block_forward(Transformer *model, real_t *s, real_t *y, acc_t *rstd, const real_t *x, Weight w,
-                               Stream *stream) {
-    const ModelConfig *c = model->config;
-    profile_stage(model->profile, STAGE_NORM, stream);
-    norm_forward(s, y, rstd, x, s == x ? NULL : model->branch, w.w, model->N, c->dim, c->norm_eps, stream);
 }
 
 /* dx += the gradient that reached the stream through norm(s), dn being the gradient of the normalised values. */
@@ -468,7 +318,8 @@ void transformer_forward_from(Transformer *model, const int *tokens, int start, 
     for (int l = 0; l < c->layers; l++) {
         Layer *layer = &model->layers[l];
         norm_block_forward(model, layer->x, layer->xn, layer->x_rstd, x, layer->attn_norm, stream);
-        attention_block_forward(model, layer, start, stream);
+        attention_block_forward(&layer->attention, &model->attention, moe_adapter_scratch(&model->scratch),
+                                model->branch, layer->xn, start, model->profile, stream);
         norm_block_forward(model, layer->mid, layer->mn, layer->mid_rstd, layer->x, layer->ffn_norm, stream);
         chain_forward(&layer->chain, &model->scratch, model->branch, layer->mn, layer->mid, load + site * LOAD_VALUES,
                       model->demand + site * c->experts, model->profile, stream);
@@ -526,7 +377,9 @@ void transformer_backward(Transformer *model, const int *tokens, int slice, Stre
         perft_backward(&layer->perft, &model->scratch, model->dn, model->perft_sum, model->dx, layer->mn, slice > 0,
                        model->profile, stream);
         norm_block_backward(model, layer->mid, layer->mid_rstd, layer->ffn_norm, stream);
-        attention_block_backward(model, layer, stream);
+        norm_again(model, layer->xn, layer->x, layer->x_rstd, layer->attn_norm, stream);
+        attention_block_backward(&layer->attention, &model->attention, moe_adapter_scratch(&model->scratch), model->dn,
+                                 model->dx, layer->xn, model->profile, stream);
         norm_block_backward(model, layer->x, layer->x_rstd, layer->attn_norm, stream);
     }
     profile_stage(model->profile, STAGE_EMBED, stream);

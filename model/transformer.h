@@ -8,7 +8,8 @@
  *       transformer_forward(&model, tokens, slice, s); transformer_loss(&model, targets, slice, true, s);
  *       transformer_backward(&model, tokens, slice, s);
  *
- * Read transformer.c from the top: forward and backward of each part stand next to each other. Then moe.c.
+ * Read transformer.c from the top, then the two halves of a layer in the order of the data: attention_block.c, moe.c.
+ * Forward and backward of each part stand next to each other.
  */
 #ifndef MODEL_TRANSFORMER_H
 #define MODEL_TRANSFORMER_H
@@ -16,46 +17,31 @@
 #include <stdbool.h>
 
 #include "../kernels/device.h"
+#include "attention_block.h"
 #include "chain.h"
 #include "config.h"
-#include "lora.h"
 #include "moe.h"
 #include "perft.h"
 #include "tensors.h"
+#include "weight.h"
 
-/* A parameter as the kernels see it: the compute copy, the full-precision copy, the gradient (NULL where nothing is
- * trained, or this not). */
+/* One layer's norms and parts, and what its forward keeps for its backward. */
 typedef struct {
-    const real_t *w;
-    const acc_t *master;
-    acc_t *grad;
-} Weight;
-
-/* One layer's parameters and what its forward keeps for its backward. */
-typedef struct {
-    Weight attn_norm, qkv, q_norm, k_norm, attn_out, ffn_norm;
-    real_t *x;             /* (N,C) residual stream at the layer's start */
-    real_t *xn;            /* (N,C) normalised */
-    acc_t *x_rstd;         /* (N) */
-    real_t *qkv_raw;       /* (N, (NH+2*NKV)*HS) as projected */
-    real_t *qk_turned;     /* (N, (NH+NKV)*HS), queries and keys after QK-norm and RoPE */
-    acc_t *qk_rstd;        /* (N, NH+NKV) */
-    real_t *att;           /* (N, NH*HS) */
-    acc_t *lse;            /* (B,NH,T) */
-    real_t *mid;           /* (N,C) residual stream after attention */
-    real_t *mn;            /* (N,C) normalised */
-    acc_t *mid_rstd;       /* (N) */
-    real_t *keys, *values; /* (B,cached,NKV,HS) generation only; of a model that reads prompts, another's */
-    Chain chain;           /* the MoE layer, applied once or several times */
-    Perft perft;           /* adapters beside it */
-    Lora lora;             /* .. and beside the attention's projections */
+    Weight attn_norm, ffn_norm;
+    real_t *x;       /* (N,C) residual stream at the layer's start */
+    real_t *xn;      /* (N,C) normalised */
+    acc_t *x_rstd;   /* (N) */
+    real_t *mid;     /* (N,C) residual stream after attention */
+    real_t *mn;      /* (N,C) normalised */
+    acc_t *mid_rstd; /* (N) */
+    AttentionBlock attention;
+    Chain chain; /* the MoE layer, applied once or several times */
+    Perft perft; /* adapters beside it */
 } Layer;
 
 typedef struct {
     const ModelConfig *config;
     int B, T, N;           /* sequences, time, rows of one forward */
-    bool decodes;          /* one token at a time, with a cache of what came before */
-    int cached;            /* length of the cache that layers read or fill, where they have one */
     int slices;            /* forwards per optimizer step */
     Recompute recompute;   /* what the backward makes again (--recompute) */
     int predicted;         /* targets of one forward that count: N, or fewer where only masked tokens are predicted */
@@ -70,7 +56,6 @@ typedef struct {
     acc_t *master, *grads; /* flat (tensors.total) */
     real_t *weights;       /* flat; what the kernels compute with: master itself where real_t is acc_t, else rounded */
 
-    acc_t *angles;            /* (T,HS) table of RoPE */
     real_t *final_x, *hidden; /* (N,C) */
     acc_t *final_rstd;        /* (N) */
     real_t *branch;           /* (N,C) what attention or the experts add to the stream */
@@ -84,10 +69,10 @@ typedef struct {
     acc_t *perft_load; /* (ranks, slices, L, LOAD_VALUES) as load, of the adapters' routers; NULL without */
     int *demand;       /* (slices, moe_count, E) entries of all ranks that chose each expert */
 
-    real_t *perft_sum;   /* (N,C) what a layer of adapters makes, and its gradient; NULL without */
-    real_t *dx;          /* (N,C) gradient of the residual stream */
-    real_t *dn;          /* (N,C) gradient of a normalised input */
-    real_t *dqkv, *datt; /* (N, (NH+2*NKV)*HS), (N, NH*HS) */
+    real_t *perft_sum; /* (N,C) what a layer of adapters makes, and its gradient; NULL without */
+    real_t *dx;        /* (N,C) gradient of the residual stream */
+    real_t *dn;        /* (N,C) gradient of a normalised input */
+    AttentionShared attention;
     MoeScratch scratch;
     ChainScratch chain_scratch;
     Profile *profile; /* NULL: no stage times */

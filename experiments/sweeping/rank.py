@@ -157,8 +157,10 @@ def objections(comparison, arm, base):
         elif differing(mine, theirs, VALIDATION):
             found.append(f"{arm.name} is validated with another {', '.join(differing(mine, theirs, VALIDATION))} than "
                          f"{base.name}: losses on different text are not compared.")
-        tokens = set(map(tokens_drawn, runs)), set(map(tokens_drawn, base.runs()))
-        if comparison.budget in (None, "tokens") and (tokens[0] != tokens[1] or len(tokens[0]) > 1):
+        tokens = {run.get("tokens") for run in runs}, {run.get("tokens") for run in base.runs()}
+        whole = set(map(tokens_drawn, runs)), set(map(tokens_drawn, base.runs()))
+        unequal = all(a != b or len(a) > 1 for a, b in (tokens, whole))
+        if comparison.budget in (None, "tokens") and unequal:
             found.append(f"{arm.name} drew {say_set(tokens[0])} tokens and {base.name} {say_set(tokens[1])}: equal "
                          "tokens are what the budget promises.")
     return found

@@ -110,15 +110,15 @@ class Plan:
         return total
 
     def unequal_tokens(self):
-        """Under the budget `tokens`: the first (size, arm, tokens, the baseline's) that differ. What a run starts from
-        counts, too."""
-        for size in self.sizes:
-            tokens = {arm: self.own_steps(size, arm) * self.step_tokens(size, arm)
-                      + self.before_tokens(size, self.options(size, arm))
-                      for arm in self.arms + [self.recipe.baseline]}
-            for arm, count in tokens.items():
-                if self.recipe.budget == "tokens" and count != tokens[self.recipe.baseline]:
-                    return size, arm, count, tokens[self.recipe.baseline]
+        """Under the budget `tokens`: the first (size, arm, tokens, the baseline's) that differ. Arms that start from
+        other runs are equal in their own tokens, or with those of the runs they start from."""
+        base = self.recipe.baseline
+        for size in self.sizes if self.recipe.budget == "tokens" else []:
+            own = {arm: self.own_steps(size, arm) * self.step_tokens(size, arm) for arm in self.arms + [base]}
+            whole = {arm: own[arm] + self.before_tokens(size, self.options(size, arm)) for arm in own}
+            for arm in self.arms:
+                if own[arm] != own[base] and whole[arm] != whole[base]:
+                    return size, arm, own[arm], own[base]
         return None
 
     # ---- runs

@@ -63,8 +63,8 @@ def of_device(device):
 
 def own_value(lines, key):
     values = (line.get(key) for line in lines)
-    return next((v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v),
-                None)
+    numbers = (v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return next((v for v in numbers if math.isfinite(v) and v > 0), None)
 
 
 def flops_of(device, lines=()):

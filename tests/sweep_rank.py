@@ -1,4 +1,4 @@
-"""Tests of experiments/sweeping/rank.py on made-up results: the table's figures, and everything that it refuses to rank.
+"""Tests of experiments/sweeping/rank.py on made-up results: the table's figures, and what it refuses to rank.
 
     tests/sweep_rank.py EXPERIMENTS        the folder; silent and status 0 when all is right
 """

@@ -14,8 +14,8 @@
 #     CC, ARCH (native), PRECISION (double: ./train in double; fp32: train_cuda in float, not bf16), CUDA_ARCHS,
 #     OPENMP, MPI, CUDA, NCCL (0: do without), CPPFLAGS, LDFLAGS,
 #     DEMO_OPTIONS, RANKS (of the demo, under mpirun), RECIPE, SWEEP_OUT, SWEEP_OPTIONS (of the sweep),
-#     NOTEBOOKS, NOTEBOOKS_OUT, NOTEBOOK_STEPS, TESTS (names of tests to run), SANITIZE (0: leave the sanitized tests
-#     out), FUZZ_SECONDS (each), V (1: print commands)
+#     FIGURES_OUT, FIGURES_GRIDS, FIGURES_RUNS, NOTEBOOKS, NOTEBOOKS_OUT, NOTEBOOK_STEPS, TESTS (names of tests to
+#     run), SANITIZE (0: leave the sanitized tests out), FUZZ_SECONDS (each), V (1: print commands)
 
 DEMO_DIR = runs/demo
 DEMO_OPTIONS = --out $(DEMO_DIR) --batch 8 --steps 900 --lr 4e-3 --min-lr 0.02 --eval-batches 16 --sample 160
@@ -121,6 +121,7 @@ help:
 	@echo "make alltoall  build the levels of experiments/alltoall, the exchange between GPUs (needs nvcc, MPI, NCCL)"
 	@echo "make bench     measure the speed of the kernels and of training on this machine"
 	@echo "make grids     measure MoE layers stage by stage over grids of sizes, routers and layouts (minutes)"
+	@echo "make figures   draw figures A to D and a report of all kept lines, into $(FIGURES_OUT) (python3 alone)"
 	@echo "make notebooks execute notebooks/*.ipynb into place (installs Jupyter, NumPy, Matplotlib; minutes)"
 	@echo "make setup     install the packages that are missing (apt-get); demo and test do it by themselves"
 	@echo "make format    apply .clang-format"
@@ -397,6 +398,29 @@ GRIDS_PROGRAM = build/bench_layer$(if $(filter 1,$(CUDA)),_cuda)
 grids: $(GRIDS_PROGRAM)
 	@mkdir -p $(dir $(GRIDS_OUT))
 	@experiments/grids.sh -o '$(GRIDS_OPTIONS)' $(GRIDS_PROGRAM) $(GRIDS_OUT)
+
+# Figures from kept lines: figure_a to figure_d as a page and as SVG (D one for each comparison), and report.html of all
+# of them, its drawings in all/. FIGURES_GRIDS and FIGURES_RUNS: files or folders to draw instead.
+FIGURES_OUT = runs/figures
+FIGURES_GRIDS = experiments/results/grids.jsonl
+FIGURES_RUNS = experiments/results/r4_capacity.jsonl experiments/results/r2_balance.jsonl
+FIGURES_ALL = $(wildcard experiments/results/*.jsonl)
+FIGURES = figure-a figure-b figure-c figure-d
+.PHONY: figures $(FIGURES)
+figure-a: FIGURE_TITLE = A. Gate, top-k and plan
+figure-b: FIGURE_TITLE = B. Bandwidth of pack and combine
+figure-c: FIGURE_TITLE = C. Stages of a layer
+figure-d: FIGURE_TITLE = D. Load and overflow beside quality and speed
+figure-a figure-b figure-c: FIGURE_LINES = $(FIGURES_GRIDS)
+figure-d: FIGURE_LINES = $(FIGURES_RUNS)
+$(FIGURES): figure-%:
+	@mkdir -p $(FIGURES_OUT)
+	@experiments/report $(FIGURE_LINES) -o $(FIGURES_OUT)/figure_$*.html --only figure_$* --figures $(FIGURES_OUT) \
+	    --title '$(FIGURE_TITLE)'
+
+figures: $(FIGURES)
+	@experiments/report $(FIGURES_ALL) -o $(FIGURES_OUT)/report.html --figures $(FIGURES_OUT)/all \
+	    --title 'All kept results'
 
 # Programs of the tests and experiments that are built on demand: build/NAME, and build/NAME_cuda for a GPU.
 build/bench_train: build/cpu/experiments/bench_train.o

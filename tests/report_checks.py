@@ -6,6 +6,9 @@
     tests/report_checks.py figures PAGE RESULTS.jsonl       each kind of figure, drawn for a desk and for a phone
     tests/report_checks.py numbers PAGE RESULTS.jsonl [ARM=RATE]   tables against numbers computed here from the lines
     tests/report_checks.py logs PAGE LOG.jsonl...           the losses of runs of ./train
+    tests/report_checks.py layer PAGE GRIDS.jsonl           figures A, B and C against lines of build/bench_layer
+    tests/report_checks.py balance PAGE RESULTS.jsonl       figure D against runs and timings of one comparison
+    tests/report_checks.py generation PAGE LINES.jsonl      the figure of generation against its lines
 Each of these also holds that the page is well-formed, self-contained and has no link without its target.
 
     tests/report_checks.py drawings FOLDER COUNT            so many SVG files, each whole and without a variable colour
@@ -22,8 +25,8 @@ import xml.etree.ElementTree as tree
 SVG = "{http://www.w3.org/2000/svg}"
 T95 = {3: 4.302653, 5: 2.776445}
 FIGURES = ["quality_against_speed", "against_the_baseline", "loss_over_training", "learning_rates", "stage_times",
-           "moe_tax", "load", "domains_and_experts", "dropping"]
-MACHINE = ["scaling_1", "roofline_1", "bandwidth_1"]
+           "moe_tax", "load", "domains_and_experts", "dropping", "figure_d_"]
+MACHINE = ["scaling_1", "roofline_1", "bandwidth_1", "figure_b", "figure_c"]
 
 
 def parse(path):
@@ -44,7 +47,8 @@ def by_id(page, name):
 
 
 def figure(page, name):
-    found = [e for e in page.iter("figure") if (e.get("id") or "").endswith(name)]
+    found = [e for e in page.iter("figure") for own in [e.get("id") or ""]
+             if own.endswith(name) or name.endswith("_") and own.startswith(name)]
     return found or fail("no figure", name)
 
 
@@ -255,6 +259,101 @@ def logs(page, *paths):
         fail("no cell with", share)
 
 
+# ---- figures A to D, generation
+
+
+def cell(row, column, value, digits, what):
+    """The cell's first number; MISSING stands for no value."""
+    if value is None:
+        if row[column] != "\u2013":
+            fail(what, column, "is", row[column], "but no line says it")
+    else:
+        close(row[column].split("%")[0], value, digits, f"{what}, {column},")
+
+
+def keyed(found, columns):
+    rows = {tuple(row[column] for column in columns): row for row in table(found)}
+    return rows if len(rows) == len(table(found)) else fail("rows of", found.get("id"), "are not told apart")
+
+
+def layer(page, path):
+    lines = [line for line in lines_of(path) if line.get("kind") == "microbench"]
+
+    def layout(line):
+        return line["layout"] + (f" {line['capacity_factor']:g}" if line["capacity_factor"] else "")
+
+    def place(line, *keys):
+        return tuple(layout(line) if key == "layout" else str(line[key]) for key in keys)
+
+    rows = keyed(figure(page, "figure_a")[0], ["grid", "width", "E", "K", "tokens", "router"])
+    own = [line for line in lines if line["layout"] == "compact"]
+    for line in own:
+        row = rows[place(line, "grid", "dim", "experts", "top_k", "tokens", "router")]
+        for stage, column in (("route", "route, ms (P50)"), ("permute", "plan, ms (P50)")):
+            cell(row, column, line["stages"][stage]["ms"], 4, f"figure A, point {line['point']}")
+    lines_drawn = marks_of(figure(page, "figure_a")[0])
+    if len(rows) != len(own) or lines_drawn != 2 * len(own):
+        fail("figure A has", len(rows), "rows and", lines_drawn, "marks for", len(own), "points")
+
+    rows = keyed(figure(page, "figure_b")[0], ["K", "E", "width", "tokens"])
+    own = [line for line in lines if line["bw"]]
+    for line in own:
+        row = rows[place(line, "top_k", "experts", "dim", "tokens")]
+        for kind in ("strict", "legacy", "moved"):
+            cell(row, f"{kind}, GB/s", line["bw"][f"{kind}_gb_s"], 1, f"figure B, point {line['point']}")
+    if len(rows) != len(own) or marks_of(figure(page, "figure_b")[0]) != len(own):
+        fail("figure B has", len(rows), "rows for", len(own), "points")
+
+    rows = keyed(figure(page, "figure_c")[0], ["grid", "tokens", "width", "E", "K", "router", "layout"])
+    own = [line for line in lines if line["stages"]["experts"]["ms"] > 0]
+    for line in own:
+        row = rows[place(line, "grid", "tokens", "dim", "experts", "top_k", "router", "layout")]
+        for stage, said in line["stages"].items():
+            if said["ms"] > 0:
+                cell(row, f"{stage}, ms", said["ms"], 4, f"figure C, point {line['point']}")
+                share = row[f"{stage}, ms"].split("(")[1].split("%")[0]
+                close(share, 100 * said["share"], 1, f"figure C, share of {stage}")
+        cell(row, "forward, ms", line["ms"], 4, f"figure C, point {line['point']}")
+    if len(rows) != len(own):
+        fail("figure C has", len(rows), "rows for", len(own), "points")
+
+
+def marks_of(found):
+    """Points with words on hover, in the drawings for a desk."""
+    return sum(1 for desk in found.iter("div") if desk.get("class") == "desk" for e in desk.iter(SVG + "path")
+               if e.find(SVG + "title") is not None)
+
+
+def balance(page, path):
+    lines = list(lines_of(path))
+    best = best_rates([line for line in lines if line["kind"] == "run"],
+                      [line for line in lines if line["kind"] == "failed"])
+    rows = keyed(figure(page, "figure_d_")[0], ["arm"])
+    if set(rows) != {(arm,) for arm in best}:
+        fail("figure D has the arms", sorted(rows))
+    for arm, (_, runs) in best.items():
+        row = rows[(arm,)]
+        for column, key, scale, digits in (("load CV", "load_cv", 1, 4), ("dropped", "drop", 100, 2),
+                                           ("loss \u00b1 95 %", "val_loss", 1, 4)):
+            cell(row, column, scale * statistics.fmean(run[key] for run in runs.values()), digits, arm)
+        speeds = [line["tok_s"] for line in lines if line["kind"] == "timing" and line["arm"] == arm]
+        cell(row, "tokens/s", statistics.fmean(speeds) if speeds else None, 0, arm)
+
+
+def generation(page, path):
+    rows = keyed(figure(page, "inference_1")[0], ["model", "batch"])
+    lines = list(lines_of(path))
+    for line in lines:
+        row = rows[line["model"], str(line["batch"])]
+        for column, value, digits in (
+                ("new tokens/s", line.get("tok_s"), 1), ("token, ms (P50)", line["token_ms"]["p50"], 3),
+                ("prompt tokens/s", line.get("prompt_tok_s"), 0),
+                ("first token, ms (P50)", line.get("first_ms", {}).get("p50"), 3)):
+            cell(row, column, value, digits, f"{line['model']}, batch {line['batch']}")
+    if len(rows) != len(lines):
+        fail(len(rows), "rows for", len(lines), "lines")
+
+
 def drawings(folder, count):
     names = sorted(os.listdir(folder))
     if len(names) != int(count) or any(not name.endswith(".svg") for name in names):
@@ -266,15 +365,18 @@ def drawings(folder, count):
             fail(name, "is not a drawing that stands alone")
 
 
+CHECKS = {"text": text, "figures": figures, "front": front, "numbers": numbers, "logs": logs, "layer": layer,
+          "balance": balance, "generation": generation}
+
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     command, path, *rest = sys.argv[1:]
     if command == "drawings":
         drawings(path, *rest)
-    elif command in ("text", "figures", "front", "numbers", "logs"):
+    elif command in CHECKS:
         page = parse(path)
         whole(page, path)
-        {"text": text, "figures": figures, "front": front, "numbers": numbers, "logs": logs}[command](page, *rest)
+        CHECKS[command](page, *rest)
     else:
         sys.exit(__doc__)

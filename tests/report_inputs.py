@@ -121,6 +121,8 @@ def synthetic(folder):
     lines.append(failed)
     lines += [bench_line(tokens, dim, layout) for tokens in (256, 1024, 4096) for dim in (64, 256)
               for layout in ("compact", "padded")]
+    lines += [{"kind": "microbench", "op": "copy", "bytes": 1e6 * i, "ms": 0.1 * i + 0.01, "device": DEVICE,
+               "commit": "0123456789ab", "command": "build/copy"} for i in (1, 4)]
     lines += [{"model": "d12", "impl": impl, "router": "topk", "mode": "weak", "ranks": r, "ep": ep if ep == 1 else r,
                "tok_s": 1000 * speed * r ** power, "device": DEVICE, "command": "mpirun -n N build/bench_train"}
               for impl, ep, speed, power in (("moelab", 1, 60, 0.97), ("moelab", 2, 55, 0.9), ("torch", 1, 30, 0.85))

@@ -66,7 +66,7 @@ test_every_figure() {
         'expert-choice: the router reads later tokens' 'too-fast: more FLOP/s than the device can do' \
         'Fewer than 3 seeds, so no interval: one-seed (1).' \
         'top1 (rate 0.016, seed 1): 10 steps in a row were not finite' 'untimed'
-    check "figures" python3 "$REPO/tests/report_checks.py" drawings figures 12
+    check "figures" python3 "$REPO/tests/report_checks.py" drawings figures 15
     cp page.html first
     report "$SWEEP" -o page.html --title 'A <title> & more'
     check "the same input gives another page" cmp first page.html
@@ -87,7 +87,47 @@ test_old_table() {
     made
     page numbers table.jsonl
     page text 'router_table, lm wide' 'f199ec5e3182' 'The lines come from 4 commits'
-    check "figures" python3 "$REPO/tests/report_checks.py" drawings figures 13
+    check "figures" python3 "$REPO/tests/report_checks.py" drawings figures 16
+}
+
+# ---- figures of the machine, and figure D
+
+# A third of the lines that an H100 made, of every grid.
+test_layer() {
+    grep '"experts": \(4\|32\|64\),' "$REPO/experiments/results/grids.jsonl" >grids.jsonl
+    report grids.jsonl -o page.html --figures figures
+    made
+    page layer grids.jsonl
+    for name in figure_a figure_b figure_c roofline_1; do
+        check "no $name.svg" grep -q '</svg>' "figures/$name.svg"
+    done
+}
+
+test_balance() {
+    check "make figure-d" make -C "$REPO" --no-print-directory figure-d FIGURES_OUT="$PWD/drawn" \
+        FIGURES_RUNS=experiments/results/r2_balance.jsonl
+    mv drawn/figure_d.html page.html
+    page balance "$REPO/experiments/results/r2_balance.jsonl"
+    check "another figure is there" test "$(grep -o '<figure ' page.html | wc -l)" = 1
+    check "no drawing" grep -q '</svg>' drawn/figure_d_1_r2_balance_gpu.svg
+}
+
+test_generation() {
+    cat >generation.jsonl <<'LINES'
+{"kind":"inference","model":"d12","batch":1,"prompt":64,"token_ms":{"p50":2.5,"p95":3.5},"first_ms":{"p50":7},
+  "tok_s":390.5,"prompt_tok_s":9142,"device":"H100","command":"build/bench_generate_cuda"}
+{"kind":"inference","model":"d12","batch":8,"prompt":64,"token_ms":{"p50":3.125,"p95":3},"first_ms":{"p50":21.5},
+  "tok_s":2551.2,"prompt_tok_s":23814,"device":"H100"}
+{"kind":"inference","model":"tiny","batch":8,"token_ms":{"p50":0.75},"device":"H100"}
+LINES
+    sed -i -z 's/\n  //g' generation.jsonl
+    report generation.jsonl -o page.html
+    made
+    page generation generation.jsonl
+    page text 'd12 makes 2.55' 'new tokens/s with 8 sequences side by side' '3 measurements of generation'
+    rm page.html
+    report generation.jsonl -o page.html --only figure_z
+    refused '--only figure_z: no such figure; there are inference_1'
 }
 
 # ---- inputs that are not whole
@@ -132,6 +172,14 @@ test_strange_values() {
 {"kind":"timing","arm":"only timed","ms":2,"tok_s":500}
 {"kind":"failed","arm":"nan","rate":0.2,"seed":1}
 {"kind":"microbench"}
+{"kind":"microbench","tokens":0,"dim":4,"experts":2,"top_k":1,"stages":{"route":{"ms":1}}}
+{"kind":"microbench","tokens":8,"dim":4,"experts":2,"top_k":1,"grid":[1],"expert_dim":[2],"load":3,"stages":
+  {"route":{"ms":1},"permute":{"ms":"x"},"experts":{"ms":2},"combine":7},"times_ms":[],"bw":{"strict_gb_s":5}}
+{"kind":"microbench","tokens":8,"dim":4,"experts":2,"top_k":1,"stages":3,"bw":"fast"}
+{"kind":"inference"}
+{"kind":"inference","batch":0,"token_ms":{"p50":1}}
+{"kind":"inference","batch":2,"token_ms":{"p50":-1},"first_ms":7,"tok_s":"x"}
+{"kind":"inference","batch":2,"model":["m"],"token_ms":{"p50":3},"command":"build/bench_generate"}
 {"kind":"microbench","ms":{"p50":1},"flops":100,"bytes":0,"bw":{"ms":0,"moved_bytes":5},"stages":{"x":1}}
 {"ranks":2,"tok_s":5}
 LINES

@@ -10,6 +10,7 @@ import peaks
 
 from . import plot
 from .figure import PHONE, Figure, Missing, Panel
+from .layer import in_bandwidth_figure
 from .lines import mapping, number
 from .markup import MISSING, clipped, count, fixed, listing, percent, short
 
@@ -124,9 +125,11 @@ def bench_words(line):
 
 
 def bandwidth_points(lines):
-    """{series: [(bytes, bytes/s, words)]}"""
+    """{series: [(bytes, bytes/s, words)]} of the moves that figure B cannot show"""
     series = {}
     for line in lines:
+        if in_bandwidth_figure(line):
+            continue
         words, bw = bench_words(line), mapping(line.get("bw"))
         moved, ms = first_number(bw, "moved_bytes", "bytes"), number(bw.get("ms"))
         if moved and ms:
@@ -199,7 +202,7 @@ def bandwidths(name, device, series, slope, notes, commands):
 
 def key_of_series(series):
     names = list(series)
-    return plot.key_of([(plot.mark_swatch(i if i < SERIES_MOST else None), name) for i, name in enumerate(names)])
+    return [(plot.mark_swatch(i if i < SERIES_MOST else None), name) for i, name in enumerate(names)]
 
 
 def draw_cloud(series, x_label, y_label, width, top, slope):

@@ -6,8 +6,8 @@ A path is one of
     a sweep's folder     it holds results.jsonl and perhaps `recipe`
     a run's directory    it holds log.jsonl, whose lines are described in model/log.h
     any other folder     every sweep and every run below it
-    a file of lines      told apart by their "kind" ("run", "timing", "failed", "recipe", "microbench"); lines without
-                         one that name "ranks" and "tok_s" are of a scaling test; a log.jsonl is a run's
+    a file of lines      told apart by their "kind" ("run", "timing", "failed", "recipe", "microbench", "inference");
+                         lines without one that name "ranks" and "tok_s" are of a scaling test; a log.jsonl is a run's
 A line that is not JSON, and a kind that is not known, is named in `problems`, and the rest is read. Only a path that
 cannot be read at all ends the program (InputError). Values that are null, NaN or missing are None for `number`.
 """
@@ -34,14 +34,15 @@ class InputError(Exception):
 
 class Inputs:
     def __init__(self):
-        self.runs, self.timings, self.failed, self.benches, self.scalings = [], [], [], [], []
+        self.runs, self.timings, self.failed = [], [], []
+        self.benches, self.inferences, self.scalings = [], [], []
         self.recipes = {}     # name of a sweep, or None -> Recipe
         self.problems = []    # one line each
         self.sources = []     # paths that were read
         self.line_count = 0
 
     def anything(self):
-        return self.runs or self.timings or self.failed or self.benches or self.scalings
+        return self.runs or self.timings or self.failed or self.benches or self.inferences or self.scalings
 
 
 class Recipe:
@@ -199,7 +200,8 @@ def read_file(inputs, path, logs, sweep=None):
     if any("config" in e and "kind" not in e and "versions" in e for _, e in entries[:1]):
         logs.append(run_of_log(path, [e for _, e in entries]))
         return
-    bins = {"run": inputs.runs, "timing": inputs.timings, "failed": inputs.failed, "microbench": inputs.benches}
+    bins = {"run": inputs.runs, "timing": inputs.timings, "failed": inputs.failed, "microbench": inputs.benches,
+            "inference": inputs.inferences}
     unknown = collections.Counter()
     for i, entry in entries:
         kind = entry.get("kind")
@@ -211,7 +213,7 @@ def read_file(inputs, path, logs, sweep=None):
             inputs.recipes.setdefault(entry.get("sweep", sweep), Recipe(str(entry.get("text") or "")))
         elif kind in bins:
             tidy(entry)
-            if kind != "microbench" and entry.get("sweep") is None:
+            if kind in ("run", "timing", "failed") and entry.get("sweep") is None:
                 entry["sweep"] = sweep
             if kind in ("run", "failed"):   # of a run that was made twice the later line counts
                 other = bins["failed" if kind == "run" else "run"]

@@ -5,7 +5,8 @@ import statistics
 from . import plot
 from .figure import PHONE, Figure, Missing, Panel
 from .lines import mapping, number
-from .markup import MISSING, Markup, clipped, count, details, el, fixed, listing, percent, plus_minus, short
+from .markup import MISSING, Markup, clipped, count, details, el, fixed, listing, percent, percent_tick, \
+    plus_minus, short
 from .quality import best_runs, commands_of, loss_label, near_floor
 
 MEASURES = (   # index in a point of "loads", key of its late mean, title, axis
@@ -84,10 +85,6 @@ def draw_load(curves, axis, key, width):
             ends.append((y(points[-1][1]), clipped(arm.name, 14), "bad" if arm.leaky else f"t{arm.style}"))
     d.end_labels(ends)
     return d
-
-
-def percent_tick(value):
-    return f"{100 * value:.3g}\u202f%"
 
 
 # ---- 5. domains and experts

@@ -95,6 +95,11 @@ def percent(x, digits=1):
     return MISSING if x is None else fixed(100 * x, digits) + "\u202f%"
 
 
+def percent_tick(x):
+    """Three digits, for an axis."""
+    return f"{100 * x:.3g}\u202f%"
+
+
 def count(n, noun, plural=None):
     """1 arm, 2 arms."""
     return f"{n} {noun if n == 1 else plural or noun + 's'}"

@@ -123,7 +123,8 @@ def unequal(comparison):
 
 
 def provenance(inputs):
-    lines = inputs.runs + inputs.timings + inputs.failed + inputs.benches + inputs.scalings
+    lines = inputs.runs + inputs.timings + inputs.failed + inputs.benches + inputs.inferences + \
+        inputs.scalings
 
     def tally(key):
         found = collections.Counter(str(line[key]) for line in lines if line.get(key))
@@ -137,9 +138,7 @@ def provenance(inputs):
     times = sorted(str(line["ts"]) for line in lines if line.get("ts"))
     failed = [run_name(line) for line in inputs.failed]
     rows = [["read from", listing([os.path.relpath(p) if not p.startswith("/") else p for p in inputs.sources], 6)],
-            ["lines", ", ".join(count(len(what), noun) for what, noun in (
-                (inputs.runs, "run"), (inputs.timings, "timing"), (inputs.failed, "failure"),
-                (inputs.benches, "microbenchmark"), (inputs.scalings, "scaling test")) if what)],
+            ["lines", ", ".join(counts(inputs))],
             ["failed runs", listing(failed, 12) or "none"],
             ["commits (lines)", commit_words or MISSING],
             ["devices (lines)", tally("device")],
@@ -161,7 +160,7 @@ def css():
 
 
 def whole(title, inputs, sections, others):
-    """sections: [(comparison, figures)]; others: figures of microbenchmarks and scaling tests."""
+    """sections: [(comparison, figures)]; others: figures of microbenchmarks, generation and scaling tests."""
     links = [(comparison.slug, comparison.title) for comparison, _ in sections]
     links += [("machine", "Machine")] * bool(others) + [("provenance", "Provenance")]
     problems = [(False, problem) for problem in inputs.problems]
@@ -182,7 +181,17 @@ def whole(title, inputs, sections, others):
     return "<!DOCTYPE html>\n" + el("html", head, el("body", body), lang="en") + "\n"
 
 
+def counts(inputs):
+    return [count(len(what), *nouns) for what, *nouns in (
+        (inputs.runs, "run"), (inputs.timings, "timing"), (inputs.failed, "failure"),
+        (inputs.benches, "microbenchmark"),
+        (inputs.inferences, "measurement of generation", "measurements of generation"),
+        (inputs.scalings, "scaling test")) if what]
+
+
 def summary(inputs, sections):
+    if not sections:
+        return ", ".join(counts(inputs)) + "."
     arms = sum(len(comparison.arms) for comparison, _ in sections)
     parts = [count(len(inputs.runs), "run")] + [count(arms, "arm")] * bool(arms)
     if len(sections) > 1:

@@ -330,14 +330,19 @@ def key_of(items):
 
 def line_swatch(style):
     return el("svg", el("line", x1=1, x2=25, y1=6, y2=6, cls="curve l" + tone(style), stroke_dasharray=dash(style)),
-              viewBox="0 0 26 12", cls="swatch", aria_hidden="true")
+              viewBox="0 0 26 12", width=26, height=12, cls="swatch", aria_hidden="true")
+
+
+def dash_swatch(dashes):
+    return el("svg", el("line", x1=1, x2=25, y1=6, y2=6, cls="axis", stroke_width=2, stroke_dasharray=dashes),
+              viewBox="0 0 26 12", width=26, height=12, cls="swatch", aria_hidden="true")
 
 
 def mark_swatch(style):
     return el("svg", el("path", d=mark_path(style or 0, 12, 6, 4.2), cls="f" + tone(style)), viewBox="5 0 14 12",
-              cls="swatch box", aria_hidden="true")
+              width=14, height=12, cls="swatch box", aria_hidden="true")
 
 
 def box_swatch(cls):
-    return el("svg", el("rect", x=1, y=1, width=12, height=10, cls=cls), viewBox="0 0 14 12", cls="swatch box",
-              aria_hidden="true")
+    return el("svg", el("rect", x=1, y=1, width=12, height=10, cls=cls), viewBox="0 0 14 12", width=14, height=12,
+              cls="swatch box", aria_hidden="true")

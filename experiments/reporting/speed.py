@@ -6,7 +6,7 @@ import peaks
 from . import plot
 from .figure import PHONE, Figure, Missing, Panel
 from .lines import mapping, number
-from .markup import MISSING, clipped, count, fixed, listing, percent, short
+from .markup import MISSING, clipped, count, fixed, listing, percent, percent_tick, short
 from .quality import commands_of
 
 BAR = 19
@@ -42,7 +42,7 @@ def stage_times(comparison):
     names = [s for s in ORDER if any(stages[arm].get(s) for arm in order)]
     names += sorted({s for arm in order for s, ms in stages[arm].items() if ms} - set(names))
     sums = {arm: sum(stages[arm].values()) for arm in order}
-    key = plot.key_of([(plot.box_swatch(colour_of(stage)), stage) for stage in names])
+    key = [(plot.box_swatch(colour_of(stage)), stage) for stage in names]
     rows = [[arm.name] + [fixed(stages[arm].get(stage, 0.0), 3) for stage in names] +
             [fixed(sums[arm], 3), fixed(statistics.fmean(arm.times()), 3) if arm.times() else MISSING,
              percent(moe_share(stages[arm]))] for arm in order]
@@ -53,7 +53,8 @@ def stage_times(comparison):
            "the MoE layer have colours; what every transformer has is grey.")
     return Figure(name, f"Where a step's time goes: {stage} is the largest single share, "
                   f"{percent(stages[widest][stage] / sums[widest], 0)} in {widest.name}",
-                  [Panel(lambda width: draw_stages(order, names, stages, sums, width))], how,
+                  [Panel(lambda width: draw_stages([(arm.name, stages[arm]) for arm in order], names, width,
+                                                    "milliseconds of a step"))], how,
                   ["arm"] + names + ["sum, ms", "step, ms", "MoE layer"], rows, key=key,
                   commands=commands_of(order, timing_lines))
 
@@ -66,34 +67,37 @@ def moe_share(stages):
     return sum(ms for stage, ms in stages.items() if stage in plot.MOE_STAGES) / sum(stages.values())
 
 
-def draw_stages(order, names, stages, sums, width):
-    left = max(plot.text_width(clipped(arm.name, 16)) for arm in order) + 12
-    d = plot.Drawing(width, 16 + (BAR + 6) * len(order) + 42, "Milliseconds of a step by stage", left=left, top=10,
-                     right=52, bottom=42)
-    x = plot.Scale(0, max(sums.values()) * 1.001, d.left, d.right)
-    ticks_below(d, x, "milliseconds of a step")
-    for i, arm in enumerate(order):
+def draw_stages(bars, names, width, label, share=False):
+    """bars: [(words, {stage: ms})]. share: every bar as long as the drawing is wide."""
+    left = max(plot.text_width(clipped(words, 18)) for words, _ in bars) + 12
+    d = plot.Drawing(width, 16 + (BAR + 6) * len(bars) + 42, label, left=left, top=10, right=52, bottom=42)
+    sums = [sum(stages.values()) for _, stages in bars]
+    x = plot.Scale(0, 1 if share else max(sums) * 1.001, d.left, d.right)
+    ticks_below(d, x, "share of the stages" if share else label, percent_tick if share else short)
+    for i, ((words, stages), total) in enumerate(zip(bars, sums)):
         y, at = d.top + (BAR + 6) * i, 0.0
-        d.add(plot.el("text", clipped(arm.name, 16), plot.tooltip(arm.name), x=left - 8, y=y + 14, text_anchor="end",
+        d.add(plot.el("text", clipped(words, 18), plot.tooltip(words), x=left - 8, y=y + 14, text_anchor="end",
                       cls="label"))
         for stage in names:
-            ms = stages[arm].get(stage, 0)
+            ms = stages.get(stage, 0)
             if ms > 0:
-                words, across = f"{short(ms)}", x(at + ms) - x(at)
-                d.add(plot.el("rect", plot.tooltip(f"{arm.name}, {stage}: {fixed(ms, 3)} ms, "
-                                                   f"{percent(ms / sums[arm])}"),
+                length = ms / total if share else ms
+                said, across = percent(length, 0) if share else short(ms), x(at + length) - x(at)
+                d.add(plot.el("rect", plot.tooltip(f"{words}, {stage}: {fixed(ms, 3)} ms, {percent(ms / total)}"),
                               x=x(at), y=y, width=across, height=BAR, cls=colour_of(stage) + " edge"))
-                if across > plot.text_width(words) + 6 and stage in plot.MOE_STAGES:
-                    d.add(plot.el("text", words, x=x(at + ms / 2), y=y + 14, text_anchor="middle", cls="small strong"))
-                at += ms
-        d.add(plot.el("text", short(sums[arm]), x=x(at) + 6, y=y + 14))
+                if across > plot.text_width(said) + 6 and stage in plot.MOE_STAGES:
+                    d.add(plot.el("text", said, x=x(at + length / 2), y=y + 14, text_anchor="middle",
+                                  cls="small strong"))
+                at += length
+        if not share:
+            d.add(plot.el("text", short(total), x=x(at) + 6, y=y + 14))
     return d
 
 
-def ticks_below(d, x, label):
+def ticks_below(d, x, label, say=short):
     for t in x.ticks(max(2, int((d.right - d.left) / 80))):
         d.add(plot.el("line", x1=x(t), x2=x(t), y1=d.top - 4, y2=d.bottom, cls="grid"),
-              plot.el("text", short(t), x=x(t), y=d.bottom + 15, text_anchor="middle"))
+              plot.el("text", say(t), x=x(t), y=d.bottom + 15, text_anchor="middle"))
     d.add(plot.el("text", label, x=d.right, y=d.height - 6, text_anchor="end"))
 
 

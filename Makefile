@@ -332,9 +332,11 @@ sweep: $(filter no_cuda,$(DEMO_PROGRAM))
 	@for page in table.md report.html; do [ ! -f $(SWEEP_OUT)/$$page ] || echo "$$page: $(SWEEP_OUT)/$$page"; done
 
 # A test with a line "// build: double" is for the double build alone, one with "// build: both" is built twice.
+# One with "// sanitize: no" says which test runs the same code sanitized.
 TEST_SOURCES := $(wildcard tests/test_*.c)
 IN_DOUBLE := $(shell grep -lE '^// build: (double|both)' $(TEST_SOURCES) /dev/null)
 NOT_IN_FLOAT := $(shell grep -lE '^// build: double' $(TEST_SOURCES) /dev/null)
+UNSANITIZED := $(shell grep -lE '^// sanitize: no' $(TEST_SOURCES) /dev/null)
 TESTS = $(patsubst tests/%,%,$(TEST_SOURCES:.c=) $(wildcard tests/test_*.sh))
 SANITIZE = 1
 
@@ -343,7 +345,8 @@ FLOAT_TESTS = $(call chosen_tests,$(filter-out $(NOT_IN_FLOAT),$(TEST_SOURCES)))
 DOUBLE_TESTS = $(call chosen_tests,$(IN_DOUBLE))
 TEST_PROGRAMS = $(FLOAT_TESTS:%=build/test/%) $(DOUBLE_TESTS:%=build/test-double/%)
 ifneq ($(SANITIZE),0)
-TEST_PROGRAMS += $(FLOAT_TESTS:%=build/test-asan/%) $(filter-out $(FLOAT_TESTS:%=build/test-asan-double/%),\
+SANITIZED = $(filter-out $(call chosen_tests,$(UNSANITIZED)),$(FLOAT_TESTS))
+TEST_PROGRAMS += $(SANITIZED:%=build/test-asan/%) $(filter-out $(FLOAT_TESTS:%=build/test-asan-double/%),\
                  $(DOUBLE_TESTS:%=build/test-asan-double/%))
 endif
 TEST_SCRIPTS = $(addprefix tests/,$(filter %.sh,$(TESTS)))

@@ -8,6 +8,7 @@
  *
  * Read next: model/router.h; config_is_leaky() and the refusals in model/config.c.
  */
+// sanitize: no (test_routers.c and test_model_grad.c run every router sanitized)
 #include "command_line.h"
 #include "set_options.h"
 #include "threads.h"

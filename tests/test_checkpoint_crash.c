@@ -3,6 +3,7 @@
  * The system calls that change the disk are interposed: in a forked child the n-th of them ends the process, or fails,
  * for every n until a save completes. What then lies on the disk must load as the old state or the new one, whole.
  */
+// sanitize: no (hundreds of forks; test_checkpoint.c runs the same code sanitized)
 // link: -Wl,--wrap=write,--wrap=fsync,--wrap=rename,--wrap=mkdir,--wrap=unlink,--wrap=rmdir,--wrap=statvfs
 #include "checkpoint_fixture.h"
 

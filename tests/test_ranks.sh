@@ -326,6 +326,7 @@ stopped_rank() {
     wait "$pid"
     kill -KILL "$stopped" 2>/dev/null
     check "nobody says for whom it waited" grep -qE '^moelab: rank [013] waited .* for rank 2 at step [0-9]+, ' err
+    grep -q 'for rank 2 at step' err || head -n 5 err
     run "${SHAPE[@]}" --init-from run --out after --steps 1
     succeeds
 }

@@ -127,7 +127,7 @@ static void reserve(MoeBench *b) {
     ScratchSize size = {0};
     chain_reserve(&b->chain, &b->config, 0, b->N, &b->context, 0, &size, arena);
     chain_reserve_scratch(&b->chain_scratch, model, b->N, arena);
-    moe_reserve_scratch(&b->scratch, model, size, b->N, true, arena);
+    moe_reserve_scratch(&b->scratch, model, size, true, arena);
 }
 
 size_t moe_bench_open(MoeBench *b, const LayerShape *l, const LayerChoice *o) {

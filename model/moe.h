@@ -88,8 +88,7 @@ void moe_connect(MoeLayer *moe, const TensorList *tensors, int layer, const char
 void moe_connect_router(MoeLayer *moe, const TensorList *tensors, const char *prefix, acc_t *master, acc_t *grads);
 
 /* Reserves the shared buffers, those of backward only where there is one. */
-void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
-                         Arena *arena);
+void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, bool backward, Arena *arena);
 
 /* What adapters that see all N tokens may use between two layers. */
 AdapterScratch moe_adapter_scratch(const MoeScratch *scratch);

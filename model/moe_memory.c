@@ -193,7 +193,7 @@ void moe_reserve(MoeLayer *moe, const Config *config, int layer, int N, const Ro
     }
 }
 
-void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, int N, bool backward,
+void moe_reserve_scratch(MoeScratch *scratch, const ModelConfig *config, ScratchSize size, bool backward,
                          Arena *arena) {
     size_t row_bytes = size.rows * config->dim * sizeof(real_t);
     bool copies = dispatch_copies() || size.soft || size.exchange.copies;

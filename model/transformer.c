@@ -221,7 +221,7 @@ void transformer_reserve(Transformer *model, const Config *config, int batch, in
     }
     reserve_around_layers(model, use, arena);
     attention_shared_reserve(&model->attention, use == USE_TRAIN, arena);
-    moe_reserve_scratch(&model->scratch, c, scratch, model->N, use == USE_TRAIN, arena);
+    moe_reserve_scratch(&model->scratch, c, scratch, use == USE_TRAIN, arena);
     if (use == USE_TRAIN) {
         reserve_backward(model, arena);
         chain_reserve_scratch(&model->chain_scratch, c, model->N, arena);

@@ -212,6 +212,35 @@ test_a_damaged_checkpoint_is_started_over() {
     records same whole/results.jsonl folder/results.jsonl
 }
 
+# A run that cannot go on for now (no memory, a full disk, a signal) keeps what it has, and goes on later.
+test_what_is_saved_stays() {
+    cat >moody <<MOODY
+#!/bin/bash
+[[ -e calm || " \$* " != *" --resume "* ]] || { echo "moelab: no memory left [x.c:1, rank 0 on y]" >&2; exit 1; }
+exec "$TRAIN" "\$@"
+MOODY
+    chmod +x moody
+    recipe "${LONG//$'\n'/ }" "seeds 1"
+    for _ in {1..5}; do # where both runs are done before the signal, once more
+        rm -rf folder
+        interrupt KILL a_checkpoint_is_there
+        so_many_lines 2 || break
+    done
+    run=$(echo folder/runs/tiny/*/0.004-1/checkpoint/manifest.json)
+    run=${run%%/checkpoint*}
+    TRAIN=./moody sweep demo.sweep --out folder --no-timing
+    ends 1
+    check "was not told" grep -q 'FAILED .*, exit status 1: no memory left' out
+    check "a checkpoint is lost" test -e "$run/checkpoint/manifest.json"
+    mv "$run/checkpoint" "$run/checkpoint.old" # as a save leaves it that is interrupted at its end
+    touch calm
+    TRAIN=./moody sweep demo.sweep --out folder --no-timing
+    succeeds
+    arm=$(basename "$(dirname "$run")")
+    check "began again" test "$(grep -c "started tiny $arm" folder/sweep.log) $(grep -c "resumed tiny $arm" \
+        folder/sweep.log)" = "1 2"
+}
+
 test_one_sweep_in_a_folder() {
     recipe "${LONG//$'\n'/ }"
     python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --program "$TRAIN" --no-timing >first 2>&1 &
@@ -222,6 +251,27 @@ test_one_sweep_in_a_folder() {
     kill "$pid"
     finish
     ends 75
+    # what the one at work has under its hands is not another's to tidy
+    mkdir -p held/scratch
+    exec 9>held/lock
+    flock 9
+    echo $$ >held/lock
+    sweep demo.sweep --out held
+    exec 9>&-
+    sweep_refused "--out held: process $$ is at work there"
+    check "scratch of the one at work is gone" test -d held/scratch
+}
+
+# Lines that are told, and those of sweep.log, are no reason to end a sweep.
+test_no_room_for_words() {
+    [ -e /dev/full ] || return
+    recipe "seeds 1"
+    mkdir folder
+    ln -s /dev/full folder/sweep.log
+    timeout 60 python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --no-timing --program "$TRAIN" >/dev/full 2>err
+    status=$?
+    check "says: $(head -n 1 err)" test ! -s err
+    has 'len(of("run")) == 2'
 }
 
 # ---- runs that fail
@@ -342,6 +392,8 @@ test_bad_recipes() {
     misread "demo.sweep:2: size 'a/b': a name is letters" "arm topk" "size a/b"
     misread "demo.sweep:1: rates of 'big', which is not a size: choose tiny" "rates big 1e-3" "rates 1e-3"
     misread "demo.sweep:1: rate-seeds 4, but there are 3 seeds" "rate-seeds 4"
+    misread "demo.sweep:2: arm topk: --eval-every often is no number" "options --steps 6 --eval-every often" "arm topk"
+    misread "demo.sweep:2: arm topk: --steps  is no number" "options --dim 16 --steps" "arm topk"
     check "recipes" python3 - "$EXPERIMENTS" "$cases" <<'PYTHON'
 import sys
 sys.path[:0] = [sys.argv[1] + '/sweeping', sys.argv[1]]

@@ -25,11 +25,6 @@ import sweep_timing
 MOST_PROBES = 8  # at the same time
 
 
-def duration(seconds):
-    seconds = int(round(seconds))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
 class Control:
     def __init__(self, recipe, options, program, gpus, sizes, arms, seeds):
         self.recipe, self.options, self.program, self.gpus = recipe, options, program, gpus
@@ -56,7 +51,7 @@ class Control:
             self.keep_question()
             return self.work()
         finally:
-            if self.folder.lock is not None:
+            if self.folder.ours:
                 shutil.rmtree(self.folder.inside("scratch"), ignore_errors=True)
             if self.temporary:
                 shutil.rmtree(self.temporary, ignore_errors=True)
@@ -273,7 +268,7 @@ class Control:
         if ours and run.kind == "run" and (log.finished(run.steps) or log.diverged()):
             self.record(run, log, self.slots[0])
             return False
-        resume = ours and os.path.exists(os.path.join(run.folder, "checkpoint", "manifest.json"))
+        resume = ours and sweep_jobs.has_checkpoint(run.folder)
         resume = resume and run not in self.restarted and not log.diverged()
         self.jobs.start(run, self.plan.words(run), resume)
         self.folder.note(f"{'resumed' if resume else 'started'} {run.name()}")
@@ -288,8 +283,8 @@ class Control:
                 return
             self.pace[run.size, run.arm] = (time.monotonic() - job.began) / run.steps
             self.record(run, log, job.slot)
-        elif job.resumed:
-            self.restarted.add(run)  # its checkpoint may be damaged: once more, from the start
+        elif job.blames_checkpoint():
+            self.restarted.add(run)
             self.folder.say(f"{run.name()} did not go on from its checkpoint ({job.said()}): from the start")
         else:
             code = job.process.returncode
@@ -353,7 +348,7 @@ class Control:
             total += self.seconds_of(self.plan.run(size, arm, self.recipe.rates_of(size)[0], seed)) or 0.0
         if not total:
             return ""
-        return f"; about {duration(total / len(self.slots))} left"
+        return f"; about {sweep_dry.duration(total / len(self.slots))} left"
 
     # ---- the end
 

@@ -15,14 +15,15 @@ def amount(value):
 
 
 def duration(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def evaluation_steps(config, steps):
-    """What a run's evaluations cost, in steps: a forward of a batch is about a third of a step."""
-    if config["eval_batches"] == 0:
-        return 0
-    times = 1 + (steps // config["eval_every"] if config["eval_every"] else 0)
+    """What a run's evaluations cost, in steps: a forward of a batch is about a third of a step. They come before the
+    first step, every eval_every steps, and at the end, or at the end alone."""
+    every = config["eval_every"]
+    times = 1 + -(-steps // every) if every else 1
     return times * config["eval_batches"] / 3
 
 
@@ -69,6 +70,9 @@ def print_plan(control):
         for name in recipe.befores:
             print(f"{size:<16} {'before ' + name:<20} {len(plan.seeds):>5} "
                   f"{plan.own_steps(size, name, 'before'):>8}  (not in the sum)")
+    whole = [arm for (_, arm), probe in plan.probes.items() if probe["config"]["eval_batches"] == 0]
+    if whole:
+        print(f"\nevaluations over the whole text (--eval-batches 0) are not in the time: {', '.join(whole)}")
     device = next(iter(plan.probes.values()))["device"]
     print(f"\n{total_runs} runs, {amount(total_flops)}FLOP, about {duration(total_seconds / slots)} with {slots} at a "
           f"time on {device};\ntokens are of one run, FLOPs and time of all; a step was timed with nothing beside it")

@@ -46,7 +46,8 @@ class Folder:
     def __init__(self, path):
         self.path = path
         self.results = os.path.join(path, "results.jsonl")
-        self.lock = None
+        self.lock = None  # its descriptor
+        self.ours = False  # whether this process holds it
         self.log_file = None
 
     def inside(self, *names):
@@ -57,7 +58,7 @@ class Folder:
         try:
             os.makedirs(self.path, exist_ok=True)
             self.lock = os.open(self.inside("lock"), os.O_RDWR | os.O_CREAT, 0o666)
-            self.log_file = open(self.inside("sweep.log"), "a", encoding="utf-8")
+            self.log_file = os.open(self.inside("sweep.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise FolderError(f"--out {self.path}: cannot write there ({error.strerror}): choose another "
                               "folder") from None
@@ -78,6 +79,7 @@ class Folder:
                     raise FolderError(f"--out {self.path}: runs of a killed sweep are still going: end them, or choose "
                                       "another folder") from None
                 time.sleep(0.1)
+        self.ours = True
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, f"{os.getpid()}\n".encode(), 0)
 
@@ -85,15 +87,17 @@ class Folder:
         """A line for the user, kept in sweep.log."""
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # nobody reads: sweep.log has it
+        except OSError:  # nobody reads, or a full disk: sweep.log has it
             pass
         self.note(text)
 
     def note(self, text):
-        """A line for sweep.log alone."""
-        if self.log_file:
-            self.log_file.write(f"{now()}  {text}\n")
-            self.log_file.flush()
+        """A line for sweep.log alone. Where it cannot be written nothing ends: no run depends on it."""
+        if self.log_file is not None:
+            try:
+                os.write(self.log_file, f"{now()}  {text}\n".encode())
+            except OSError:
+                pass
 
     # ---- recipe
 

@@ -10,6 +10,7 @@ Ctrl-C reaches the sweep alone, which asks each run once to save and stop; and t
 """
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -85,26 +86,43 @@ def start_trainer(words, environment, output, lock):
                             pass_fds=(lock,), start_new_session=True, preexec_fn=lambda: end_with_parent(parent))
 
 
-def last_words(path):
-    """The error line that the trainer left in its output, without the place in its source; else its last line."""
+def last_words(path, begin=0):
+    """The error line that the trainer left in its output from byte `begin` on, without the place in its source; else
+    its last line."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file.read().splitlines() if line.strip()]
+        with open(path, "rb") as file:
+            file.seek(begin)
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         return "its output is gone"
     said = [line[len("moelab: "):] for line in lines if line.startswith("moelab: ")]
     if said:
         return said[-1].rsplit(" [", 1)[0] if said[-1].endswith("]") else said[-1]
+    if not lines and shutil.disk_usage(os.path.dirname(path)).free == 0:
+        return "it could not say why: the disk is full"
     return lines[-1] if lines else "it said nothing"
 
 
+def has_checkpoint(folder):
+    """Whether a run can go on from there: an interrupted save leaves the newest checkpoint under another name."""
+    return any(os.path.exists(os.path.join(folder, name, "manifest.json"))
+               for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"))
+
+
 class Job:
-    def __init__(self, run, process, slot, output, resumed):
-        self.run, self.process, self.slot, self.output, self.resumed = run, process, slot, output, resumed
+    def __init__(self, run, process, slot, output, begin, resumed):
+        self.run, self.process, self.slot, self.resumed = run, process, slot, resumed
+        self.output, self.begin = output, begin  # a resumed run appends to what the run had said before: from there on
         self.began = time.monotonic()
 
     def said(self):
-        return last_words(self.output)
+        return last_words(self.output, self.begin)
+
+    def blames_checkpoint(self):
+        """Whether a resumed run ended because of what it was to go on from; then it can only begin again. Where it
+        ended otherwise (no memory, a full disk, a signal) its checkpoint is as good as before."""
+        return (self.resumed and self.process.returncode == 1
+                and re.search("--resume|resume with the program", self.said()) is not None)
 
     def log(self):
         return run_record.read_log(os.path.join(self.run.folder, "log.jsonl"))
@@ -142,8 +160,9 @@ class Jobs:
         words = ["--resume", run.folder] if resume else words + ["--out", run.folder]
         output = os.path.join(run.folder, "output.txt")
         with open(output, "ab") as file:
+            begin = file.tell()
             process = start_trainer(self.program + words, slot.environment(), file, self.folder.lock)
-        slot.job = Job(run, process, slot, output, resume)
+        slot.job = Job(run, process, slot, output, begin, resume)
         self.running.append(slot.job)
         return slot.job
 

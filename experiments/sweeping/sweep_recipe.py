@@ -222,8 +222,12 @@ def check(recipe):
                 merged = dict(merge_options(recipe.options, size_options, options))
                 if "--steps" not in merged and recipe.steps is None:
                     refuse(keyword, name, f"{keyword} {name} has no --steps: add --steps N to the options")
+                # Probes replace these two, so the trainer does not see them before the first run.
                 if "--steps" in merged and not re.match(r"[1-9][0-9]*$", merged["--steps"] or ""):
-                    refuse(keyword, name, f"{keyword} {name}: --steps {merged['--steps']} is no number from 1 on")
+                    refuse(keyword, name, f"{keyword} {name}: --steps {merged['--steps'] or ''} is no number from 1 on")
+                if not re.match(r"[0-9]+$", merged.get("--eval-every", "0") or ""):
+                    refuse(keyword, name, f"{keyword} {name}: --eval-every {merged['--eval-every'] or ''} is no number "
+                           "from 0 on")
 
 
 def befores_named(options):

@@ -2,6 +2,7 @@
 
     mean, low, high = mean_interval([1.2, 1.3, 1.1])               Student's t, 95 %
     d = paired([1.2, 1.3, 1.1], [1.4, 1.4, 1.3])                   d.mean, d.t, d.bootstrap, d.p, d.resolved
+    own_rate({rate: {seed: loss}})                                 the learning rate that an arm is compared at
     pareto([(loss, cost), ...])                                    indices of the points that no other one beats
     reach([(x, loss), ...], target)                                the x at which a falling curve meets the target
 
@@ -202,6 +203,35 @@ def holm(p_values):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+# ---- learning rates
+
+def best_rate(losses):
+    """The rate with the lowest mean, the lower one of two equal: losses are {rate: [loss, ...]}, of the same seeds for
+    all rates, infinity for what diverged; None when every mean is infinite.
+
+    >>> best_rate({0.1: [1.0, 1.2], 0.2: [0.5, math.inf]})
+    0.1
+    """
+    means = {rate: statistics.fmean(values) for rate, values in losses.items() if values}
+    return min((rate for rate, mean in means.items() if math.isfinite(mean)),
+               key=lambda rate: (means[rate], rate or 0), default=None)
+
+
+def own_rate(losses):
+    """The rate that an arm is compared at, of {rate: {seed: loss}}: the best by the seeds that all rates have, which
+    are those that rates were tried with; where there are none, the best of those with most seeds. A seed that diverged
+    later at this rate does not change it: the arm has no rank then, rather than a rate that happened to survive.
+
+    >>> own_rate({0.1: {1: 1.0}, 0.2: {1: 0.5, 2: math.inf}, 0.3: {1: 0.7, 2: 0.6}})
+    0.2
+    """
+    shared = set.intersection(*map(set, losses.values())) if losses else ()
+    if shared:
+        return best_rate({rate: [seeds[seed] for seed in shared] for rate, seeds in losses.items()})
+    most = max(map(len, losses.values()), default=0)
+    return best_rate({rate: list(seeds.values()) for rate, seeds in losses.items() if len(seeds) == most})
 
 
 # ---- Pareto front

@@ -129,7 +129,12 @@ def test_refusals():
     assert rows(rank(fast)[1])["hash"][12:14] == ["–", "–"]
     diverged = [dict(r, kind="failed", why="not finite", val_loss=None)
                 if (r.get("arm"), r.get("seed")) == ("hash", 3) else r for r in whole()]
-    refused(diverged, "Not ranked: hash diverged at every rate")
+    refused(diverged, "Not ranked: hash diverged at every rate that was tried, so that none has a finite mean: at "
+            "0.004 with seed 3.")
+    # by the seed that both rates have its own is 0.002; the one that diverged there later keeps it from a rank
+    later = [dict(r, rate=0.002) if r.get("arm") == "hash" and r["kind"] == "run" else r for r in diverged]
+    later = [dict(r, rate=0.002) if r["kind"] == "failed" else r for r in later] + [run("hash", 1, 1.5)]
+    refused(later, "Not ranked: hash diverged at its rate 0.002 with seed 3 (not finite)")
     refused(changed("topk", router_gradient={"main": [0, 0]}), "The baseline topk has no rank", arm="topk")
 
 
@@ -147,6 +152,10 @@ def test_notes():
     note([dict(r, seeds=[1, 2, 3, 4]) if r["kind"] == "recipe" else r for r in whole()],
          "topk has no run of seed 4 at its rate.")
     note(whole()[:1] + [r for r in whole() if r.get("arm") != "dense"], "No run yet of dense.")
+    note([r for r in whole() if r.get("arm") != "topk"], "The recipe's baseline topk has no run: differences are to "
+         "hash.")
+    moved = [dict(r, device="GPU") if r["kind"] == "timing" and r["arm"] == "hash" else r for r in whole()]
+    note(moved, "Mixed devices of speeds: A CPU (2 threads, AVX2) (2 timings), GPU (1 timings).")
     busy = [dict(r, others_busy=1.5) if r["kind"] == "timing" else r for r in whole()]
     note(busy, "Speed was measured while other processes kept cores busy (how many): topk (1.5)")
 
@@ -154,6 +163,10 @@ def test_notes():
 def test_bad_input():
     for records, arguments, sentence in ((whole()[:3] + ["{half"], [], "results.jsonl:4: not JSON"),
                                          (["[1]"], [], "results.jsonl:1: not a JSON object"),
+                                         ([run("a", 1, "1.5")], [], 'results.jsonl:1: "val_loss" is "1.5": mend'),
+                                         ([run("a", None, 1.5)], [], 'results.jsonl:1: a "run" line without "seed"'),
+                                         ([run("a", 1, 1.5, config=[])], [], 'results.jsonl:1: "config" is []'),
+                                         ([dict(timing("a", 1), ms="1")], [], 'results.jsonl:1: "ms" is "1"'),
                                          ([], [], "no finished run there"),
                                          (whole(), ["--baseline", "tip"], "--baseline tip has no run in s, small")):
         status, out, err = rank(records, *arguments)
@@ -161,6 +174,9 @@ def test_bad_input():
     older = [{name: value for name, value in r.items() if name not in
               ("router_gradient", "learned", "load_cv", "drop", "params_total", "commit", "device")} for r in whole()]
     assert rank(older, "--strict")[0] == 0, "lines with less in them are read"
+    bare = [dict(r, config=None) if r["kind"] == "run" else r for r in whole()] + [dict(timing("hash", 1), tok_s=None,
+                                                                                       tokens_per_step=None)]
+    assert rows(rank(bare)[1])["hash"][12:14] == ["1", "–"]
 
 
 for name, test in list(globals().items()):

@@ -22,7 +22,6 @@ import sys
 
 import intervals
 import result_lines
-from sweep_plan import best_rate
 
 LEAST_SEEDS = 3
 DATA = ("data", "val", "tokenizer", "shuffle", "objective", "mask_share", "seq", "vocab")  # what text, cut how
@@ -49,13 +48,7 @@ class Arm:
             self.why[rate, seed] = record.get("why", "no validation loss")
 
     def choose_rate(self):
-        """Its own rate, by the seeds that all rates have. Where there are none, a rate that has most seeds."""
-        shared = set.intersection(*(set(seeds) for seeds in self.losses.values()))
-        tried = {rate: [seeds[s] for s in sorted(shared)] for rate, seeds in self.losses.items()}
-        if not shared:
-            most = max(len(seeds) for seeds in self.losses.values())
-            tried = {rate: list(seeds.values()) for rate, seeds in self.losses.items() if len(seeds) == most}
-        self.rate = best_rate(tried)
+        self.rate = intervals.own_rate(self.losses)
 
     def runs(self):
         """Finished runs at its rate, by seed."""
@@ -131,7 +124,8 @@ def objections(comparison, arm, base):
     """Sentences, each of which keeps the arm out of the ranking."""
     found = []
     if arm.rate is None:
-        found.append(f"{arm.name} diverged at every rate that was tried: no rate has a finite mean.")
+        where = ", ".join(f"at {rate:g} with seed {seed}" for rate, seed in sorted(arm.why))
+        found.append(f"{arm.name} diverged at every rate that was tried, so that none has a finite mean: {where}.")
         return found
     runs, rate = arm.runs(), arm.rate
     lost = [seed for seed, loss in arm.losses[rate].items() if not math.isfinite(loss)]
@@ -149,7 +143,7 @@ def objections(comparison, arm, base):
                          "from the main loss in the first step; a router that does not learn is no learned router.")
             break
     if base is not arm and base.rate is not None and base.runs() and runs:
-        mine, theirs = runs[0].get("config", {}), base.runs()[0].get("config", {})
+        mine, theirs = runs[0].get("config") or {}, base.runs()[0].get("config") or {}
         options = differing(mine, theirs, DATA)
         if options:
             found.append(f"{arm.name} has another {', '.join(options)} than {base.name}: losses on different text are "
@@ -175,7 +169,7 @@ def speed(comparison, arm):
     timing = arm.timing
     if not timing or not timing.get("ms"):
         return None, None
-    rate = timing.get("tok_s") or timing["tokens_per_step"] / timing["ms"] * 1e3
+    rate = timing.get("tok_s") or (timing.get("tokens_per_step") or 0) / timing["ms"] * 1e3
     flops, peak = rate * (timing.get("flops_per_token") or 0), timing.get("peak_flops")
     if peak and flops > peak:
         comparison.refuse(f"The speed of {arm.name} is not printed: {flops / 1e12:.4g} TFLOP/s is above the "
@@ -185,16 +179,18 @@ def speed(comparison, arm):
     if on_cpu and (timing.get("others_busy") or 0) > 0.5:
         comparison.note_of(f"{arm.name} ({timing['others_busy']:.1f})",
                            "Speed was measured while other processes kept cores busy (how many): {}.")
-    return timing["ms"], rate
+    return timing["ms"], rate or None
 
 
 def check_provenance(comparison, arms):
     """Names commits, devices and starts that are mixed, and commits that had changes of their own."""
     records = [run for arm in arms if arm.rate is not None for run in arm.runs()]
-    for name, what in (("commit", "commits"), ("device", "devices")):
-        found = collections.Counter(str(r.get(name)) for r in records)
+    timings = [arm.timing for arm in arms if arm.timing]
+    for lines, name, what, unit in ((records, "commit", "commits", "runs"), (records, "device", "devices", "runs"),
+                                    (timings, "device", "devices of speeds", "timings")):
+        found = collections.Counter(str(line.get(name)) for line in lines)
         if len(found) > 1:
-            comparison.note(f"Mixed {what}: " + ", ".join(f"{v} ({n} runs)" for v, n in found.most_common()) + ".")
+            comparison.note(f"Mixed {what}: " + ", ".join(f"{v} ({n} {unit})" for v, n in found.most_common()) + ".")
     dirty = sorted({r["commit"] for r in records if str(r.get("commit")).endswith("-dirty")})
     if dirty:
         comparison.note(f"Made by a program that no commit describes: {', '.join(dirty)}.")
@@ -210,7 +206,7 @@ def check_validation(comparison, arms):
     counts = set()
     for arm in arms:
         for run in arm.runs()[:1] if arm.rate is not None else []:
-            config = run.get("config", {})
+            config = run.get("config") or {}
             if all(config.get(name) for name in ("eval_batches", "batch", "seq")):
                 counts.add(config["eval_batches"] * config["batch"] * config["seq"])
             if run.get("sees_batch"):
@@ -307,14 +303,18 @@ def row(comparison, arm, base):
 
 
 def choose_baseline(comparison, wanted):
-    names = [wanted] if wanted else [(comparison.recipe or {}).get("baseline"), "topk"]
-    for name in names:
+    asked = (comparison.recipe or {}).get("baseline")
+    for name in [wanted] if wanted else [asked, "topk"]:
         if name in comparison.arms:
-            return comparison.arms[name]
-    if wanted:
-        raise result_lines.ResultError(f"--baseline {wanted} has no run in {comparison.sweep}, {comparison.size}: "
-                                       "choose " + ", ".join(comparison.arms))
-    return next(iter(comparison.arms.values()))
+            break
+    else:
+        if wanted:
+            raise result_lines.ResultError(f"--baseline {wanted} has no run in {comparison.sweep}, {comparison.size}: "
+                                           "choose " + ", ".join(comparison.arms))
+        name = next(iter(comparison.arms))
+    if asked and name != asked and not wanted:
+        comparison.note(f"The recipe's baseline {asked} has no run: differences are to {name}.")
+    return comparison.arms[name]
 
 
 def rank_order(arm):

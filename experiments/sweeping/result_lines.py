@@ -8,8 +8,10 @@ Kinds ("kind"): "run" (a finished run: its quality), "failed" (a run that diverg
 what was expected, as they stood before the first run). Readers skip kinds they do not know and take missing fields as
 absent. What each kind holds: run_record.py, sweep_timing.py, sweep_folder.py.
 
-A line is appended with one write and synced to disk. Where the machine went down in the middle of it, `mend` cuts the
-half line off: the run it was about is still in its directory, and the line is made again.
+A line that a reader could not use (no JSON, no arm, a loss that is text) is named with what to do, not left out: what
+it was about would be missing without a word. A line is appended with one write and synced to disk. Where the machine
+went down in the middle of it, `mend` cuts the half line off: the run it was about is still in its directory, and the
+line is made again.
 """
 import json
 import os
@@ -17,6 +19,28 @@ import os
 
 class ResultError(Exception):
     """One line that names the file, the line and what to do."""
+
+
+NUMBER = (int, float)
+NEEDED = {"run": ("arm", "rate", "seed"), "failed": ("arm", "rate", "seed"), "timing": ("arm",)}
+TYPES = {"arm": str, "rate": NUMBER, "seed": int, "config": dict, "router_gradient": dict, "arms": list, "seeds": list}
+TYPES.update(dict.fromkeys(("val_loss", "ms", "tok_s", "tokens_per_step", "others_busy", "peak_flops", "load_cv",
+                            "drop", "flops_per_token", "params_total", "params_active", "steps"), NUMBER))
+
+
+def fault(record):
+    """What is wrong with a line of a kind that is known; None when nothing is."""
+    kind = record.get("kind")
+    if kind not in ("run", "failed", "timing", "recipe"):
+        return None
+    for name in NEEDED.get(kind, ()):
+        if record.get(name) is None:
+            return f'a "{kind}" line without "{name}"'
+    for name, types in TYPES.items():
+        value = record.get(name)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            return f'"{name}" is {json.dumps(value)[:40]}'
+    return None
 
 
 def read(path):
@@ -33,6 +57,9 @@ def read(path):
                     raise ResultError(f"{path}:{number}: not JSON: mend or remove the line") from None
                 if not isinstance(record, dict):
                     raise ResultError(f"{path}:{number}: not a JSON object: mend or remove the line")
+                wrong = fault(record)
+                if wrong:
+                    raise ResultError(f"{path}:{number}: {wrong}: mend or remove the line")
                 records.append(record)
     except OSError as error:
         raise ResultError(f"{path}: {error.strerror}: name a file that experiments/sweep wrote") from None
@@ -88,8 +115,8 @@ def run_key(record):
 
 
 def sort_out(records):
-    """(runs, failed, timings): dictionaries by key, the last line of a key first. A run that failed once and finished
-    later is no failure, and one that failed after it had finished is one."""
+    """(runs, failed, timings): dictionaries by key, of several lines of a key the last. A run that failed once and
+    finished later is no failure, and one that failed after it had finished is one."""
     runs, failed, timings = {}, {}, {}
     for record in records:
         kind = record.get("kind")

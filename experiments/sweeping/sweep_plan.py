@@ -10,9 +10,9 @@ sweep was interrupted.
 """
 import dataclasses
 import math
-import statistics
 from typing import List, Optional
 
+import intervals
 import result_lines
 import sweep_recipe
 
@@ -40,14 +40,6 @@ class Run:
 
 def key(run):
     return run.size, run.arm, run.rate, run.seed
-
-
-def best_rate(losses_by_rate):
-    """{rate: [loss, ...]} of the same seeds for all rates, infinity for what diverged -> the rate with the lowest
-    mean, the lower one of two equal; None when all diverged."""
-    means = {rate: statistics.fmean(losses) for rate, losses in losses_by_rate.items() if losses}
-    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
-    return min(sorted(finite), key=finite.get) if finite else None
 
 
 class Plan:
@@ -192,7 +184,7 @@ class Plan:
         tried = self.rate_runs(size, arm)
         if any(key(run) not in losses for run in tried):
             return None
-        return best_rate({rate: [losses[key(run)] for run in tried if run.rate == rate] for rate in rates})
+        return intervals.best_rate({rate: [losses[key(run)] for run in tried if run.rate == rate] for rate in rates})
 
     def wanted(self, losses):
         """All runs that can be named so far, finished ones among them, in the order to make them."""

@@ -152,14 +152,12 @@ def best_rates(runs, failed):
     found = {}
     for arm in {run["arm"] for run in runs}:
         rates = collections.defaultdict(dict)
-        for run in runs:
+        for run in runs + [dict(line, val_loss=math.inf) for line in failed]:
             if run["arm"] == arm:
                 rates[run["rate"]][run["seed"]] = run
-        for rate in [line["rate"] for line in failed if line["arm"] == arm]:
-            rates.pop(rate, None)
         shared = set.intersection(*(set(seeds) for seeds in rates.values()))
         rate = min(rates, key=lambda r: statistics.fmean(rates[r][s]["val_loss"] for s in shared))
-        found[arm] = rate, rates[rate]
+        found[arm] = rate, {seed: run for seed, run in rates[rate].items() if run["val_loss"] < math.inf}
     return found
 
 

@@ -72,6 +72,16 @@ test_every_figure() {
     check "the same input gives another page" cmp first page.html
 }
 
+# Two of its arms have stages with the same sum but for the order in which they are added.
+test_same_page() {
+    for order in 1 2 3 4 5 6; do
+        PYTHONHASHSEED=$order report "$REPO/experiments/results/r1_text.jsonl" -o page.html
+        made
+        [ -e first ] || cp page.html first
+        check "the same input gives another page" cmp first page.html
+    done
+}
+
 test_baseline() {
     report "$SWEEP" -o page.html --baseline hash
     made
@@ -171,6 +181,7 @@ test_strange_values() {
 {"kind":"timing","arm":"odd","ms":-1,"tokens_per_step":5,"stages_ms":[1]}
 {"kind":"timing","arm":"only timed","ms":2,"tok_s":500}
 {"kind":"failed","arm":"nan","rate":0.2,"seed":1}
+{"kind":["run"],"arm":"listed"}
 {"kind":"microbench"}
 {"kind":"microbench","tokens":0,"dim":4,"experts":2,"top_k":1,"stages":{"route":{"ms":1}}}
 {"kind":"microbench","tokens":8,"dim":4,"experts":2,"top_k":1,"grid":[1],"expert_dim":[2],"load":3,"stages":
@@ -191,19 +202,45 @@ LINES
     check "a page holds NaN" bash -c '! grep -qiE "\b(nan|inf)[,\" ]*(px|[0-9])" page.html'
 }
 
-# The rate with the lowest mean over the shared seeds is the arm's; one at which a seed failed is not.
+# The rate with the lowest mean over the shared seeds is the arm's, and one at which such a seed failed is not. A seed
+# that failed there later does not change the rate: the arm has no rank then, here as in the table of `sweep rank`.
 test_rate_that_failed() {
     python3 - >rates.jsonl <<'PYTHON'
 import json
-def line(**values):
-    print(json.dumps(dict(sweep="s", size="a", arm="topk", **values)))
-for rate, seed, loss in ((0.1, 1, 1.0), (0.1, 2, 1.2), (0.2, 1, 0.5), (0.3, 1, 1.4)):
-    line(kind="run", rate=rate, seed=seed, val_loss=loss)
-line(kind="failed", rate=0.2, seed=2, why="not finite")
+def line(arm, rate, seed, loss):
+    kind = {"kind": "run", "val_loss": loss} if loss else {"kind": "failed", "why": "not finite"}
+    print(json.dumps(dict(sweep="s", size="a", arm=arm, rate=rate, seed=seed, budget="tokens", **kind)))
+for arm in ("early", "late", "topk"):
+    for rate, seed, loss in ((0.1, 1, 1.0), (0.1, 2, 1.2), (0.1, 3, 1.1), (0.3, 1, 1.4)):
+        line(arm, rate, seed, loss)
+    line(arm, 0.2, 1, None if arm == "early" else 0.5)
+for seed, loss in ((2, None), (3, 0.7), (4, 0.6)):
+    line("late", 0.2, seed, loss)
+for seed, loss in ((2, 0.7), (3, 0.6)):
+    line("topk", 0.2, seed, loss)
 PYTHON
     report rates.jsonl -o page.html
     made
-    page numbers rates.jsonl topk=0.1
+    for rate in early=0.1 late=0.2 topk=0.2; do
+        page numbers rates.jsonl $rate
+    done
+    page text "Diverged at the arm's own rate: late (rate 0.2, seed 2)." \
+        'Against topk, seed by seed: higher loss: early.'
+    "$REPO/experiments/sweep" rank rates.jsonl >table
+    check "rank says otherwise" grep -q 'Not ranked: late diverged at its rate 0.2 with seed 2' table
+}
+
+# What an arm that was timed anew took before, or on another device, is not mixed into its speed.
+test_timed_anew() {
+    for entry in '"device":"A","ms":1' '"device":"B","ms":2' '"device":"B","ms":4'; do
+        for router in topk hash; do
+            echo '{"kind":"timing","arm":"x","tokens_per_step":8,"config":{"router":"'$router'"},'"$entry}"
+        done
+    done >timings.jsonl
+    echo '{"kind":"run","arm":"x","rate":0.1,"seed":1,"val_loss":2}' >>timings.jsonl
+    report timings.jsonl -o page.html
+    made
+    check "is not 8 tokens in 2 and in 4 ms" grep -qF '>3000 ±' page.html
 }
 
 test_logs() {
@@ -223,6 +260,11 @@ test_logs() {
     head -n 6 runs/topk/log.jsonl >cut
     mkdir -p half/topk
     mv cut half/topk/log.jsonl
+    report half/topk -o page.html
+    made
+    page text 'Without a finite final validation loss, left out: topk'
+    # a run that was stopped has an end as well, and its last evaluation is not its final one
+    sed 's/"event":"end","step":12,/"event":"end","step":11,/; /^{"step":12,/d' runs/topk/log.jsonl >half/topk/log.jsonl
     report half/topk -o page.html
     made
     page text 'Without a finite final validation loss, left out: topk'

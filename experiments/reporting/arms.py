@@ -4,9 +4,10 @@
         comparison.arms, comparison.baseline, comparison.difference(arm)
 
 A comparison holds the runs of one sweep, size, objective, data set and budget: only those losses can be compared. An
-arm stands at one learning rate: the one with the lowest mean loss over the seeds that all its rates have; a rate at
-which a run failed or ended without a finite loss loses to every other. Arms are compared seed by seed (same data, same
-initial weights): a difference is resolved when neither Student's interval nor the bootstrap's holds 0.
+arm stands at one learning rate, the one that `experiments/sweep rank` takes (intervals.own_rate). A run that failed or
+ended without a finite loss counts as infinitely bad there, and an arm with such a run at its own rate is not ranked:
+the mean of the others would leave the worst out. Arms are compared seed by seed (same data, same initial weights): a
+difference is resolved when neither Student's interval nor the bootstrap's holds 0.
 """
 import math
 import re
@@ -16,7 +17,7 @@ import intervals
 import peaks
 
 from . import plot
-from .lines import mapping, number
+from .lines import NOT_AN_ARM, mapping, number
 from .markup import count, listing
 
 FEWEST_SEEDS = 3
@@ -28,6 +29,7 @@ class Arm:
         self.runs, self.timings, self.failed = [], [], []
         self.rate = None      # the best one
         self.best = {}        # seed -> run at that rate, all with a finite loss
+        self.lost = []        # seeds that diverged at that rate
         self.style = None     # index of its colour, dash and mark; None: grey
 
     def first(self, key):
@@ -59,12 +61,12 @@ class Arm:
 
     @property
     def unlearned(self):
-        """Its router should learn, yet the loss sends it no gradient."""
+        """Its router should learn, yet the loss sends it no gradient, in a layer or at all."""
         for run in self.best.values():
             gradient = mapping(run.get("router_gradient")).get("main")
             if run.get("learned") is True and (
                     number(run.get("router_main_norm")) == 0 or
-                    isinstance(gradient, list) and gradient and all(number(g) == 0 for g in gradient)):
+                    isinstance(gradient, list) and any(number(g) == 0 for g in gradient)):
                 return True
         return False
 
@@ -107,7 +109,7 @@ class Arm:
 
     @property
     def ranked(self):
-        return bool(self.best) and not self.leaky and not self.unlearned
+        return bool(self.best) and not self.leaky and not self.unlearned and not self.lost
 
 
 def mean_and_half(values):
@@ -122,23 +124,33 @@ def finite_loss(run, key):
 
 
 def choose_rate(arm, key):
-    """Sets arm.rate and arm.best; neither where no run has a loss."""
-    rates, spoiled = {}, {number(line.get("rate")) for line in arm.failed}
+    """Sets arm.rate, arm.best and arm.lost; none of them where every rate diverged or no run has a loss."""
+    losses, runs = {}, {}
     for run in arm.runs:
-        rate = number(run.get("rate"))
-        if finite_loss(run, key) is not None:
-            rates.setdefault(rate, {})[run.get("seed")] = run
-        elif run.get("val_loss") is not None or run.get("why"):
-            spoiled.add(rate)
-    if not rates:
-        return
-    sound = {rate: seeds for rate, seeds in rates.items() if rate not in spoiled} or rates
-    shared = set.intersection(*(set(seeds) for seeds in sound.values()))
-    if shared:
-        arm.rate = min(sound, key=lambda r: statistics.fmean(sound[r][s][key] for s in shared))
-    else:
-        arm.rate = min(sound, key=lambda r: (-len(sound[r]), statistics.fmean(run[key] for run in sound[r].values())))
-    arm.best = dict(sorted(sound[arm.rate].items(), key=lambda item: str(item[0]).zfill(12)))
+        rate, loss = number(run.get("rate")), finite_loss(run, key)
+        if loss is not None:
+            runs.setdefault(rate, {})[run.get("seed")] = run
+        elif run.get("val_loss") is None and not run.get("why"):
+            continue  # not finished
+        losses.setdefault(rate, {})[run.get("seed")] = math.inf if loss is None else loss
+    for line in arm.failed:
+        rate = number(line.get("rate"))
+        if rate is not None:
+            losses.setdefault(rate, {})[line.get("seed")] = math.inf
+    arm.rate = intervals.own_rate(losses)
+    if runs.get(arm.rate):
+        in_order = sorted(losses[arm.rate], key=lambda seed: str(seed).zfill(12))
+        arm.best = {seed: runs[arm.rate][seed] for seed in in_order if math.isfinite(losses[arm.rate][seed])}
+        arm.lost = [seed for seed in in_order if seed not in arm.best]
+
+
+def current(timings):
+    """Those of the configuration and device of the last one: an arm that was timed anew has the new speed alone."""
+    def kind(line):
+        config = mapping(line.get("config"))
+        return line.get("device"), {k: v for k, v in config.items() if k not in NOT_AN_ARM and k != "init_from"}
+
+    return [line for line in timings if kind(line) == kind(timings[-1])]
 
 
 class Difference:
@@ -233,6 +245,7 @@ class Comparison:
             self.unit = "nats per masked token"
         for arm in self.arms:
             choose_rate(arm, self.loss)
+            arm.timings = current(arm.timings)
         floors = [number(run.get("val_floor")) for arm in self.arms for run in arm.best.values()]
         if self.loss == "val_loss" and floors and None not in floors and max(floors) - min(floors) < 0.03 * min(floors):
             self.floor = statistics.fmean(floors)

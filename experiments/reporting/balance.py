@@ -44,7 +44,7 @@ def balance_beside_quality(comparison):
            "last quarter of training. Loss: at the end, with 95\u202f% intervals over the seeds; its scale does not "
            "begin at 0. Even load is no aim in itself: it pays where rows are dropped or experts wait for the fullest.")
     if any(not arm.ranked for arm in order):
-        how += " Red: not ranked (the router reads later tokens or does not learn)."
+        how += " Red: not ranked (the router reads later tokens or does not learn, or a seed diverged)."
     return Figure(name, title, [Panel(lambda width: draw_columns(order, columns, width))], how,
                   ["arm", "seeds", "load CV", "max violation", "dropped", "tokens without expert", "padding",
                    "loss \u00b1 95 %", "tokens/s"], rows, notes=notes, commands=commands_of(order, best_runs))

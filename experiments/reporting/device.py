@@ -146,11 +146,11 @@ def bandwidth_points(lines):
 
 def bench_figures(lines):
     lines = [line for line in lines if not line.get("dry_run")]
-    skipped = [line for line in lines if line.get("skipped")]
     figures = []
     for i, device in enumerate(sorted({str(line.get("device")) for line in lines}), 1):
         own = [line for line in lines if str(line.get("device")) == device]
-        notes = [f"{count(len(skipped), 'point')} did not fit the memory."] if skipped else []
+        skipped = sum(bool(line.get("skipped")) for line in own)
+        notes = [f"{count(skipped, 'point')} did not fit the memory."] if skipped else []
         seen = []
         commands = []
         for line in own:

@@ -145,7 +145,8 @@ def loss_over_rate(comparison):
     if not arms:
         return Missing(name, "Learning rates: no arm was run at more than one, so an arm's loss may owe as much to the "
                              "rate it happened to get as to the arm.")
-    edge = [arm.name for arm, rates in arms.items() if arm.ranked and arm.rate in (min(rates), max(rates))]
+    tried = {arm: {number(line.get("rate")) for line in arm.runs + arm.failed} - {None} for arm in arms}
+    edge = [arm.name for arm in arms if arm.ranked and arm.rate in (min(tried[arm]), max(tried[arm]))]
     title = f"The best learning rate is inside the grid for {len(arms) - len(edge)} of {count(len(arms), 'arm')}" \
         if edge else "Every arm's best learning rate is inside the grid"
     notes = [f"Best at an end of the grid, so a rate beyond it may be better still: {listing(edge, 30)}."] * bool(edge)

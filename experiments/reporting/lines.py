@@ -52,9 +52,9 @@ class Recipe:
     def __init__(self, text):
         self.words = collections.defaultdict(list)
         for line in text.splitlines():
-            keyword, _, rest = line.split("#")[0].strip().partition(" ")
+            keyword, *rest = re.sub(r"(^|\s)#.*", "", line).split(maxsplit=1) or [""]
             if keyword:
-                self.words[keyword].append(rest.strip())
+                self.words[keyword].append("".join(rest).strip())
 
     def get(self, keyword):
         return " ".join(self.words.get(keyword, [])) or None
@@ -130,7 +130,7 @@ def run_of_log(path, entries):
     events = {e["event"]: e for e in entries if isinstance(e.get("event"), str)}
     end, last = events.get("end", {}), mapping(evaluations[-1] if evaluations else None)
     late = steps[len(steps) * 3 // 4:]
-    whole = bool(end) or (steps and steps[-1]["step"] == config.get("steps"))
+    whole = bool(last) and last["step"] == config.get("steps")  # one that was stopped has an "end" as well
     directory = os.path.dirname(os.path.abspath(path))
     run = {
         "kind": "run", "from_log": directory, "ts": header.get("ts"), "rate": number(config.get("lr")),
@@ -204,7 +204,7 @@ def read_file(inputs, path, logs, sweep=None):
             "inference": inputs.inferences}
     unknown = collections.Counter()
     for i, entry in entries:
-        kind = entry.get("kind")
+        kind = None if entry.get("kind") is None else str(entry["kind"])
         if kind is None and number(entry.get("ranks")) and number(entry.get("tok_s")):
             inputs.scalings.append(entry)
         elif kind in ("run", "timing", "failed") and not isinstance(entry.get("arm"), str):

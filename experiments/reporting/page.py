@@ -44,6 +44,10 @@ def warning_box(warnings, title="Read with care"):
 def comparison_warnings(comparison):
     """[(grave, sentence)]"""
     found, arms = [], comparison.arms
+    lost = [f"{arm.name} (rate {short(arm.rate)}, seed {', '.join(map(str, arm.lost))})" for arm in arms if arm.lost]
+    if lost:
+        found.append((True, f"Diverged at the arm's own rate: {listing(lost)}. The mean of the other seeds would leave "
+                            "the worst out, so the arm is not ranked."))
     unlearned = [arm.name for arm in arms if arm.unlearned]
     if unlearned:
         found.append((True, f"The router of {listing(unlearned)} gets no gradient from the loss: it stays what chance "

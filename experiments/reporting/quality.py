@@ -38,7 +38,7 @@ def rank_row(comparison, arm, front):
     mean, half = comparison.loss_interval(arm)
     speed = arm.speed()
     marks = [words for words, holds in (
-        ("on the front", arm in front), ("reads later tokens", arm.leaky),
+        ("on the front", arm in front), ("reads later tokens", arm.leaky), ("diverged with a seed", arm.lost),
         ("sees the rest of the batch", arm.sees_batch), ("router without gradient", arm.unlearned),
         ("implausible speed", arm.implausible)) if holds]
     return [arm.name, short(arm.rate), len(arm.best), plus_minus(mean, half, 4), against_words(comparison, arm),
@@ -83,7 +83,7 @@ def quality_against_speed(comparison):
                             620 if apart else 900, "Arms that may be ranked" if apart else None))
     if apart:
         panels.append(Panel(lambda width: draw_speed(comparison, apart, [], width, "red"), BESIDE if placed else 620,
-                            "Not ranked: they read later tokens, or their router does not learn"))
+                            "Not ranked: they read later tokens, a seed diverged, or their router does not learn"))
     if front and len(placed) > 1:
         fastest, best = front[-1].name, front[0].name
         few = sum(not arm.enough_seeds for arm in placed)

@@ -35,7 +35,7 @@ def stage_times(comparison):
         found = [times for times in found if times and sum(filter(None, times.values())) > 0]
         if found:
             stages[arm] = {stage: statistics.fmean(times.get(stage) or 0 for times in found)
-                           for stage in {stage for times in found for stage in times}}
+                           for stage in dict.fromkeys(stage for times in found for stage in times)}
     if not stages:
         return Missing(name, "Stage times: no timing line has stages_ms (they come from --profile).")
     order = sorted(stages, key=lambda arm: sum(stages[arm].values()))

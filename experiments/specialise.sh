@@ -5,7 +5,8 @@
 #
 #   experiments/specialise.sh [-r RANKS] [-s SEEDS] [-l RATE] [-n STEPS] [-a ARMS] [-p OPTIONS] TRAIN OUT.jsonl
 #
-#   TRAIN        the program (./train)        OUT.jsonl  a run that it has a line of is not repeated
+#   TRAIN        the program (./train)        OUT.jsonl  a run that it has a line of is not repeated; a line of the same
+#                arm, rate and seed with other options is refused
 #   -r -s -l -n  4   "1 2 3"   4e-3   450
 #   -a           only these arms, separated by commas
 #   -p           further options of ./train for all arms, each with its value, such as "--dim 32"; they come last
@@ -45,6 +46,7 @@ if [[ ! $steps =~ ^[1-9][0-9]*$ || $((steps % 2)) = 1 ]]; then
     say "-n $steps: give an even number of steps, which have two halves"
     exit 1
 fi
+number=$(python3 -c "print(float('$rate'))" 2>/dev/null) || { say "-l $rate: give a number"; exit 1; }
 train=$1 out=$2
 [ -x "$train" ] || { say "$train is not a program: run make first"; exit 1; }
 train=$(realpath "$train")
@@ -65,6 +67,9 @@ gate             --domains by-rank --freeze experts
 experts          --domains by-rank --freeze router
 decoupled        --domains by-rank --freeze all-but-router first
 decoupled-trunk  --domains by-rank --freeze experts first'
+for arm in ${only//,/ }; do
+    grep -q "^$arm " <<<"$arms" || { say "-a $arm: there is no such arm"; exit 1; }
+done
 options=(--data builtin --router topk --experts 8 --top-k 2 --layers 2 --dim 64 --heads 2 --expert-dim 64 --seq 128
          --batch 8 --min-lr 0.02 --eval-every 150 --eval-batches 32)
 read -ra extra <<<"$extra"
@@ -74,40 +79,54 @@ trap 'rm -rf "$runs"' EXIT
 # More ranks than cores: who waits lets others work.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} OMPI_MCA_mpi_yield_when_idle=1
 
-# train_on FOLDER OPTION...: in $runs; options that come later replace those before. Leaves the command in $command.
-train_on() {
-    local folder=$1 words=() kept=() seen=' ' i
-    words=("${options[@]}" --ep "$ranks" --lr "$rate" --seed "$seed" "${@:2}" ${extra[@]+"${extra[@]}"})
+# compose OPTION...: all options of a run in $kept, later ones in place of those before; the command in $command.
+compose() {
+    local words=() seen=' ' i
+    kept=()
+    words=("${options[@]}" --ep "$ranks" --lr "$rate" --seed "$seed" "$@" ${extra[@]+"${extra[@]}"})
     for ((i = ${#words[@]} - 2; i >= 0; i -= 2)); do
         [[ $seen == *" ${words[i]} "* ]] || kept=("${words[i]}" "${words[i + 1]}" "${kept[@]}")
         seen+="${words[i]} "
     done
     command="mpirun -n $ranks ./train ${kept[*]}"
-    (cd "$runs" && "${mpirun[@]}" -n "$ranks" "$train" "${kept[@]}" --out "$folder" </dev/null >output 2>&1) ||
+}
+
+# train_on FOLDER OPTION...: in $runs.
+train_on() {
+    compose "${@:2}"
+    (cd "$runs" && "${mpirun[@]}" -n "$ranks" "$train" "${kept[@]}" --out "$1" </dev/null >output 2>&1) ||
         { say "stopped: $(grep -am 1 moelab "$runs/output" || tail -n 1 "$runs/output")"; exit 1; }
 }
 
+# has_line ARM: whether OUT has a line of $command.
 has_line() {
-    grep -qF -- "\"arm\": \"$1\", \"rate\": $(python3 -c "print(float('$rate'))"), \"seed\": $seed," "$out"
+    local line
+    line=$(grep -F -- "\"arm\": \"$1\", \"rate\": $number, \"seed\": $seed," "$out" | tail -n 1) || return 1
+    [[ $line == *"\"command\": \"$command\""* ]] ||
+        { say "$out has $1, seed $seed, made with other options than $command: give another file"; exit 1; }
 }
 
 for seed in $seeds; do
     while read -r arm words; do
-        if [ -z "$arm" ] || [[ -n $only && ,$only, != *",$arm,"* ]] || has_line "$arm"; then continue; fi
+        if [ -z "$arm" ] || [[ -n $only && ,$only, != *",$arm,"* ]]; then continue; fi
         read -ra words <<<"$words"
         if [[ "${words[*]}" == *all-but-router* && $help != *all-but-router* ]]; then
             say "$arm is left out: this program cannot freeze all but the router"
             continue
         fi
-        more=()
+        first='' more=()
         if [ "${words[-1]}" = first ]; then
             unset 'words[-1]'
             first=first-$seed
-            [ -e "$runs/$first" ] || train_on "$first" --domains by-rank --freeze router --steps $((steps / 2))
             words+=(--init-from "$first" --steps $((steps / 2)))
             more=("steps_before=$((steps / 2))")
         else
             words+=(--steps "$steps")
+        fi
+        compose "${words[@]}"
+        if has_line "$arm"; then continue; fi
+        if [ -n "$first" ] && [ ! -e "$runs/$first" ]; then
+            train_on "$first" --domains by-rank --freeze router --steps $((steps / 2))
         fi
         say "seed $seed, $arm"
         train_on "$arm-$seed" "${words[@]}"

@@ -5,8 +5,9 @@
     specialise_table.py line RUN KEY=VALUE...                 one result line of a finished run of ./train, whose
                                                               directory is RUN, for specialise.sh
 
-Lines of "kind":"toy" (documented in specialise_toy.c) and "kind":"run" (of experiments/sweep, or from `line` above)
-become tables of their own, one for each sweep and size; other kinds are skipped. A row is an arm:
+Lines of "kind":"toy" (documented in specialise_toy.c), "run" (of experiments/sweep, or from `line` above) and "failed"
+(a run that diverged: counted, without a loss) become tables of their own, one for each sweep and size; other kinds are
+skipped. Of several lines of one run the last counts. A row is an arm:
 
     loss       mean over seeds ± half of its 95 % interval (Student's t), of the final evaluation
     against    the difference to the baseline seed by seed, with the same interval; "not resolved" when it holds 0
@@ -28,11 +29,10 @@ import os
 import statistics
 import sys
 
-# Half widths of Student's t at 95 % for 1, 2, .. degrees of freedom; 1.96 and a little beyond the last.
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-LATE = ("load_cv", "max_vio", "load_kl", "entropy", "mean_entropy", "drop", "token_drop", "padding", "dead", "margin",
-        "router_main_norm", "router_balance_norm")
+sys.path.append(os.path.join(os.path.dirname(os.path.realpath(__file__)), "sweeping"))
+import intervals  # noqa: E402
+import run_record  # noqa: E402
+from run_record import is_number  # noqa: E402
 
 
 class Problem(Exception):
@@ -60,16 +60,10 @@ def read_lines(path):
 
 # ---- numbers
 
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def interval(values):
     """Mean and half width of its 95 % interval, None for the width of a single value."""
-    if len(values) < 2:
-        return values[0], None
-    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96 + 2.4 / (len(values) - 1)
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    mean, _, high = intervals.mean_interval(values)
+    return mean, None if high is None else high - mean
 
 
 def plus_minus(values, digits=3):
@@ -115,8 +109,9 @@ def figures(record):
         return (record.get("loss"), record.get("floor"), record.get("nmi"), None, record.get("entropy"),
                 record.get("solved"))
     mi = [value for value in record.get("mi") or [] if is_number(value)]
-    return (record.get("val_loss"), record.get("val_floor"), run_nmi(record), statistics.fmean(mi) if mi else None,
-            record.get("entropy"), None)
+    loss = None if record["kind"] == "failed" else record.get("val_loss")
+    return (loss, record.get("val_floor"), run_nmi(record), statistics.fmean(mi) if mi else None, record.get("entropy"),
+            None)
 
 
 def best_rate(runs):
@@ -176,61 +171,30 @@ def print_tables(arguments):
             raise Problem("--baseline needs the name of an arm")
         baseline = arguments[at + 1]
         del arguments[at:at + 2]
-    groups = collections.defaultdict(list)
+    groups = collections.defaultdict(dict)
     for path in arguments:
         for record in read_lines(path):
-            if record.get("kind") in ("toy", "run"):
-                size = record.get("size")
-                groups[str(record.get("sweep")) + (f", {size}" if size else "")].append(record)
+            if record.get("kind") in ("toy", "run", "failed"):
+                size, run = record.get("size"), tuple(str(record.get(key)) for key in ("arm", "rate", "seed"))
+                groups[str(record.get("sweep")) + (f", {size}" if size else "")][run] = record
     if not groups:
         raise Problem("no line of kind toy or run: give the output of build/specialise_toy, or a sweep's results.jsonl")
     for title, records in groups.items():
-        print_table(title, records, baseline)
+        print_table(title, list(records.values()), baseline)
 
 
 # ---- a line from a run's log
 
-def thin(points, most=60):
-    step = max(1, math.ceil(len(points) / most))
-    return points[::-1][::step][::-1]
-
-
-def late_mean(steps, key):
-    values = [step[key] for step in steps[len(steps) * 3 // 4:] if is_number(step.get(key))]
-    return statistics.fmean(values) if values else None
-
-
 def print_line(run, pairs):
-    lines = read_lines(os.path.join(run, "log.jsonl"))
-    header = next((line for line in lines if "config" in line), None)
-    steps = [line for line in lines if "loss" in line and "step" in line]
-    evaluations = [line for line in lines if "val_loss" in line]
-    end = next((line for line in reversed(lines) if line.get("event") == "end"), None)
-    if not header or not steps or not evaluations or not end:
+    log = run_record.read_log(os.path.join(run, "log.jsonl"))
+    if not log.header or not log.finished(log.header["config"].get("steps")):
         raise Problem(f"{run}/log.jsonl is not of a finished run: train it to its end")
-    gradient = next((line for line in lines if line.get("event") == "router_gradient"), None)
-    last = evaluations[-1]
-    record = {"kind": "run", "ts": header["ts"]}
+    record = {"kind": "run", "ts": log.header["ts"]}
     for pair in pairs:
         key, _, value = pair.partition("=")
         convert = {"seed": int, "side_by_side": int, "steps_before": int, "rate": float}.get(key, str)
         record[key] = convert(value)
-    record.update(config=header["config"], commit=header["git_sha"] + ("-dirty" if header["git_dirty"] else ""))
-    for key in ("device", "versions", "driver", "params_total", "params_active", "flops_per_token", "leaky",
-                "sees_batch"):
-        record[key] = header.get(key)
-    record.update(steps=steps[-1]["step"], tokens=steps[-1]["tokens"], train_seconds=end.get("train_seconds"))
-    for key in ("val_loss", "val_bpb", "val_floor", "val_domains", "domain_expert", "mi"):
-        record[key] = last.get(key)
-    record["val"] = [[line["step"], line["tokens"], line["val_loss"]] for line in evaluations]
-    record["train"] = thin([[line["step"], line["tokens"], line["loss"]] for line in steps])
-    record["loads"] = thin([[line["step"]] + [line.get(k) for k in ("load_cv", "max_vio", "entropy", "drop")]
-                            for line in steps])
-    for key in LATE:
-        record[key] = late_mean(steps, key)
-    record["router_gradient"] = {k: gradient[k] for k in ("main", "balance")} if gradient else None
-    record["ms"] = statistics.median(line["ms"] for line in steps[len(steps) // 4:])
-    record["peak_bytes"] = end.get("peak_bytes")
+    record.update(run_record.summary(log))
     print(json.dumps(record))
 
 

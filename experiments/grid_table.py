@@ -4,7 +4,8 @@
     experiments/grid_table.py FILE...       lines of build/bench_layer --grid (grids.sh keeps them); "-": standard input
 
 Reads lines with "kind": "microbench" (experiments/bench_grid_line.h says what they hold) and skips all others. Of lines
-for the same point, load and device the last one counts. The tables:
+for the same point, load and device the last one counts. The tables, anew for each device; a load that takes the
+router's place stands in its column, and "shared" where all experts share weights:
 
     layouts     the whole forward: padded / compact, a ratio above 1 says that compact is faster. Per router, shape size
                 and capacity factor: the median ratio over the points, and at how many of them compact is faster,
@@ -53,6 +54,17 @@ def key(row):
                               ("top_k", "router", "layout", "capacity_factor", "load", "shared_weights"))
 
 
+def conditions(row):
+    """What points have to share, beside router and layout, to be compared."""
+    return shape(row) + (row.get("load"), row.get("shared_weights"))
+
+
+def chooser(row):
+    """Who chose the experts, the router or the load that took its place; and whether all experts share weights."""
+    name = row["router"] if row.get("load") in (None, "router") else row["load"]
+    return name + (" shared" if row.get("shared_weights") else "")
+
+
 def median(values):
     ordered = sorted(values)
     middle = len(ordered) // 2
@@ -76,20 +88,21 @@ def verdict(value, half):
 def grouped(rows, names):
     groups = OrderedDict()
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+        values = (chooser(row) if name == "chooser" else row.get(name) for name in names)
+        groups.setdefault(tuple(values), []).append(row)
     return groups
 
 
 def layouts(rows):
-    compact = {shape(r) + (r["router"], r["load"], r["top_k"]): r for r in rows if r["layout"] == "compact"}
+    compact = {conditions(r) + (r["router"], r["top_k"]): r for r in rows if r["layout"] == "compact"}
     print("layouts: forward, other / compact (compact is faster where it is above 1)")
     print("%-7s %-9s %7s %-12s %7s  %6s %6s %12s %9s %6s" % ("grid", "router", "tokens", "layout", "ratio", "faster",
                                                             "slower", "not resolved", "padding", "drop"))
     others = [r for r in rows if r["layout"] in ("padded", "block")]
     won = {}
     for (grid, router, tokens, layout, factor), group in grouped(
-            others, ("grid", "router", "tokens", "layout", "capacity_factor")).items():
-        pairs = [(r, compact.get(shape(r) + (r["router"], r["load"], r["top_k"]))) for r in group]
+            others, ("grid", "chooser", "tokens", "layout", "capacity_factor")).items():
+        pairs = [(r, compact.get(conditions(r) + (r["router"], r["top_k"]))) for r in group]
         ratios = [ratio(r["times_ms"]["forward"], c["times_ms"]["forward"]) for r, c in pairs if c]
         if not ratios:
             continue
@@ -114,7 +127,7 @@ def stages(rows):
     print("\nstages: share of the forward, median over the points")
     print("%-7s %-9s %-8s %7s" % ("grid", "router", "layout", "points") + "".join("%10s" % s for s in STAGES) +
           "%10s%16s" % ("around", "sum / forward"))
-    for (grid, router, layout), group in grouped(rows, ("grid", "router", "layout")).items():
+    for (grid, router, layout), group in grouped(rows, ("grid", "chooser", "layout")).items():
         shares = [median([r["stages"][s]["share"] for r in group]) for s in STAGES]
         around = median([1 - r["stages"]["experts"]["share"] for r in group])
         print("%-7s %-9s %-8s %7d" % (grid, router, layout, len(group)) +
@@ -123,8 +136,8 @@ def stages(rows):
 
 
 def soft(rows):
-    sparse = {shape(r): r for r in rows if r["router"] == "topk" and r["layout"] == "compact"}
-    pairs = [(r, sparse[shape(r)]) for r in rows if r["router"].startswith("soft") and shape(r) in sparse]
+    sparse = {conditions(r): r for r in rows if r["router"] == "topk" and r["layout"] == "compact"}
+    pairs = [(r, sparse[conditions(r)]) for r in rows if r["router"].startswith("soft") and conditions(r) in sparse]
     if not pairs:
         return
     print("\nsoft: its write-back (combine) and that of topk, ms; shares of the forward")
@@ -175,14 +188,16 @@ def main():
         sys.exit(f"grid_table.py: {error}")
     if not rows and not skipped:
         sys.exit("grid_table.py: no line of a microbenchmark: run build/bench_layer --grid pack --scale small >> FILE")
-    for device, commit in sorted({(str(r.get("device")), str(r.get("commit"))) for r in rows}):
-        print(f"{device}, commit {commit}")
-    if any(r["grid"] != "pack" for r in rows):
-        layouts([r for r in rows if r["grid"] != "pack"])
-    stages(rows)
-    soft(rows)
-    bandwidth(rows)
-    loads(rows)
+    for i, device in enumerate(sorted({str(r.get("device")) for r in rows})):
+        own = [r for r in rows if str(r.get("device")) == device]
+        for commit in sorted({str(r.get("commit")) for r in own}):
+            print("\n" * (i > 0) + f"{device}, commit {commit}")
+        if any(r["grid"] != "pack" for r in own):
+            layouts([r for r in own if r["grid"] != "pack"])
+        stages(own)
+        soft(own)
+        bandwidth(own)
+        loads(own)
     for row in skipped:
         print("left out: %s, %s tokens, dim %s, experts %s, K %s, %s: %s" % tuple(
             row.get(name) for name in ("grid", "tokens", "dim", "experts", "top_k", "layout", "skipped")))

@@ -9,7 +9,8 @@
 #   -o OPTIONS  further ones of the program (experiments/bench_layer.c), for example "--scale small --seconds 0.1" on a
 #               CPU, or "--load zipf:1.2"
 #   -p PYTHON   default: python3
-# One process per grid; one that fails leaves the lines of the others as they are. Builds nothing.
+# One process per grid; one that fails leaves the lines of the others as they are, and the exit status 1. Builds
+# nothing.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,3 +36,4 @@ for grid in ${grids//,/ }; do
     keep "$program" --grid "$grid" "${words[@]}"
 done
 "$python" "$here/grid_table.py" "$lines"
+exit "$failed"

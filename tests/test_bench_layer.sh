@@ -168,6 +168,10 @@ test_script() {
     cp kept out
     lines 12 <<<'assert line["command"].endswith("--points 1-12") and line["time"] and line["commit"] != "unknown"'
     check "no table: $(cat table err)" grep -qE '^large +topk +256 padded 1 ' table
+    timeout 60 "$EXPERIMENTS/grids.sh" -g wide,large -o '--scale small --seconds 0.002 --iterations 3 --points 1' \
+        "$PROGRAM" kept >table 2>err
+    check "a grid that failed ends well" test $? = 1
+    check "no table of the other: $(cat table err)" grep -qE '^large +topk +compact ' table
     timeout 20 "$EXPERIMENTS/grids.sh" nowhere kept >out 2>err
     check "a program that is not there" grep -q '^grids.sh: nowhere is not there: make nowhere$' err
     grid --tokens 64 --dim 16 --expert-dim 16 --repeats 2
@@ -194,6 +198,10 @@ rows = [point("compact", 0, 4, 9, 0.1), point("compact", 0, 4, 2, 0.01), point("
         point("compact", 0, 16, 2, 0.01), point("padded", 1.25, 4, 3, 0.01), point("padded", 1.25, 8, 2.02, 0.1),
         point("padded", 1.25, 16, 1, 0.01), {"kind": "run"}, {"kind": "microbench", "dry_run": True},
         point("padded", 1, 16, 1, 0.01, skipped="needs 99 GiB")]
+# the same points with another load, on another device, or with weights that are shared are points of their own
+rows += [dict(r, load="zipf:2", times_ms={"forward": {"mean": 5, "half_width": None}}) for r in rows[1:3]]
+rows += [dict(r, shared_weights=True, times_ms={"forward": {"mean": 50, "half_width": 1}}) for r in rows[:1]]
+rows += [dict(r, device="E", times_ms={"forward": {"mean": 4, "half_width": 0.1}}) for r in rows[1:5:3]]
 print("\n".join(map(json.dumps, rows)))
 PYTHON
     timeout 20 "$EXPERIMENTS/grid_table.py" lines.jsonl >out 2>err
@@ -202,10 +210,12 @@ PYTHON
     check "layouts: $(cat out)" grep -qE '^course +topk +4096 padded 1.25 +1.010 +1 +1 +1 +25.0% +50.0%$' out
     check "scales: $(cat out)" grep -q 'faster than padded 1.25 at most points of 0 of 1 scales' out
     check "stages: $(cat out)" grep -qE '^course +topk +compact +3 .* 80.0% +1.010$' out
+    check "stages of another load: $(cat out)" grep -qE '^course +zipf:2 +compact +2 ' out
+    check "layouts on another device: $(cat out)" grep -qE '^course +topk +4096 padded 1.25 +1.000 +0 +0 +1 ' out
     check "what was left out: $(cat out)" grep -q 'left out: course, .*, padded: needs 99 GiB' out
     echo '{' >>lines.jsonl
     timeout 20 "$EXPERIMENTS/grid_table.py" lines.jsonl >out 2>err
-    check "not JSON: $(cat err)" grep -q '^grid_table.py: lines.jsonl, line 11 is not JSON' err
+    check "not JSON: $(cat err)" grep -q '^grid_table.py: lines.jsonl, line 16 is not JSON' err
 }
 
 run_tests "$@"

@@ -284,9 +284,10 @@ static int next_batch(const char **list, const Options *o) {
 }
 
 static void check(Options *o, const ModelConfig *c) {
-    for (const char *next = o->batches; *next;) {
+    const char *next = o->batches;
+    do {
         next_batch(&next, o);
-    }
+    } while (*next);
     o->prompt = o->prompt > 0 ? o->prompt : (c->seq + 1) / 2;
     CHECK(o->prompt <= c->seq, "--prompt %d is longer than the model's context of %d tokens: give fewer", o->prompt,
           c->seq);

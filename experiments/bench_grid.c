@@ -311,6 +311,7 @@ static void run_point(Point *p) {
     if (!wanted(p)) {
         return;
     }
+    p->measured++;
     if (p->options->dry_run) {
         print_dry(p);
     } else if (strcmp(p->grid->name, "pack") == 0) {
@@ -371,9 +372,13 @@ static const Grid *find_grid(const GridOptions *o) {
 }
 
 static void check(const GridOptions *o) {
-    int first, last, fields = o->points ? sscanf(o->points, "%d-%d", &first, &last) : 0;
-    CHECK(!o->points || (fields >= 1 && first >= 1 && (fields == 1 || last >= first)),
-          "--points %s: give A or A-B, counted from 1; --dry-run 1 lists them", o->points);
+    int first = 0, last = 0, end_one = -1, end_two = -1;
+    if (o->points) {
+        sscanf(o->points, "%d%n-%d%n", &first, &end_one, &last, &end_two);
+        bool one = end_one >= 0 && !o->points[end_one], two = end_two >= 0 && !o->points[end_two] && last >= first;
+        CHECK((one || two) && first >= 1, "--points %s: give A or A-B, counted from 1; --dry-run 1 lists them",
+              o->points);
+    }
     bool zipf = strncmp(o->load, "zipf:", 5) == 0;
     char *end = NULL;
     double s = zipf ? strtod(o->load + 5, &end) : 0;
@@ -419,4 +424,5 @@ void bench_grid(const GridOptions *o, const char *device) {
             }
         }
     }
+    CHECK(p.measured > 0, "--points %s: the grid has %d points", o->points, p.number);
 }

@@ -43,7 +43,7 @@ typedef struct {
     const Grid *grid;
     const GridOptions *options;
     const char *device;
-    int number;
+    int number, measured; /* the point's, from 1; points so far that were wanted */
     int batch, seq, dim, expert_dim, experts, top_k;
     char router[NAME], layout[NAME];
     double capacity_factor;

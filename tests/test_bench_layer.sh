@@ -150,6 +150,7 @@ test_refusals() {
     local wrong=('--grid what' '--grid pack --scale tiny' '--grid pack --router top1' '--load zipf:x --grid pack'
                  '--layout wide --grid course' '--router nobody --grid course' '--repeats-of-all 0 --grid pack'
                  '--iterations 1.5 --grid pack' '--shared-weights 1 --grid pack' '--points 9-3 --grid pack'
+                 '--points 4x --grid pack' '--points 55 --grid pack --dry-run 1'
                  '--load uniform --router topk --grid course' '--seconds' '--grids pack')
     for arguments in "${wrong[@]}"; do
         # shellcheck disable=SC2086  # words

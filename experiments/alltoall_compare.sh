@@ -15,28 +15,17 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-usage() { sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
 shapes='b1 b2 b3 b4 b5 train-1024 train-2048 train-768'
 versions=sorted,gather,gather+compile,graphs,graphs+compile
 ranks='' repeats=100 seconds=10 python=python3
-while getopts 'n:x:v:r:s:p:' option; do
-    case $option in
-        n) ranks=$OPTARG ;;
-        x) shapes=$OPTARG ;;
-        v) versions=$OPTARG ;;
-        r) repeats=$OPTARG ;;
-        s) seconds=$OPTARG ;;
-        p) python=$OPTARG ;;
-        *) usage ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then usage; fi
-program=$1 out=$2
+read_options 'n=ranks x=shapes v=versions r=repeats s=seconds p=python' 2 "$@"
+program=${arguments[0]} out=${arguments[1]}
 # shellcheck source=experiments/keep_lines.sh
 . "$here/keep_lines.sh"
 if [ -z "$ranks" ]; then ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || ranks=0; fi
-if ! [ "$ranks" -ge 1 ]; then echo "alltoall_compare.sh: no GPU is here: give the number of ranks, -n" >&2; exit 1; fi
+if ! [ "$ranks" -ge 1 ]; then fail "no GPU is here: give the number of ranks, -n"; fi
 
 # The words that ask either side for a shape.
 words() { case $1 in *,*) echo "--shape $1" ;; *) echo "$1" ;; esac; }

@@ -15,22 +15,11 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
 threads=2 python='' rounds=2 models=cpu-default,cpu-mid,cpu-c512 ways=best
-usage() { sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
-while getopts 't:p:r:m:v:' option; do
-    case $option in
-        t) threads=$OPTARG ;;
-        p) python=$OPTARG ;;
-        r) rounds=$OPTARG ;;
-        m) models=$OPTARG ;;
-        v) ways=$OPTARG ;;
-        *) usage ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then usage; fi
-bench=$1 out=$2
-fail() { echo "cpu_compare.sh: $1" >&2; exit 1; }
+read_options 't=threads p=python r=rounds m=models v=ways' 2 "$@"
+bench=${arguments[0]} out=${arguments[1]}
 
 [ -x "$bench" ] || fail "$bench is not a program: run make bench first, or give its path"
 if [ -z "$python" ]; then

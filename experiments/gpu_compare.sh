@@ -19,26 +19,15 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
 layers=course-mid,course-big,course-top1,olmoe,fine,tiny
 models=d12,d12-fine,tiny,tiny-byte,d12-dense
 shapes='16384,4096,128,2 32768,2048,64,8'
 ways=grouped+compile,grouped+graphs weights=rounded,copies python=python3 limit=
-while getopts 'l:m:d:w:k:s:p:' option; do
-    case $option in
-        l) layers=$OPTARG ;;
-        m) models=$OPTARG ;;
-        d) shapes=$OPTARG ;;
-        w) ways=$OPTARG ;;
-        k) weights=$OPTARG ;;
-        s) limit=$OPTARG ;;
-        p) python=$OPTARG ;;
-        *) sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1 ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then sed -n '5p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; fi
-if [[ ! $limit =~ ^[0-9]*$ ]]; then echo "gpu_compare.sh: -s $limit: give whole seconds" >&2; exit 1; fi
-dir=$1 out=$2
+read_options 'l=layers m=models d=shapes w=ways k=weights s=limit p=python' 2 "$@"
+if [[ ! $limit =~ ^[0-9]*$ ]]; then fail "-s $limit: give whole seconds"; fi
+dir=${arguments[0]} out=${arguments[1]}
 # shellcheck source=experiments/keep_lines.sh
 . "$here/keep_lines.sh"
 

@@ -14,20 +14,12 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-grids=course,large,pack options= python=python3
-usage() { sed -n '4s/^#  */usage: /p' "$0" >&2; exit 1; }
-while getopts 'g:o:p:' option; do
-    case $option in
-        g) grids=$OPTARG ;;
-        o) options=$OPTARG ;;
-        p) python=$OPTARG ;;
-        *) usage ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then usage; fi
-program=$1 out=$2
-if [ ! -x "$program" ]; then echo "grids.sh: $program is not there: make $program" >&2; exit 1; fi
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
+grids=course,large,pack options='' python=python3
+read_options 'g=grids o=options p=python' 2 "$@"
+program=${arguments[0]} out=${arguments[1]}
+if [ ! -x "$program" ]; then fail "$program is not there: make $program"; fi
 # shellcheck source=experiments/keep_lines.sh
 . "$here/keep_lines.sh"
 

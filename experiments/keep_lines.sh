@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154  # variables are set by who sources this
+# shellcheck shell=bash disable=SC2154,SC2034  # variables that who sources this sets, or reads
 # What the comparisons with PyTorch share: running a program and keeping the JSON lines that it prints. Sourced by
 # gpu_compare.sh, alltoall_compare.sh and scaling_compare.sh, which set python, out (the file that grows) and the paths
 # they need.

@@ -22,28 +22,14 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 batches=1024 only='' timing=0 best=0 size=wide
-usage() { sed -n '5,6p' "$0" | sed 's/^#  */usage: /' >&2; exit 1; }
-while getopts 'o:wj:t:s:l:n:e:a:bT' option; do
-    case $option in
-        o) objective=$OPTARG ;;
-        w) size=narrow ;;
-        j) jobs=$OPTARG ;;
-        t) threads=$OPTARG ;;
-        s) seeds=$OPTARG ;;
-        l) rates=$OPTARG ;;
-        n) steps=$OPTARG ;;
-        e) batches=$OPTARG ;;
-        a) only=$OPTARG ;;
-        b) best=1 ;;
-        T) timing=1 ;;
-        *) usage ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then usage; fi
-train=$(realpath "$1") out=$(realpath "$2")
-[ -x "$train" ] || { echo "router_table.sh: $1 is not a program: run make first" >&2; exit 1; }
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
+objective=lm jobs=1 threads='' seeds='1 2 3' rates='4e-3' steps=900 batches=1024 only='' w=0 b=0 T=0
+read_options 'o=objective w j=jobs t=threads s=seeds l=rates n=steps e=batches a=only b T' 2 "$@"
+best=$b timing=$T size=wide
+[ "$w" = 0 ] || size=narrow
+train=$(realpath "${arguments[0]}") out=$(realpath "${arguments[1]}")
+[ -x "$train" ] || fail "${arguments[0]} is not a program: run make first"
 
 # name, work per token against topk's experts, options
 lm_arms='

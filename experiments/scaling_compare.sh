@@ -24,27 +24,13 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-usage() { sed -n '5s/^#  */usage: /p; 6s/^#//p' "$0" >&2; exit 1; }
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
 models=d12,d12-fine counts='' steps=20 ways=grouped+compile,grouped+blocks weights=rounded,copies buckets=25
 limit='' python=python3 options=''
-while getopts 'm:n:r:o:w:k:b:s:p:' option; do
-    case $option in
-        m) models=$OPTARG ;;
-        n) counts=$OPTARG ;;
-        r) steps=$OPTARG ;;
-        o) options=$OPTARG ;;
-        w) ways=$OPTARG ;;
-        k) weights=$OPTARG ;;
-        b) buckets=$OPTARG ;;
-        s) limit=$OPTARG ;;
-        p) python=$OPTARG ;;
-        *) usage ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then usage; fi
-if [[ ! $limit =~ ^[0-9]*$ ]]; then echo "scaling_compare.sh: -s $limit: give whole seconds" >&2; exit 1; fi
-dir=$1 out=$2
+read_options 'm=models n=counts r=steps o=options w=ways k=weights b=buckets s=limit p=python' 2 "$@"
+if [[ ! $limit =~ ^[0-9]*$ ]]; then fail "-s $limit: give whole seconds"; fi
+dir=${arguments[0]} out=${arguments[1]}
 # shellcheck source=experiments/keep_lines.sh
 . "$here/keep_lines.sh"
 if [ -z "$counts" ]; then
@@ -54,9 +40,9 @@ fi
 read -ra counts <<<"$counts"
 read -ra models <<<"${models//,/ }"
 read -ra options <<<"$options"
-if [ ${#counts[@]} = 0 ]; then echo "scaling_compare.sh: no GPU is here: give numbers of ranks, -n" >&2; exit 1; fi
+if [ ${#counts[@]} = 0 ]; then fail "no GPU is here: give numbers of ranks, -n"; fi
 for n in "${counts[@]}"; do
-    if [[ ! $n =~ ^[1-9][0-9]*$ ]]; then echo "scaling_compare.sh: -n $n: give numbers of ranks" >&2; exit 1; fi
+    if [[ ! $n =~ ^[1-9][0-9]*$ ]]; then fail "-n $n: give numbers of ranks"; fi
 done
 
 read -ra mpirun <<<"${MPIRUN:-mpirun --bind-to none}"

@@ -25,39 +25,26 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=experiments/script_options.sh
+. "$here/script_options.sh"
 say() { echo "specialise.sh: $*" >&2; }
-usage() { sed -n '6s/^#  */usage: /p' "$0" >&2; exit 1; }
 ranks=4 seeds='1 2 3' rate=4e-3 steps=450 only='' extra=''
-while getopts 'r:s:l:n:a:p:' option; do
-    case $option in
-        r) ranks=$OPTARG ;;
-        s) seeds=$OPTARG ;;
-        l) rate=$OPTARG ;;
-        n) steps=$OPTARG ;;
-        a) only=$OPTARG ;;
-        p) extra=$OPTARG ;;
-        *) usage ;;
-    esac
-done
-shift $((OPTIND - 1))
-if [ $# != 2 ]; then usage; fi
-if [[ ! $ranks =~ ^[1-9][0-9]*$ || $ranks = 1 ]]; then say "-r $ranks: give two ranks or more"; exit 1; fi
+read_options 'r=ranks s=seeds l=rate n=steps a=only p=extra' 2 "$@"
+if [[ ! $ranks =~ ^[1-9][0-9]*$ || $ranks = 1 ]]; then fail "-r $ranks: give two ranks or more"; fi
 if [[ ! $steps =~ ^[1-9][0-9]*$ || $((steps % 2)) = 1 ]]; then
-    say "-n $steps: give an even number of steps, which have two halves"
-    exit 1
+    fail "-n $steps: give an even number of steps, which have two halves"
 fi
-number=$(python3 -c "print(float('$rate'))" 2>/dev/null) || { say "-l $rate: give a number"; exit 1; }
-train=$1 out=$2
-[ -x "$train" ] || { say "$train is not a program: run make first"; exit 1; }
+number=$(python3 -c "print(float('$rate'))" 2>/dev/null) || fail "-l $rate: give a number"
+train=${arguments[0]} out=${arguments[1]}
+[ -x "$train" ] || fail "$train is not a program: run make first"
 train=$(realpath "$train")
 read -ra mpirun <<<"${MPIRUN:-mpirun --oversubscribe --bind-to none --quiet}"
 if ! command -v "${mpirun[0]}" >/dev/null; then
-    say "${mpirun[0]} is not found: install Open MPI, or name another in MPIRUN"
-    exit 1
+    fail "${mpirun[0]} is not found: install Open MPI, or name another in MPIRUN"
 fi
 if [ "$(id -u)" = 0 ] && [ -z "${MPIRUN:-}" ]; then mpirun+=(--allow-run-as-root); fi
 touch "$out" || exit 1
-help=$("$train" --help) || { say "$train --help fails: build it again"; exit 1; }
+help=$("$train" --help) || fail "$train --help fails: build it again"
 
 # name, options; "first" stands for a run of half of the steps with the gate as it was drawn, which the arm starts from
 arms='
@@ -68,7 +55,7 @@ experts          --domains by-rank --freeze router
 decoupled        --domains by-rank --freeze all-but-router first
 decoupled-trunk  --domains by-rank --freeze experts first'
 for arm in ${only//,/ }; do
-    grep -q "^$arm " <<<"$arms" || { say "-a $arm: there is no such arm"; exit 1; }
+    grep -q "^$arm " <<<"$arms" || fail "-a $arm: there is no such arm"
 done
 options=(--data builtin --router topk --experts 8 --top-k 2 --layers 2 --dim 64 --heads 2 --expert-dim 64 --seq 128
          --batch 8 --min-lr 0.02 --eval-every 150 --eval-batches 32)
@@ -95,7 +82,7 @@ compose() {
 train_on() {
     compose "${@:2}"
     (cd "$runs" && "${mpirun[@]}" -n "$ranks" "$train" "${kept[@]}" --out "$1" </dev/null >output 2>&1) ||
-        { say "stopped: $(grep -am 1 moelab "$runs/output" || tail -n 1 "$runs/output")"; exit 1; }
+        fail "stopped: $(grep -am 1 moelab "$runs/output" || tail -n 1 "$runs/output")"
 }
 
 # has_line ARM: whether OUT has a line of $command.
@@ -103,7 +90,7 @@ has_line() {
     local line
     line=$(grep -F -- "\"arm\": \"$1\", \"rate\": $number, \"seed\": $seed," "$out" | tail -n 1) || return 1
     [[ $line == *"\"command\": \"$command\""* ]] ||
-        { say "$out has $1, seed $seed, made with other options than $command: give another file"; exit 1; }
+        fail "$out has $1, seed $seed, made with other options than $command: give another file"
 }
 
 for seed in $seeds; do

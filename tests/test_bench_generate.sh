@@ -67,8 +67,9 @@ PYTHON
 }
 
 test_refusals() {
-    local wrong=('--model nothing' '--batches 0' '--batches ,' '--batches 1,x' '--batches 999' '--prompt 25' '--prompt 20 --new 9'
-                 '--repeats 0' '--temperature -1' '--new' '--checkpoint nowhere' '--objective mlm' '--no-such-option 1')
+    local wrong=('--model nothing' '--batches 0' '--batches ,' '--batches 1,x' '--batches 999' '--prompt 25'
+                 '--prompt 20 --new 9' '--repeats 0' '--temperature -1' '--new' '--checkpoint nowhere'
+                 '--objective mlm' '--no-such-option 1')
     for arguments in "${wrong[@]}"; do
         local words=("${SMALL[@]}")
         [[ $arguments != *--checkpoint* && $arguments != *--model* ]] || words=()

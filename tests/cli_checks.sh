@@ -1,12 +1,11 @@
 # shellcheck shell=bash disable=SC2015  # A && B || C is meant so: B ends the same way in both
 # What the tests of the whole program, ./train, share: running it, checks of how it ended and what it left, data to
-# train on, and the loop over the tests. A script sources this, defines functions test_NAME and ends with
+# train on. A script sources this, defines functions test_NAME (script_tests.sh) and ends with
 #
 #     run_tests "$@"
 #
-# Every test runs in a subshell and a directory of its own; it passes when no check in it failed. TRAIN names another
-# program than ./train; AHEAD=1 says that it runs ahead of its device, so that the figures of a step are read when the
-# next is under way. Sourced by test_cli_refusals.sh, test_cli_routers.sh and test_cli_runs.sh.
+# TRAIN names another program than ./train; AHEAD=1 says that it runs ahead of its device, so that the figures of a step
+# are read when the next is under way. Sourced by test_cli_*.sh and others.
 set -u
 
 # A full disk is a small tmpfs in a mount namespace of our own, which ends with this script.
@@ -23,6 +22,8 @@ fi
 TRAIN=$(realpath "${TRAIN:-./train}")
 AHEAD=${AHEAD:-0}
 ROOT=$(mktemp -d "${TMPDIR:-/tmp}/test_cli.XXXXXX")
+# shellcheck source=tests/script_tests.sh
+. "$(dirname "$0")/script_tests.sh"
 trap 'umount "$ROOT"/*/disk 2>/dev/null; rm -rf "$ROOT"' EXIT
 chmod 755 "$ROOT"
 # One thread: with more, the threads of tiny kernels mostly wait for each other. A test that needs two says so.
@@ -69,20 +70,8 @@ resume() {
 
 # ---- checks
 
-fail() {
-    echo "  $*"
-    failed=1
-}
-
 skip() {
     echo "  skip  $*"
-}
-
-# check WHAT COMMAND...: COMMAND must succeed.
-check() {
-    local what=$1
-    shift
-    "$@" >check.out 2>&1 || { fail "$what"; head -n 5 check.out; }
 }
 
 # lacks PATTERN FILE
@@ -270,34 +259,12 @@ shard() {
 
 # ---- running the tests
 
-# run_tests [NAME...]: all tests of the script, in its order; with names, those whose names contain one. Its status
-# is the script's.
+# run_tests [NAME...]: the tests, where there is a program.
 run_tests() {
     if [ ! -x "$TRAIN" ]; then
         echo "there is no $TRAIN: run make first"
         echo "0 passed, 1 failed"
         exit 1
     fi
-    all_passed=0
-    all_failed=0
-    mapfile -t names < <(sed -n 's/^test_\([a-z0-9_]*\)() {$/\1/p' "$0")
-    for name in "${names[@]}"; do
-        wanted=$#
-        for word; do
-            [[ $name != *$word* ]] || wanted=0
-        done
-        [ "$wanted" = 0 ] || continue
-        mkdir "$ROOT/$name"
-        begin=${EPOCHREALTIME/./}
-        if (cd "$ROOT/$name" && failed=0 && { "test_$name"; exit "$failed"; }); then
-            all_passed=$((all_passed + 1))
-            word=ok
-        else
-            all_failed=$((all_failed + 1))
-            word=FAIL
-        fi
-        printf '%-5s %s, %d ms\n' $word "$name" $(((${EPOCHREALTIME/./} - begin) / 1000))
-    done
-    echo "$all_passed passed, $all_failed failed"
-    [ $all_failed = 0 ]
+    each_test "$@"
 }

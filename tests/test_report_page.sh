@@ -4,23 +4,14 @@
 #
 #     tests/test_report_page.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
 #
-# Every test is a function and runs in a directory of its own; it passes when no check in it failed. Called by
-# run_tests.sh. What pages are held to is in tests/report_checks.py.
+# Called by run_tests.sh. What pages are held to is in tests/report_checks.py; the loop, in script_tests.sh.
 set -u
 REPO=$PWD
 ROOT=$(mktemp -d "${TMPDIR:-/tmp}/test_report_page.XXXXXX")
 trap 'rm -rf "$ROOT"' EXIT
+# shellcheck source=tests/script_tests.sh
+. "$(dirname "$0")/script_tests.sh"
 export PYTHONPYCACHEPREFIX=$ROOT/compiled LC_ALL=C.UTF-8
-
-# check WHAT COMMAND...: COMMAND must succeed.
-check() {
-    local what=$1
-    shift
-    "$@" >check.out 2>&1 && return
-    echo "  $what"
-    tail -n 5 check.out
-    failed=1
-}
 
 # report ARGUMENT...: output is in the files `out` and `err`, the exit status in $status.
 report() {
@@ -245,8 +236,7 @@ test_timed_anew() {
 
 test_logs() {
     if [ ! -x "$REPO/train" ]; then
-        echo "  ./train is not built"
-        failed=1
+        fail "./train is not built"
         return
     fi
     for router in topk hash; do
@@ -257,9 +247,9 @@ test_logs() {
     made
     page text '2 layers of 16' 'Speeds are those that the runs themselves logged' 'Fewer than 3 seeds'
     page logs runs/topk/log.jsonl runs/hash/log.jsonl
-    head -n 6 runs/topk/log.jsonl >cut
+    head -n 6 runs/topk/log.jsonl >begin.jsonl
     mkdir -p half/topk
-    mv cut half/topk/log.jsonl
+    mv begin.jsonl half/topk/log.jsonl
     report half/topk -o page.html
     made
     page text 'Without a finite final validation loss, left out: topk'
@@ -285,25 +275,4 @@ test_unwritable() {
     refused 'none/page.html'
 }
 
-# ---- running the tests
-
-all_passed=0
-all_failed=0
-mapfile -t names < <(sed -n 's/^test_\([a-z0-9_]*\)() {$/\1/p' "$0")
-for name in "${names[@]}"; do
-    wanted=$#
-    for word; do
-        [[ $name != *$word* ]] || wanted=0
-    done
-    [ "$wanted" = 0 ] || continue
-    mkdir "$ROOT/$name"
-    if (cd "$ROOT/$name" && failed=0 && { "test_$name"; exit "$failed"; }); then
-        all_passed=$((all_passed + 1))
-        echo "ok    $name"
-    else
-        all_failed=$((all_failed + 1))
-        echo "FAIL  $name"
-    fi
-done
-echo "$all_passed passed, $all_failed failed"
-[ $all_failed = 0 ]
+each_test "$@"

@@ -4,23 +4,14 @@
 #
 #     tests/test_scripts.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
 #
-# Every test is a function and runs in a directory of its own; it passes when no check in it failed. Called by
-# run_tests.sh. Read next: model/log.h, for what the lines mean.
+# Called by run_tests.sh. Read next: model/log.h, for what the lines mean.
 set -u
 SCRIPTS=$(realpath experiments)
 ROOT=$(mktemp -d "${TMPDIR:-/tmp}/test_scripts.XXXXXX")
 trap 'rm -rf "$ROOT"' EXIT
+# shellcheck source=tests/script_tests.sh
+. "$(dirname "$0")/script_tests.sh"
 export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8
-
-# check WHAT COMMAND...: COMMAND must succeed.
-check() {
-    local what=$1
-    shift
-    "$@" >check.out 2>&1 && return
-    echo "  $what"
-    tail -n 5 check.out
-    failed=1
-}
 
 # script NAME ARGUMENT...: within 20 s; output is in the files `out` and `err`, the exit status in $status.
 script() {
@@ -398,25 +389,4 @@ test_wandb_missing() {
     refused "none/log.jsonl: No such file or directory"
 }
 
-# ---- running the tests
-
-all_passed=0
-all_failed=0
-mapfile -t names < <(sed -n 's/^test_\([a-z0-9_]*\)() {$/\1/p' "$0")
-for name in "${names[@]}"; do
-    wanted=$#
-    for word; do
-        [[ $name != *$word* ]] || wanted=0
-    done
-    [ "$wanted" = 0 ] || continue
-    mkdir "$ROOT/$name"
-    if (cd "$ROOT/$name" && failed=0 && { "test_$name"; exit "$failed"; }); then
-        all_passed=$((all_passed + 1))
-        echo "ok    $name"
-    else
-        all_failed=$((all_failed + 1))
-        echo "FAIL  $name"
-    fi
-done
-echo "$all_passed passed, $all_failed failed"
-[ $all_failed = 0 ]
+each_test "$@"

@@ -241,6 +241,20 @@ MOODY
         folder/sweep.log)" = "1 2"
 }
 
+# Of a run that others start from its own options are held to, so that what lies there is not taken for another.
+test_another_start() {
+    recipe "seeds 1" "baseline tuned" "arm tuned --init-from {base}" "before base --router topk --steps 4 --lr 1e-3"
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    rm folder/results.jsonl
+    sleep 1 # logs tell the second
+    sed -i 's/^before .*/before base --router topk --steps 4 --lr 1e-3 --z-coef 0.5/' demo.sweep
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    has '[r["config"]["z_coef"] for r in of("before")] == [0.5]'
+    check "an arm kept what began with the old one" test "$(grep -c 'started tiny tuned' folder/sweep.log)" = 2
+}
+
 test_one_sweep_in_a_folder() {
     recipe "${LONG//$'\n'/ }"
     python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --program "$TRAIN" --no-timing >first 2>&1 &
@@ -448,6 +462,10 @@ test_bad_places() {
     sed -i 's/^expect .*/expect b below a/' demo.sweep
     sweep demo.sweep --out folder
     sweep_refused "--out folder: made by a recipe with another expect (folder/recipe)"
+    mv folder/recipe elsewhere # it stands among the results as well
+    sweep demo.sweep --out folder
+    sweep_refused "--out folder: made by a recipe with another expect (folder/recipe)"
+    mv elsewhere folder/recipe
     recipe "seeds 2 3"
     sweep demo.sweep --out folder
     sweep_refused "made by a recipe with another seeds"

@@ -46,7 +46,7 @@ class Control:
                 return 0
             self.records = self.folder.read_results()
             if self.records:
-                self.folder.check_recipe(self.recipe)
+                self.folder.check_recipe(self.recipe, self.records)
             self.probe_arms()
             self.keep_question()
             return self.work()
@@ -265,6 +265,9 @@ class Control:
         """Starts the run, or takes its line from what its directory holds; False when it did the latter."""
         log = run_record.read_log(os.path.join(run.folder, "log.jsonl"))
         ours = log.header is not None and self.plan.matches(run, log.header["config"])
+        for before in self.plan.befores_of(run):  # where one was trained anew, what began with the old one is stale
+            start = run_record.read_log(os.path.join(before.folder, "log.jsonl")).header
+            ours = ours and str(start and start.get("ts")) <= str(log.header.get("ts"))
         if ours and run.kind == "run" and (log.finished(run.steps) or log.diverged()):
             self.record(run, log, self.slots[0])
             return False

@@ -101,13 +101,16 @@ class Folder:
 
     # ---- recipe
 
-    def check_recipe(self, recipe):
-        """A recipe that changed what earlier results were made by is refused."""
+    def check_recipe(self, recipe, records):
+        """A recipe that changed what earlier results were made by is refused. Its text is in the results, too."""
         path = self.inside("recipe")
-        if not os.path.exists(path):
+        texts = [record["text"] for record in records if record.get("kind") == "recipe" and record.get("text")]
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                texts.append(file.read())
+        if not texts:
             return
-        with open(path, encoding="utf-8") as file:
-            earlier = sweep_recipe.parse(file.read(), path)
+        earlier = sweep_recipe.parse(texts[-1], path)
         changed = sweep_recipe.difference(earlier, recipe)
         if changed:
             raise FolderError(f"--out {self.path}: made by a recipe with another {changed} ({path}): add arms, sizes, "

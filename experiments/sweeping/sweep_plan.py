@@ -42,6 +42,16 @@ def key(run):
     return run.size, run.arm, run.rate, run.seed
 
 
+def is_value(value, text):
+    """Whether a value of a configuration is what an option's text says; None: the option has none."""
+    if text is None or not isinstance(value, (int, float)):
+        return text is None or str(value) == text
+    try:
+        return math.isclose(value, float(text))
+    except ValueError:
+        return False
+
+
 class Plan:
     def __init__(self, recipe, folder, arms=None, sizes=None, seeds=None):
         self.recipe, self.folder = recipe, folder
@@ -149,8 +159,9 @@ class Plan:
         given = {name[2:].replace("-", "_"): value for name, value in run.options}
         if "lr" in given and not math.isclose(config.get("lr", 0), float(given["lr"])):
             return False
-        if run.kind == "before":
-            return True
+        if run.kind == "before":  # no probe says what all its options amount to: those that are given have to be there
+            return all(is_value(config[name], text) for name, text in given.items()
+                       if name in config and name != "init_from")
         expected = self.probes[run.size, run.arm]["config"]
         return all(config.get(name) == value for name, value in expected.items() if name not in FREE)
 

@@ -209,14 +209,16 @@ for seed, loss in ((2, None), (3, 0.7), (4, 0.6)):
     line("late", 0.2, seed, loss)
 for seed, loss in ((2, 0.7), (3, 0.6)):
     line("topk", 0.2, seed, loss)
+for seed, loss in ((1, 0.4), (2, None), (3, 0.4)):
+    line("every", 0.1, seed, loss)
 PYTHON
     report rates.jsonl -o page.html
     made
     for rate in early=0.1 late=0.2 topk=0.2; do
         page numbers rates.jsonl $rate
     done
-    page text "Diverged at the arm's own rate: late (rate 0.2, seed 2)." \
-        'Against topk, seed by seed: higher loss: early.'
+    page text "Diverged at the arm's own rate: late (rate 0.2, seed 2)" \
+        "every (rate 0.1, seed 2)" 'Against topk, seed by seed: higher loss: early.'
     "$REPO/experiments/sweep" rank rates.jsonl >table
     check "rank says otherwise" grep -q 'Not ranked: late diverged at its rate 0.2 with seed 2' table
 }
@@ -253,6 +255,15 @@ test_logs() {
     report half/topk -o page.html
     made
     page text 'Without a finite final validation loss, left out: topk'
+    # one that diverged is no run that is still to come
+    sed 's/"seed":1337/"seed":1/' runs/topk/log.jsonl >half/topk/log.jsonl
+    mkdir half/lost
+    sed '/^{"step":12,/d' runs/topk/log.jsonl >half/lost/log.jsonl
+    echo '{"event":"skip","step":11,"in_a_row":1000000}' >>half/lost/log.jsonl
+    report half -o page.html
+    made
+    page text "Diverged at the arm's own rate: topk (rate 0.003, seed 1337)"
+    rm -r half/lost
     # a run that was stopped has an end as well, and its last evaluation is not its final one
     sed 's/"event":"end","step":12,/"event":"end","step":11,/; /^{"step":12,/d' runs/topk/log.jsonl >half/topk/log.jsonl
     report half/topk -o page.html

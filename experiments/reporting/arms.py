@@ -124,7 +124,8 @@ def finite_loss(run, key):
 
 
 def choose_rate(arm, key):
-    """Sets arm.rate, arm.best and arm.lost; none of them where every rate diverged or no run has a loss."""
+    """Sets arm.rate, arm.best and arm.lost; none of them where no run has a loss. Where every rate lost a seed it is
+    shown at the one that lost fewest."""
     losses, runs = {}, {}
     for run in arm.runs:
         rate, loss = number(run.get("rate")), finite_loss(run, key)
@@ -138,6 +139,9 @@ def choose_rate(arm, key):
         if rate is not None:
             losses.setdefault(rate, {})[line.get("seed")] = math.inf
     arm.rate = intervals.own_rate(losses)
+    if arm.rate is None:
+        arm.rate = max((rate for rate in runs if len(runs[rate]) < len(losses[rate])), default=None,
+                       key=lambda rate: len(runs[rate]) - len(losses[rate]))
     if runs.get(arm.rate):
         in_order = sorted(losses[arm.rate], key=lambda seed: str(seed).zfill(12))
         arm.best = {seed: runs[arm.rate][seed] for seed in in_order if math.isfinite(losses[arm.rate][seed])}

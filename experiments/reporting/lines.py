@@ -149,6 +149,9 @@ def run_of_log(path, entries):
         "loads": thinned([[e["step"]] + [e.get(key) for key in LOADS] for e in steps])}
     for key in ("val_loss", "val_bpb", "val_floor", "val_domains", "domain_expert", "mi"):
         run[key] = last.get(key) if whole else None
+    skipped, most = number(events.get("skip", {}).get("in_a_row")), number(config.get("max_skips"))
+    if most and (skipped or 0) >= most:
+        run["why"] = f"{skipped} steps in a row were not finite"
     for key in MEANS:
         values = [e[key] for e in late if number(e.get(key)) is not None]
         run[key] = statistics.fmean(values) if values else None

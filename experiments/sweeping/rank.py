@@ -283,7 +283,7 @@ def verdict(paired):
     return "better" if paired.mean < 0 else "worse"
 
 
-HEADER = ["arm", "rate", "seeds", "validation loss", "difference", "bootstrap", "Student's t", "", "M total",
+HEADER = ["arm", "rate", "seeds", "validation loss", "difference", "bootstrap", "Student's t", "verdict", "M total",
           "M active", "MFLOP/token", "steps", "ms/step", "tok/s", "load CV", "drop"]
 
 

@@ -246,6 +246,8 @@ def logs(page, *paths):
         arm = os.path.basename(os.path.dirname(path))
         entries = list(lines_of(path))
         close(rows[arm]["loss \u00b1 95 %"], [e["val_loss"] for e in entries if "val_loss" in e][-1], 4, arm)
+        late = [e["load_cv"] for e in entries if "load_cv" in e][-3:]  # of 12 steps
+        close(rows[arm]["load CV"], statistics.fmean(late), 2, f"load CV of {arm}")
         times = [e["ms"] for e in entries if "ms" in e and "loss" in e]
         close(rows[arm]["tokens/s"], 2 * 32 * 1000 / statistics.median(times[len(times) // 4:]), 0, f"speed of {arm}")
     found = figure(page, "domains_and_experts")[0]
@@ -348,6 +350,10 @@ def generation(page, path):
                 ("prompt tokens/s", line.get("prompt_tok_s"), 0),
                 ("first token, ms (P50)", line.get("first_ms", {}).get("p50"), 3)):
             cell(row, column, value, digits, f"{line['model']}, batch {line['batch']}")
+        for said in (line.get("tok_s"), line.get("prompt_tok_s")):
+            if said and not any(f"{line['batch']} sequences: {said / 1e3:.3g}\u202fk" in words(e) or
+                                f"{line['batch']} sequences: {said:.3g}" in words(e) for e in page.iter(SVG + "title")):
+                fail("no point says", said)
     if len(rows) != len(lines):
         fail(len(rows), "rows for", len(lines), "lines")
 

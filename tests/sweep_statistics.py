@@ -1,4 +1,5 @@
-"""Tests of experiments/intervals.py: known answers, and how often intervals hold the truth on made-up data.
+"""Tests of experiments/intervals.py: known answers, and how often intervals hold the truth on made-up data; and of
+experiments/peaks.py.
 
     tests/sweep_statistics.py EXPERIMENTS        the folder; silent and status 0 when all is right
 """
@@ -9,6 +10,7 @@ import sys
 
 sys.path[:0] = [sys.argv[1] + "/sweeping", sys.argv[1]]
 import intervals  # noqa: E402
+import peaks  # noqa: E402
 
 
 def close(a, b, tolerance=1e-9):
@@ -128,6 +130,22 @@ def test_reach():
 def test_holm():
     assert intervals.holm([]) == [] and intervals.holm([0.2]) == [0.2]
     assert [round(p, 9) for p in intervals.holm([0.5, 0.001, 0.4])] == [0.8, 0.003, 0.8]
+
+
+def test_peaks():
+    """By the makers' data sheets, of names as drivers give them."""
+    for name, flops, bandwidth in (("NVIDIA H100 80GB HBM3 (132 SMs, 79 GiB)", 989.4e12, 3.35e12),
+                                   ("NVIDIA H100 PCIe", 756e12, 2.0e12), ("NVIDIA H200", 989.4e12, 4.8e12),
+                                   ("NVIDIA GH200 480GB", 989.4e12, 4.0e12), ("NVIDIA A100-SXM4-80GB", 312e12, 2.04e12),
+                                   ("NVIDIA A10", 125e12, 0.6e12), ("NVIDIA L40S", 362e12, 0.86e12),
+                                   ("NVIDIA L4", 121e12, 0.3e12), ("NVIDIA GeForce RTX 4090", 165e12, 1.0e12)):
+        assert (peaks.flops_of(name), peaks.bandwidth_of(name)) == (flops, bandwidth), name
+        assert peaks.of_device(name)[0] == flops
+    assert peaks.of_device("Z80")[0] is None and peaks.flops_of(None) is None
+    assert peaks.flops_of("A CPU (4 threads, AVX-512)") == 4 * 5e9 * 16 * 4
+    assert peaks.flops_of("A CPU (4 threads, AVX2)") == 4 * 5e9 * 8 * 4
+    assert peaks.of_cpu("A CPU (1 thread, AVX2)", 3.0)[0] == 3e9 * 8 * 4
+    assert peaks.flops_of("NVIDIA H200", [{"peak_flops": math.nan}, {"peak_flops": 7.0}]) == 7, "a line's own is first"
 
 
 for name, test in list(globals().items()):

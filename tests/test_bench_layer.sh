@@ -203,6 +203,9 @@ rows = [point("compact", 0, 4, 9, 0.1), point("compact", 0, 4, 2, 0.01), point("
 rows += [dict(r, load="zipf:2", times_ms={"forward": {"mean": 5, "half_width": None}}) for r in rows[1:3]]
 rows += [dict(r, shared_weights=True, times_ms={"forward": {"mean": 50, "half_width": 1}}) for r in rows[:1]]
 rows += [dict(r, device="E", times_ms={"forward": {"mean": 4, "half_width": 0.1}}) for r in rows[1:5:3]]
+rows[2]["stages"] = dict(rows[2]["stages"], combine={"ms": 0.5, "share": 0.25})
+rows.append(point("slots", 0, 8, 9, 0.1, router="soft"))
+rows[-1]["stages"] = dict(rows[-1]["stages"], combine={"ms": 2, "share": 0.5})
 print("\n".join(map(json.dumps, rows)))
 PYTHON
     timeout 20 "$EXPERIMENTS/grid_table.py" lines.jsonl >out 2>err
@@ -212,11 +215,12 @@ PYTHON
     check "scales: $(cat out)" grep -q 'faster than padded 1.25 at most points of 0 of 1 scales' out
     check "stages: $(cat out)" grep -qE '^course +topk +compact +3 .* 80.0% +1.010$' out
     check "stages of another load: $(cat out)" grep -qE '^course +zipf:2 +compact +2 ' out
+    check "soft's write-back: $(cat out)" grep -qE '^ +4096 +8 +8 +2.0000 +0.5000 +4.0x +50.0% +25.0%$' out
     check "layouts on another device: $(cat out)" grep -qE '^course +topk +4096 padded 1.25 +1.000 +0 +0 +1 ' out
     check "what was left out: $(cat out)" grep -q 'left out: course, .*, padded: needs 99 GiB' out
     echo '{' >>lines.jsonl
     timeout 20 "$EXPERIMENTS/grid_table.py" lines.jsonl >out 2>err
-    check "not JSON: $(cat err)" grep -q '^grid_table.py: lines.jsonl, line 16 is not JSON' err
+    check "not JSON: $(cat err)" grep -q '^grid_table.py: lines.jsonl, line 17 is not JSON' err
 }
 
 run_tests "$@"

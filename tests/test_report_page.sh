@@ -24,6 +24,11 @@ page() {
     check "page: $*" python3 "$REPO/tests/report_checks.py" "$1" page.html "${@:2}"
 }
 
+# tables CHECK LINES: what the page works out from losses and times.
+tables() {
+    check "tables: $*" python3 "$REPO/tests/report_tables.py" "$1" page.html "$2"
+}
+
 # made: the report ended well.
 made() {
     check "exit status $status: $(tail -n 1 err)" test "$status" = 0
@@ -51,6 +56,8 @@ test_every_figure() {
     page figures "$SWEEP/results.jsonl"
     page numbers "$SWEEP/results.jsonl"
     page front 'sigmoid, topk, topk-cf1 and top1'
+    tables sweep "$SWEEP/results.jsonl"
+    tables machine "$SWEEP/results.jsonl"
     page text 'A <title> & more' "<&\">'" \
         'Does a learned router beat a hash of the token?' 'Expected topk below hash: seen' \
         'Expected sigmoid below topk: not resolved' 'The router of broken gets no gradient from the loss' \
@@ -99,6 +106,7 @@ test_layer() {
     report grids.jsonl -o page.html --figures figures
     made
     page layer grids.jsonl
+    tables machine grids.jsonl
     for name in figure_a figure_b figure_c roofline_1; do
         check "no $name.svg" grep -q '</svg>' "figures/$name.svg"
     done
@@ -218,9 +226,24 @@ PYTHON
         page numbers rates.jsonl $rate
     done
     page text "Diverged at the arm's own rate: late (rate 0.2, seed 2)" \
-        "every (rate 0.1, seed 2)" 'Against topk, seed by seed: higher loss: early.'
+        "every (rate 0.1, seed 2)" 'Against topk, seed by seed: higher loss: early.' \
+        'The best learning rate is inside the grid for 2 of 3 arms'
     "$REPO/experiments/sweep" rank rates.jsonl >table
     check "rank says otherwise" grep -q 'Not ranked: late diverged at its rate 0.2 with seed 2' table
+}
+
+# Where texts are cut otherwise losses are in bits per byte, in curves as well.
+test_other_tokenizers() {
+    for tokenizer in byte vocabulary; do
+        echo '{"kind":"run","arm":"'$tokenizer'","rate":0.1,"seed":1,"val_loss":3,"val_bpb":1.5,
+            "config":{"tokenizer":"'$tokenizer'"},"val":[[0,0,9],[1,8,8],[2,16,6],[3,24,4],[4,32,3]]}' | tr -d '\n'
+        echo
+    done >tokenizers.jsonl
+    report tokenizers.jsonl -o page.html
+    made
+    page text 'bits per byte' 'The arms have different tokenizers'
+    check "a curve is not in them" test "$(sed 's/<td>/\n/g' page.html | grep -c '^1.5000<')" -ge 8
+    check "nats are left" bash -c '! grep -qF ">3.0000<" page.html'
 }
 
 # What an arm that was timed anew took before, or on another device, is not mixed into its speed.

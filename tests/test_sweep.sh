@@ -103,6 +103,11 @@ test_a_dry_run() {
     succeeds
     check "made more than a cache" test "$(echo folder/*)" = "folder/lock folder/probes.json folder/sweep.log"
     check "tokens of a short run" grep -qE '^tiny +topk +1 +5 +160 ' out
+    # two seeds try both rates, the third runs at the best one
+    recipe "rates 4e-3 1e-3" "rate-seeds 2"
+    sweep demo.sweep --dry-run
+    succeeds
+    check "runs of two rates: $(cat out)" grep -qE '^tiny +topk +5 +6 +192 ' out
     for recipe in "$EXPERIMENTS"/recipes/*.sweep; do
         check "recipe $recipe" python3 -c "import sys; sys.path[:0] = ['$EXPERIMENTS/sweeping', '$EXPERIMENTS']
 import sweep_recipe; sweep_recipe.read(sys.argv[1])" "$recipe"

@@ -291,6 +291,8 @@ def layer(page, path):
         row = rows[place(line, "grid", "dim", "experts", "top_k", "tokens", "router")]
         for stage, column in (("route", "route, ms (P50)"), ("permute", "plan, ms (P50)")):
             cell(row, column, line["stages"][stage]["ms"], 4, f"figure A, point {line['point']}")
+        share = 100 * (line["stages"]["route"]["ms"] + line["stages"]["permute"]["ms"]) / line["ms"]
+        cell(row, "both, of the forward", share, 1, f"figure A, point {line['point']}")
     lines_drawn = marks_of(figure(page, "figure_a")[0])
     if len(rows) != len(own) or lines_drawn != 2 * len(own):
         fail("figure A has", len(rows), "rows and", lines_drawn, "marks for", len(own), "points")
@@ -301,6 +303,7 @@ def layer(page, path):
         row = rows[place(line, "top_k", "experts", "dim", "tokens")]
         for kind in ("strict", "legacy", "moved"):
             cell(row, f"{kind}, GB/s", line["bw"][f"{kind}_gb_s"], 1, f"figure B, point {line['point']}")
+        cell(row, "strict, of the peak", 100 * line["bw"]["strict_gb_s"] / 3350, 1, f"figure B, point {line['point']}")
     if len(rows) != len(own) or marks_of(figure(page, "figure_b")[0]) != len(own):
         fail("figure B has", len(rows), "rows for", len(own), "points")
 
@@ -316,6 +319,10 @@ def layer(page, path):
         cell(row, "forward, ms", line["ms"], 4, f"figure C, point {line['point']}")
     if len(rows) != len(own):
         fail("figure C has", len(rows), "rows for", len(own), "points")
+    around = [100 * (1 - line["stages"]["experts"]["share"]) for line in own]
+    said = f"take {min(around):.0f}\u202f% to {max(around):.0f}\u202f% of a layer's stages"
+    if said not in words(figure(page, "figure_c")[0].find("h3")):
+        fail("figure C's title does not say", said)
 
 
 def marks_of(found):

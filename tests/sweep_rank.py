@@ -91,6 +91,9 @@ def test_figures():
     assert table["dense"][4:8] == ["+0.073", "-0.100 to +0.300", "-0.437 to +0.583", "not resolved"], table["dense"]
     assert table["hash"][8:] == ["2.00", "1.00", "3.00", "10", "2", "128000", "0.25", "0.000"], table["hash"]
     assert "topk spreads by 0.100 (standard deviation), 0.200" in out
+    assert "- Validation losses are means over 2048 tokens." in out, out
+    loads = [dict(r, load_cv=(0.1, 0.2, 0.6)[r["seed"] - 1]) if r["kind"] == "run" else r for r in whole()]
+    assert rows(rank(loads)[1])["hash"][14] == "0.30", "loads are means over seeds"
     assert "Question: Which?" in out and "Expected: topk" in out
     by_other = rows(rank(whole(), "--baseline", "hash")[1])
     assert by_other["topk"][4] == "-0.103" and by_other["topk"][7] == "better"
@@ -152,6 +155,16 @@ def test_notes():
     note([dict(r, seeds=[1, 2, 3, 4]) if r["kind"] == "recipe" else r for r in whole()],
          "topk has no run of seed 4 at its rate.")
     note(whole()[:1] + [r for r in whole() if r.get("arm") != "dense"], "No run yet of dense.")
+    # p = 0.014 each: resolved one by one, not all five at once
+    many = [run(arm, seed, LOSSES["topk"][seed - 1] + (0.1, 0.12, 0.15)[seed - 1])
+            for arm in "abcde" for seed in (1, 2, 3)]
+    note([r for r in whole()[:8] if r.get("arm") != "hash"] + many,
+         "Of 5 comparisons at once, these do not hold at 5 % (Holm): a, b, c, d, e.")
+    # as many tokens as the others, half of them in the run that it started from
+    half = dict(before={"base": 5}, before_tokens=1280, tokens=1280)
+    note(changed("hash", **half), "Started from the weights of base, whose 5 steps are in no column: hash.")
+    note(changed("hash", **dict(half, before_tokens=None)), "Started from the weights of base, whose 5 steps")
+    refused(changed("hash", **dict(half, before_tokens=640)), "Not ranked: hash drew 1280 tokens and topk 2560")
     note([r for r in whole() if r.get("arm") != "topk"], "The recipe's baseline topk has no run: differences are to "
          "hash.")
     moved = [dict(r, device="GPU") if r["kind"] == "timing" and r["arm"] == "hash" else r for r in whole()]

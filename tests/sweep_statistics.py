@@ -1,5 +1,5 @@
-"""Tests of experiments/intervals.py: known answers, and how often intervals hold the truth on made-up data; and of
-experiments/peaks.py.
+"""Tests of experiments/intervals.py: known answers, and how often intervals hold the truth on made-up data; of
+experiments/peaks.py; and of what run_record.py makes of many steps.
 
     tests/sweep_statistics.py EXPERIMENTS        the folder; silent and status 0 when all is right
 """
@@ -11,6 +11,7 @@ import sys
 sys.path[:0] = [sys.argv[1] + "/sweeping", sys.argv[1]]
 import intervals  # noqa: E402
 import peaks  # noqa: E402
+import run_record  # noqa: E402
 
 
 def close(a, b, tolerance=1e-9):
@@ -146,6 +147,14 @@ def test_peaks():
     assert peaks.flops_of("A CPU (4 threads, AVX2)") == 4 * 5e9 * 8 * 4
     assert peaks.of_cpu("A CPU (1 thread, AVX2)", 3.0)[0] == 3e9 * 8 * 4
     assert peaks.flops_of("NVIDIA H200", [{"peak_flops": math.nan}, {"peak_flops": 7.0}]) == 7, "a line's own is first"
+
+
+def test_many_steps():
+    """The first quarter of the steps is no part of a step's time, the last one alone is of late means."""
+    steps = [{"ms": ms, "drop": drop} for ms, drop in ((900.0, 0.5), (1.0, 0.5), (2.0, None), (4.0, 0.25))]
+    assert run_record.middle(steps) == 2.0 and run_record.late_mean(steps, "drop") == 0.25
+    assert run_record.late_mean(steps * 2, "drop") == 0.25 and run_record.late_mean(steps, "cv") is None
+    assert run_record.thin(list(range(600)))[-1] == 599 and len(run_record.thin(list(range(600)))) == 60
 
 
 for name, test in list(globals().items()):

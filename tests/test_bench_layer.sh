@@ -206,6 +206,9 @@ rows += [dict(r, device="E", times_ms={"forward": {"mean": 4, "half_width": 0.1}
 rows[2]["stages"] = dict(rows[2]["stages"], combine={"ms": 0.5, "share": 0.25})
 rows.append(point("slots", 0, 8, 9, 0.1, router="soft"))
 rows[-1]["stages"] = dict(rows[-1]["stages"], combine={"ms": 2, "share": 0.5})
+rows += [point("compact", 0, 32, mean, 0.1, load=load, router="forced", load_cv=0.75) for load, mean in
+         (("uniform", 2), ("zipf:1", 3))]
+rows.append(point("compact", 0, 64, 9, 0.1, grid="pack", bw={"strict_gb_s": 6, "legacy_gb_s": 4}))
 print("\n".join(map(json.dumps, rows)))
 PYTHON
     timeout 20 "$EXPERIMENTS/grid_table.py" lines.jsonl >out 2>err
@@ -215,12 +218,14 @@ PYTHON
     check "scales: $(cat out)" grep -q 'faster than padded 1.25 at most points of 0 of 1 scales' out
     check "stages: $(cat out)" grep -qE '^course +topk +compact +3 .* 80.0% +1.010$' out
     check "stages of another load: $(cat out)" grep -qE '^course +zipf:2 +compact +2 ' out
+    check "loads: $(cat out)" grep -qE '^course +zipf:1 +compact +1 +1.500 +0.75 +50.0%$' out
+    check "bandwidths: $(cat out)" grep -qE '^ +8 +2 +compact +1 +6 \(6 .. 6\) +4 \(4 .. 4\)$' out
     check "soft's write-back: $(cat out)" grep -qE '^ +4096 +8 +8 +2.0000 +0.5000 +4.0x +50.0% +25.0%$' out
     check "layouts on another device: $(cat out)" grep -qE '^course +topk +4096 padded 1.25 +1.000 +0 +0 +1 ' out
     check "what was left out: $(cat out)" grep -q 'left out: course, .*, padded: needs 99 GiB' out
     echo '{' >>lines.jsonl
     timeout 20 "$EXPERIMENTS/grid_table.py" lines.jsonl >out 2>err
-    check "not JSON: $(cat err)" grep -q '^grid_table.py: lines.jsonl, line 17 is not JSON' err
+    check "not JSON: $(cat err)" grep -q '^grid_table.py: lines.jsonl, line 20 is not JSON' err
 }
 
 run_tests "$@"

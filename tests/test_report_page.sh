@@ -236,12 +236,14 @@ PYTHON
 test_other_tokenizers() {
     for tokenizer in byte vocabulary; do
         echo '{"kind":"run","arm":"'$tokenizer'","rate":0.1,"seed":1,"val_loss":3,"val_bpb":1.5,
-            "config":{"tokenizer":"'$tokenizer'"},"val":[[0,0,9],[1,8,8],[2,16,6],[3,24,4],[4,32,3]]}' | tr -d '\n'
+            "tokens":'${#tokenizer}',"val":[[0,0,9],[1,8,8],[2,16,6],[3,24,4],[4,32,3]],
+            "config":{"tokenizer":"'$tokenizer'"}}' | tr -d '\n'
         echo
     done >tokenizers.jsonl
     report tokenizers.jsonl -o page.html
     made
-    page text 'bits per byte' 'The arms have different tokenizers'
+    page text 'bits per byte' 'The arms have different tokenizers' \
+        'The arms were not trained on equally many tokens (4 to 10).'
     check "a curve is not in them" test "$(sed 's/<td>/\n/g' page.html | grep -c '^1.5000<')" -ge 8
     check "nats are left" bash -c '! grep -qF ">3.0000<" page.html'
 }

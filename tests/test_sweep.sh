@@ -1,55 +1,13 @@
 #!/usr/bin/env bash
-# Tests of experiments/sweep: what it runs and keeps, that a sweep which was killed at any moment and run again leaves
-# the same lines, what it refuses, and the table that `sweep rank` makes.
+# Tests of experiments/sweep: what it runs and keeps, its budgets and places, what it refuses, and the table that
+# `sweep rank` makes.
 #
 #     tests/test_sweep.sh [NAME...]        from the repository's root; NAME: only the tests whose names contain it
 #
-# Called by run_tests.sh. Read next: experiments/sweep, sweep_records.py, sweep_rank.py, sweep_statistics.py.
-# shellcheck source=tests/cli_checks.sh
-TESTS=$(realpath tests) EXPERIMENTS=$(realpath experiments)
-. "$(dirname "$0")/cli_checks.sh"
-command -v python3 >/dev/null || {
-    echo "skip  there is no python3"
-    echo "0 passed, 0 failed"
-    exit 0
-}
-export PYTHONDONTWRITEBYTECODE=1
-
-# sweep ARGUMENT...: output is in the files `out` and `err`, the exit status in $status.
-sweep() {
-    timeout 60 python3 "$EXPERIMENTS/sweep" "$@" --program "$TRAIN" >out 2>err
-    status=$?
-}
-
-# records COMMAND ARGUMENT...
-records() {
-    check "lines of results: $*" python3 "$TESTS/sweep_records.py" "$@"
-}
-
-# has EXPRESSION: it is true of the lines of folder/results.jsonl.
-has() {
-    [ "$(python3 "$TESTS/sweep_records.py" get folder/results.jsonl "$1" 2>&1)" = True ] || fail "not so: $1"
-}
-
-# sweep_refused TEXT: ended with status 1 and one line on stderr that holds TEXT.
-sweep_refused() {
-    ends 1
-    check "stderr is not one line of sweep: $(head -n 3 err)" test "$(grep -c '^sweep: ' err) $(wc -l <err)" = "1 1"
-    check "stderr does not say '$1': $(head -n 1 err)" grep -qF -- "$1" err
-}
-
-# recipe LINE...: the file demo.sweep: two arms, with the lines given, each of which replaces one of its keyword.
-recipe() {
-    {
-        printf '%s\n' "$@"
-        for line in "question Which one?" "expect a below b" "baseline topk" "seeds 1 2 3" "rates 4e-3" \
-            "options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 6 --eval-batches 1 \
---eval-every 3 --log-every 2 --save-every 2" "size tiny"; do
-            printf '%s\n' "$@" | grep -q "^${line%% *} " || echo "$line"
-        done
-        printf '%s\n' "$@" | grep -q '^arm ' || printf '%s\n' "arm topk --router topk" "arm dense --router dense"
-    } >demo.sweep
-}
+# Called by run_tests.sh. Read next: experiments/sweep, test_sweep_stops.sh, sweep_records.py, sweep_rank.py,
+# sweep_statistics.py.
+# shellcheck source=tests/sweep_checks.sh
+. "$(dirname "$0")/sweep_checks.sh"
 
 # ---- a whole sweep
 
@@ -103,6 +61,17 @@ test_a_dry_run() {
     succeeds
     check "made more than a cache" test "$(echo folder/*)" = "folder/lock folder/probes.json folder/sweep.log"
     check "tokens of a short run" grep -qE '^tiny +topk +1 +5 +160 ' out
+    # evaluations count, and text that is read before an arm begins is text that is read
+    recipe "baseline topk" "arm topk --router topk" "arm long --router topk --eval-batches 1000000" \
+        "before one --lr 1e-3 --steps 2" "before two --lr 1e-3 --steps 2 --init-from {one}" \
+        "arm chain --steps 2 --init-from {two}"
+    sweep demo.sweep --dry-run
+    succeeds
+    check "evaluations take no time: $(cat out)" awk '$2 == "long" && $NF != "0:00:00" { found = 1 }
+        END { exit !found }' out
+    sed -i 's/--steps 2 --init-from {two}/--steps 3 --init-from {two}/' demo.sweep
+    sweep demo.sweep --dry-run
+    sweep_refused "arm chain of size tiny draws 96 tokens and the baseline 192"
     # two seeds try both rates, the third runs at the best one
     recipe "rates 4e-3 1e-3" "rate-seeds 2"
     sweep demo.sweep --dry-run
@@ -112,231 +81,6 @@ test_a_dry_run() {
         check "recipe $recipe" python3 -c "import sys; sys.path[:0] = ['$EXPERIMENTS/sweeping', '$EXPERIMENTS']
 import sweep_recipe; sweep_recipe.read(sys.argv[1])" "$recipe"
     done
-}
-
-# ---- interrupted
-
-# A run that takes long enough to be caught at work.
-LONG='options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 240 --eval-batches 1
---eval-every 40 --log-every 10 --save-every 20'
-
-# interrupt SIGNAL CONDITION...: starts the sweep, sends the signal as soon as CONDITION holds.
-interrupt() {
-    python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --jobs 2 --no-timing --program "$TRAIN" >out 2>&1 &
-    pid=$!
-    for _ in {1..1000}; do
-        ! "${@:2}" 2>/dev/null || break
-        sleep 0.01
-    done
-    kill "-$1" "$pid"
-    wait "$pid" 2>/dev/null
-    status=$?
-}
-
-a_checkpoint_is_there() {
-    compgen -G 'folder/runs/tiny/*/0.004-[12]/checkpoint/manifest.json' >/dev/null
-}
-
-so_many_lines() {
-    [ "$(wc -l <folder/results.jsonl)" -ge "$1" ]
-}
-
-# Runs of hours end with their sweep, within a second.
-test_runs_end_with_their_sweep() {
-    local process left
-    [ -e /proc/self/exe ] || return
-    LONG=${LONG//$'\n'/ }
-    recipe "${LONG/--steps 240/--steps 1000000}"
-    interrupt KILL a_checkpoint_is_there
-    check "no run had begun" test -e folder/runs
-    for _ in {1..100}; do
-        left=
-        for process in /proc/[0-9]*; do
-            [ "$(readlink "$process/exe")" != "$TRAIN" ] || [ "$(readlink "$process/cwd")" != "$PWD" ] || left=$process
-        done 2>/dev/null
-        [ -n "$left" ] || return
-        sleep 0.01
-    done
-    fail "a run of a killed sweep goes on: $left"
-}
-
-test_killed_and_run_again() {
-    recipe "${LONG//$'\n'/ }" "rates 4e-3 8e-3" "seeds 1 2" "arm topk --router topk" "arm noisy --router noisy" \
-        "arm tuned --init-from {base}" "before base --router sigmoid --steps 40 --lr 1e-3"
-    sweep demo.sweep --out folder --jobs 2 --no-timing
-    succeeds
-    has '[len(of(k)) for k in ("recipe", "before", "run")] == [1, 2, 9] and all(r["before"] == {"base": 40}
-        for r in of("run") if r["arm"] == "tuned")'
-    mv folder whole
-    for _ in {1..5}; do # where all runs are done before the signal, once more
-        rm -rf folder
-        interrupt TERM so_many_lines 3
-        [ "$status" = 0 ] || break
-    done
-    ends 75
-    check "did not say how to go on" grep -q 'the same command goes on from here' out
-    interrupt KILL test -s folder/lock
-    interrupt KILL a_checkpoint_is_there
-    interrupt KILL so_many_lines 5
-    cut=$(tail -n 1 folder/results.jsonl | wc -c)
-    truncate -s "-$((cut / 2))" folder/results.jsonl
-    interrupt KILL so_many_lines 6
-    truncate -s -1 folder/results.jsonl
-    interrupt KILL so_many_lines 8
-    sweep demo.sweep --out folder --jobs 2 --no-timing
-    succeeds
-    records same whole/results.jsonl folder/results.jsonl
-    check "half a line was not told" grep -q 'ended in half a line' folder/sweep.log
-    check "no run went on from its checkpoint" grep -q 'resumed tiny' folder/sweep.log
-    # A line that is lost is made from the run's directory, one of another configuration is made again.
-    sed -i '$d' folder/results.jsonl
-    sweep demo.sweep --out folder --jobs 2 --no-timing
-    records same whole/results.jsonl folder/results.jsonl
-    sed -i '/"noisy".*"seed":2/s/"expert_dim":8/"expert_dim":9/' folder/results.jsonl
-    sweep demo.sweep --out folder --jobs 2 --no-timing
-    succeeds
-    check "was not told" grep -q '1 lines are of another configuration' out
-    has 'len(of("run")) == 10 and records[-1]["config"]["expert_dim"] == 8'
-}
-
-test_a_damaged_checkpoint_is_started_over() {
-    recipe "${LONG//$'\n'/ }" "seeds 1"
-    sweep demo.sweep --out folder --jobs 2 --no-timing
-    mv folder whole
-    for _ in {1..5}; do # where both runs are done before the signal, once more
-        rm -rf folder
-        interrupt KILL a_checkpoint_is_there
-        so_many_lines 2 || break
-    done
-    for file in folder/runs/tiny/*/0.004-1/checkpoint/model.safetensors; do
-        truncate -s 100 "$file"
-    done
-    sweep demo.sweep --out folder --jobs 2 --no-timing
-    succeeds
-    check "was not told" grep -q 'did not go on from its checkpoint' out
-    records same whole/results.jsonl folder/results.jsonl
-}
-
-# A run that cannot go on for now (no memory, a full disk, a signal) keeps what it has, and goes on later.
-test_what_is_saved_stays() {
-    cat >moody <<MOODY
-#!/bin/bash
-[[ -e calm || " \$* " != *" --resume "* ]] || { echo "moelab: no memory left [x.c:1, rank 0 on y]" >&2; exit 1; }
-exec "$TRAIN" "\$@"
-MOODY
-    chmod +x moody
-    recipe "${LONG//$'\n'/ }" "seeds 1"
-    for _ in {1..5}; do # where both runs are done before the signal, once more
-        rm -rf folder
-        interrupt KILL a_checkpoint_is_there
-        so_many_lines 2 || break
-    done
-    run=$(echo folder/runs/tiny/*/0.004-1/checkpoint/manifest.json)
-    run=${run%%/checkpoint*}
-    TRAIN=./moody sweep demo.sweep --out folder --no-timing
-    ends 1
-    check "was not told" grep -q 'FAILED .*, exit status 1: no memory left' out
-    check "a checkpoint is lost" test -e "$run/checkpoint/manifest.json"
-    mv "$run/checkpoint" "$run/checkpoint.old" # as a save leaves it that is interrupted at its end
-    touch calm
-    TRAIN=./moody sweep demo.sweep --out folder --no-timing
-    succeeds
-    arm=$(basename "$(dirname "$run")")
-    check "began again" test "$(grep -c "started tiny $arm" folder/sweep.log) $(grep -c "resumed tiny $arm" \
-        folder/sweep.log)" = "1 2"
-}
-
-# Of a run that others start from its own options are held to, so that what lies there is not taken for another.
-test_another_start() {
-    recipe "seeds 1" "baseline tuned" "arm tuned --init-from {base}" "before base --router topk --steps 4 --lr 1e-3"
-    sweep demo.sweep --out folder --no-timing
-    succeeds
-    rm folder/results.jsonl
-    sleep 1 # logs tell the second
-    sed -i 's/^before .*/before base --router topk --steps 4 --lr 1e-3 --z-coef 0.5/' demo.sweep
-    sweep demo.sweep --out folder --no-timing
-    succeeds
-    has '[r["config"]["z_coef"] for r in of("before")] == [0.5]'
-    check "an arm kept what began with the old one" test "$(grep -c 'started tiny tuned' folder/sweep.log)" = 2
-}
-
-test_one_sweep_in_a_folder() {
-    recipe "${LONG//$'\n'/ }"
-    python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --program "$TRAIN" --no-timing >first 2>&1 &
-    pid=$!
-    for _ in {1..500}; do [ -s folder/lock ] && break; sleep 0.01; done
-    sweep demo.sweep --out folder
-    sweep_refused "--out folder: process $pid is at work there"
-    kill "$pid"
-    finish
-    ends 75
-    # what the one at work has under its hands is not another's to tidy
-    mkdir -p held/scratch
-    exec 9>held/lock
-    flock 9
-    echo $$ >held/lock
-    sweep demo.sweep --out held
-    exec 9>&-
-    sweep_refused "--out held: process $$ is at work there"
-    check "scratch of the one at work is gone" test -d held/scratch
-}
-
-# Lines that are told, and those of sweep.log, are no reason to end a sweep.
-test_no_room_for_words() {
-    [ -e /dev/full ] || return
-    recipe "seeds 1"
-    mkdir folder
-    ln -s /dev/full folder/sweep.log
-    timeout 60 python3 "$EXPERIMENTS/sweep" demo.sweep --out folder --no-timing --program "$TRAIN" >/dev/full 2>err
-    status=$?
-    check "says: $(head -n 1 err)" test ! -s err
-    has 'len(of("run")) == 2'
-}
-
-# ---- runs that fail
-
-test_divergence() {
-    recipe "rates 4e-3 90" "options --layers 2 --dim 16 --heads 2 --seq 32 --expert-dim 16 --batch 2 --steps 60 \
---eval-batches 1 --eval-every 0 --max-skips 3 --clip 0" "arm topk --router topk" "arm hash --router hash"
-    sweep demo.sweep --out folder --no-timing
-    succeeds
-    records schema folder/results.jsonl
-    has 'sorted(r["rate"] for r in of("failed")) == [90, 90] and all(r["rate"] == 0.004 for r in of("run"))'
-    has 'all("not finite" in r["why"] for r in of("failed")) and len(of("run")) == 6'
-    cp folder/results.jsonl before.jsonl
-    sweep demo.sweep --out folder --no-timing
-    check "diverged runs were made again" cmp before.jsonl folder/results.jsonl
-    python3 "$EXPERIMENTS/sweep" rank folder >table
-    check "the table hides what diverged" grep -q 'diverged (1)' table
-    # an arm that diverges at all of its rates
-    recipe "rates 80 90" "$(grep '^options' demo.sweep)" "arm topk --router topk"
-    sweep demo.sweep --out lost --no-timing
-    succeeds
-    check "was not told" grep -q 'tiny topk: diverged at every rate' out
-    python3 "$EXPERIMENTS/sweep" rank lost --strict >table
-    check "is ranked" test "$?" = 1
-    check "no sentence" grep -q '^- Not ranked: topk diverged at every rate' table
-}
-
-# A program that fails now and then: such a run is named, the others go on, and the next call makes it.
-test_a_run_that_fails() {
-    cat >moody <<MOODY
-#!/bin/bash
-case " \$* " in
-*" --seed 2 "*"folder/runs"*) [ -e calm ] || { echo "moelab: no memory left [x.c:1, rank 0 on y]" >&2; exit 1; } ;;
-esac
-exec "$TRAIN" "\$@"
-MOODY
-    chmod +x moody
-    recipe
-    TRAIN=./moody sweep demo.sweep --out folder --no-timing
-    ends 1
-    check "was not told" grep -q 'FAILED tiny topk rate 0.004 seed 2, exit status 1: no memory left (folder/runs' out
-    has 'sorted((r["arm"], r["seed"]) for r in of("run")) == [(a, n) for a in ("dense", "topk") for n in (1, 3)]'
-    touch calm
-    TRAIN=./moody sweep demo.sweep --out folder --no-timing
-    succeeds
-    has 'len(of("run")) == 6 and not of("failed")'
 }
 
 # ---- budgets and places
@@ -374,6 +118,7 @@ exit \$status
 SEEN
     chmod +x seen
     recipe "${LONG//$'\n'/ }"
+    unset OMP_WAIT_POLICY
     TRAIN=./seen sweep demo.sweep --out folder --gpus 3,5 --per-gpu 2 --threads 2 --timing-steps 2
     succeeds
     has 'all(r["side_by_side"] == 2 for r in of("run"))'

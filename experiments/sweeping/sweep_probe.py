@@ -41,9 +41,10 @@ class Prober:
         """A folder to start from: the run NAME with no steps done."""
         key = json.dumps([name, self.befores[name]])
         if key not in self.made:
-            folder = os.path.join(self.scratch, f"before-{len(self.made)}")
             options = sweep_recipe.merge_options(self.befores[name], [("--steps", "0"), ("--eval-every", "0")])
-            self.run(self.resolve(options), folder)
+            options = self.resolve(options)  # which makes what it starts from itself
+            folder = os.path.join(self.scratch, f"before-{len(self.made)}")
+            self.run(options, folder)
             self.made[key] = folder
         return self.made[key]
 

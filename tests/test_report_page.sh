@@ -112,6 +112,17 @@ test_layer() {
     done
 }
 
+# Tokens/s of two devices are not one measurement taken twice.
+test_scaling_on_two_devices() {
+    for ranks in 1 2; do
+        echo '{"model":"m","mode":"weak","ranks":'$ranks',"tok_s":'${ranks}00',"device":"A"}'
+        echo '{"model":"m","mode":"weak","ranks":'$ranks',"tok_s":'${ranks}000',"device":"B"}'
+    done >scaling.jsonl
+    report scaling.jsonl -o page.html
+    made
+    page text 'm weak A: runs gets 2.00 times' 'm weak B: runs gets 2.00 times'
+}
+
 test_balance() {
     check "make figure-d" make -C "$REPO" --no-print-directory figure-d FIGURES_OUT="$PWD/drawn" \
         FIGURES_RUNS=experiments/results/r2_balance.jsonl

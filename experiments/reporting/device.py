@@ -26,16 +26,25 @@ def first_number(line, *keys):
 
 def scaling_figures(lines):
     groups = {}
+
+    def device_of(line):   # what stands in brackets our programs alone say
+        return str(line.get("device") or "").split(" (")[0]
+
+    several = len(set(map(device_of, lines))) > 1
+
+    def key_of(line):
+        words = [str(line[k]) for k in ("model", "mode") if line.get(k)]
+        return " ".join(words + [device_of(line)] * several)
+
     for line in lines:
-        key = " ".join(str(line[k]) for k in ("model", "mode") if line.get(k))
+        key = key_of(line)
         groups.setdefault(key or "model", {}).setdefault(series_name(line), {}).setdefault(line["ranks"], []).append(
             line["tok_s"])
     figures = []
     for i, (key, series) in enumerate(groups.items()):
         series = {name: sorted((r, sum(v) / len(v)) for r, v in points.items()) for name, points in series.items()}
         long = {name: points for name, points in series.items() if len(points) > 1}
-        commands = [(series_name(line), line.get("command")) for line in lines
-                    if " ".join(str(line[k]) for k in ("model", "mode") if line.get(k)) == key][:12]
+        commands = [(series_name(line), line.get("command")) for line in lines if key_of(line) == key][:12]
         rows = [[name, r, fixed(v, 0), fixed(v / points[0][1], 2), percent(v / points[0][1] / (r / points[0][0]))]
                 for name, points in series.items() for r, v in points]
         head = ["series", "ranks", "tokens/s", "times its first", "efficiency"]

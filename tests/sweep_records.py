@@ -25,8 +25,8 @@ RUN = dict(PROVENANCE, rate=float, phase=TEXT, steps=int, tokens=int, train_seco
 KINDS = {"run": RUN,
          "before": dict(RUN, rate=NULL),
          "failed": dict(PROVENANCE, rate=float, phase=TEXT, why=TEXT),
-         "timing": dict(PROVENANCE, weights=TEXT, rate=float, ms=NUMBER, ms_p95=NUMBER, tok_s=NUMBER, tokens_per_step=int, steps=int,
-                        warmup_steps=int, stages_ms=MAP, peak_flops=NUMBER + (NULL,), peak_from=TEXT,
+         "timing": dict(PROVENANCE, weights=TEXT, rate=float, ms=NUMBER, ms_p95=NUMBER, tok_s=NUMBER,
+                        tokens_per_step=int, steps=int, warmup_steps=int, stages_ms=MAP, peak_flops=NUMBER + (NULL,), peak_from=TEXT,
                         others_busy=NUMBER + (NULL,)),
          "recipe": {"ts": TEXT, "sweep": TEXT, "question": TEXT, "expect": TEXT, "baseline": TEXT, "budget": TEXT,
                     "seeds": LIST, "rates": MAP, "rate_seeds": int, "sizes": LIST, "arms": LIST, "text": TEXT}}

@@ -68,7 +68,7 @@ test_a_sweep() {
     has 'all(r["config"]["dim"] == {"tiny": 16, "wide": 24}[r["size"]] for r in of("run"))'
     has 'all(r["steps"] == 8 and r["warmup_steps"] == 10 and r["config"]["steps"] == 6 + 18 for r in of("timing"))'
     has 'all(r["weights"] == "trained" and r["seed"] == 1 for r in of("timing"))'
-    has 'all(r["config"]["resume"].endswith("runs/%s/%s/%g-1" % (r["size"], r["arm"], r["rate"])) for r in of("timing"))'
+    has 'all(r["config"]["resume"].endswith("runs/%(size)s/%(arm)s/%(rate)g-1" % r) for r in of("timing"))'
     check "checkpoints are left" test -z "$(find folder -name checkpoint)"
     has 'all(r["side_by_side"] == 2 and r["device"].endswith("(1 thread, AVX2)") == ("AVX2" in r["device"])
         for r in of("run"))'
@@ -327,8 +327,7 @@ test_lines_of_an_older_program() {
     sweep demo.sweep --out folder --no-timing
     succeeds
     has 'len(of("run")) == 2'
-    recipe "seeds 1" "options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 6 --eval-batches 1 \
---eval-every 3 --log-every 2 --save-every 2 --z-coef 0.5"
+    recipe "seeds 1" "options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 6 --z-coef 0.5"
     rm -r folder
     sweep demo.sweep --out folder --no-timing
     succeeds

@@ -36,7 +36,8 @@ def timing_options(plan, size, arm, steps, trained=None):
     if trained:
         folder, done = trained
         return [("--resume", folder), ("--steps", str(done + steps))] + QUIET
-    return sweep_recipe.merge_options(plan.first_options(size, arm), [("--steps", str(steps)), ("--warmup", "1")] + QUIET)
+    return sweep_recipe.merge_options(plan.first_options(size, arm),
+                                      [("--steps", str(steps)), ("--warmup", "1")] + QUIET)
 
 
 def is_current(plan, record, size, arm):

@@ -46,6 +46,7 @@ typedef struct {
     int slots;     /* of each expert and group, soft routers */
     int router_groups, router_kept_groups;
     double router_scale;
+    double soft_scale;
     char force[CONFIG_TEXT];                               /* where the router "forced" sends tokens */
     int chain_steps, chain_inner, chain_outer, chain_norm; /* chain.h; auto until config_finish */
     double capacity_factor;                                /* 0: dropless */

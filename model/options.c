@@ -66,6 +66,8 @@ const Option option_table[] = {
      "sigmoid: groups a token may choose from"},
     {"model", "router-scale", true, TYPE_REAL, MODEL(router_scale), "1", 1e-6, 1e6, "X",
      "sigmoid: factor of all weights"},
+    {"model", "soft-scale", true, TYPE_REAL, MODEL(soft_scale), "1", 1e-3, 1e3, "X",
+     "soft routers with learned mixtures: what the learned scale of their logits begins with"},
     {"model", "force", true, TYPE_TEXT, MODEL(force), "balanced", 0, TEXT, "balanced|zipf:S|one|FILE",
      "forced: where tokens go; FILE: as --dump-routing recorded it"},
     {"model", "chain-steps", true, TYPE_INT, MODEL(chain_steps), "auto", 1, 16, "auto|N",

@@ -110,6 +110,7 @@ static const Variant variants[] = {
 
     {"soft", "--router soft", 0, false},
     {"soft, one slot", "--router soft --slots 1", 0, false},
+    {"soft, steep mixtures", "--router soft --slots 2 --soft-scale 6", 0, false},
     {"soft, three slots, gelu, shared", "--router soft --slots 3 --act gelu --shared-experts 1", 0, false},
     {"soft, two slices, tied", "--router soft --slots 2 --batch 4 --grad-accum 2 --tie 1", 0, false},
     {"soft, every second layer", "--router soft --slots 2 --moe-every 2", 0, false},

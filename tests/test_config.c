@@ -248,7 +248,8 @@ static void test_options_reach_their_fields(void **state) {
     assert_int_equal(config.train.freeze, FREEZE_EXPERTS);
     parse(&config,
           "--objective mlm --mask-share 0.3 --slots 3 --router-groups 4 --router-kept-groups 2 --router-scale 2.5"
-          " --soft-scale 8 --force zipf:1.2 --chain-steps 3 --chain-inner 0 --chain-outer 1 --chain-norm 1 --dump-routing t.bin");
+          " --soft-scale 8 --force zipf:1.2 --chain-steps 3 --chain-inner 0 --chain-outer 1 --chain-norm 1 "
+          "--dump-routing t.bin");
     assert_int_equal(config.model.objective, OBJECTIVE_MLM);
     assert_true(config.train.mask_share == 0.3 && config.model.router_scale == 2.5);
     assert_true(config.model.soft_scale == 8);

@@ -264,3 +264,37 @@ void combine_put(PeerRows to, const real_t *rows, const Plan *plan, bool weighte
     gather_sum(RowsThere{to}, packs_fit((real_t *)to.of[0], C), rows, weighted ? plan->weight : NULL, plan, C, 0,
                cuda_stream(stream));
 }
+
+/* blockDim.y rows to a block, blockDim.x columns of each at a time. */
+template <bool PACKED>
+__global__ static void __launch_bounds__(THREADS)
+    rows_put_kernel(RowTarget to, const real_t *rows, const int *offset, int E, int C) {
+    enum { WIDTH = Column<PACKED>::WIDTH };
+    int r = blockIdx.x * blockDim.y + threadIdx.y;
+    int entry = r >= offset[0] && r < offset[E] ? to.entry[r] : -1;
+    if (entry < 0) {
+        return;
+    }
+    real_t *target = RowsThere{to.rows}.at(entry, C);
+    for (int i = threadIdx.x * WIDTH; i < C; i += blockDim.x * WIDTH) {
+        store_column<PACKED>(target + i, load_column<PACKED>(true, rows + (size_t)r * C + i));
+    }
+}
+
+template <bool PACKED>
+static void put_rows(RowTarget to, const real_t *rows, const int *offset, int E, int most, int C, cudaStream_t stream) {
+    dim3 block = token_block(C / Column<PACKED>::WIDTH, 4);
+    rows_put_kernel<PACKED><<<ceil_div(most, block.y), block, 0, stream>>>(to, rows, offset, E, C);
+    CUDA_LAUNCHED();
+}
+
+void rows_put(RowTarget to, const real_t *rows, const int *offset, int E, int most, int C, Stream *stream) {
+    if (most == 0) {
+        return;
+    }
+    if (packs_fit((real_t *)to.rows.of[0], C) && packs_fit(rows, C)) {
+        put_rows<true>(to, rows, offset, E, most, C, cuda_stream(stream));
+    } else {
+        put_rows<false>(to, rows, offset, E, most, C, cuda_stream(stream));
+    }
+}

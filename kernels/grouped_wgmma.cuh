@@ -104,6 +104,16 @@ static void wgmma_down(real_t *y, const real_t *h, const real_t *w2, int add, Gr
     rows_product<FINISH_STORE, false, 0>(p, w2, g.shape.C, g);
 }
 
+/* The same, each row to its target. */
+static void wgmma_down_to(RowTarget to, const real_t *h, const real_t *w2, Grouped g) {
+    RowsProduct p = {};
+    p.a.x = h;
+    p.inner = g.shape.H;
+    p.width = g.shape.C;
+    p.to = to;
+    rows_product<FINISH_TO, false, 0>(p, w2, g.shape.C, g);
+}
+
 static void wgmma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
                          const acc_t *row_weight, const real_t *w2, Grouped g) {
     RowsProduct p = {};
@@ -132,6 +142,15 @@ static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int add,
     p.out = dx;
     p.add = add;
     rows_product<FINISH_STORE, false, 1>(p, w1, experts_a_width(g.shape), g);
+}
+
+static void wgmma_input_to(RowTarget to, const real_t *da, const real_t *w1, Grouped g) {
+    RowsProduct p = {};
+    p.a.x = da;
+    p.inner = experts_a_width(g.shape);
+    p.width = g.shape.C;
+    p.to = to;
+    rows_product<FINISH_TO, false, 1>(p, w1, experts_a_width(g.shape), g);
 }
 
 /* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes

@@ -206,7 +206,8 @@ static void test_stable_names(void **state) {
         "router_kept_groups router_scale force chain_inner chain_outer chain_norm bias_rate threshold_rate "
         "threshold_warmup dump_routing head_dim init_from upcycle export_gguf choices choices_most graph "
         "domains recompute exchange exchange_rows wire wire_back patience exchange_chunks overlap peer_memory "
-        "exchange_margin soft_scale perft perft_count perft_top_k perft_rank perft_act perft_scale perft_aux_coef lora";
+        "exchange_margin soft_scale exchange_return "
+        "perft perft_count perft_top_k perft_rank perft_act perft_scale perft_aux_coef lora";
     char copy[1024];
     Config config;
     config_defaults(&config);

@@ -115,6 +115,26 @@ test_every_way_of_exchange() {
     done
 }
 
+# Every choice comes back as it was made: the bits of `flat`, in whichever group, with several of a token's experts on a
+# rank, in parts that are not alike and in slices.
+test_p2p_that_returns_choices() {
+    local ways=("2 2" "4 2" "4 4") kinds=("" "--top-k 5" "--top-k 1 --act gelu" "--top-k 8 --shared-experts 1")
+    kinds+=("--exchange-chunks 3 --top-k 3" "--grad-accum 2 --recompute experts" "--expert-dim 20")
+    kinds+=("--router coe --chain-steps 2" "--router soft --allow-leak" "--perft e --perft-rank 4" "--layout block")
+    for kind in "${kinds[@]}"; do
+        for way in "${ways[@]}"; do
+            for exchange in flat "p2p --exchange-return choice"; do
+                # shellcheck disable=SC2086  # words without blanks
+                on ${way% *} "${SHAPE[@]}" $kind --ep ${way#* } --exchange $exchange --out "${exchange%% *}"
+                succeeds
+            done
+            same_state flat p2p
+            rm -rf flat p2p
+        done
+        ways=("4 2")
+    done
+}
+
 # More choices than ranks: several of a token's experts are on one rank.
 test_many_choices() {
     WAYS=("4 2")

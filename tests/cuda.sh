@@ -97,7 +97,7 @@ if command -v compute-sanitizer >/dev/null; then
         start $tool sanitizer $tool parity_cuda --round bf16 --small
     done
     for tool in memcheck racecheck synccheck; do
-        start ${tool}_wide sanitizer $tool parity_cuda --round bf16 experts moe_layer attention gate matmul
+        start ${tool}_wide sanitizer $tool parity_cuda --round bf16 experts experts_home moe_layer attention gate matmul
     done
     start memcheck_fp32 sanitizer memcheck parity_cuda_fp32 --small
 else

@@ -167,7 +167,7 @@ test_built_without_mpi() {
         skip "compiled for the CPU alone"
         return
     fi
-    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device,peers}.c)
+    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device,dispatch,experts,peers}.c)
     check "does not compile" "$CC" -std=gnu11 "$SOURCE/tests/comm_ranks.c" "${kernels[@]}" -lm -o comm_ranks
     PROGRAM=$PWD/comm_ranks
     ranks 2 results

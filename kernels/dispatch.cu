@@ -21,17 +21,25 @@ enum {
     BLOCKS_PER_SM = 3, /* of sums: a token's rows are waited for twice, for their index and for themselves */
 };
 
-/* Where a kernel writes its rows: one after the other, or in other ranks' memory. */
+/* Where a kernel writes its rows: one after the other, or in other ranks' memory; and which of N rows is the i-th to be
+ * written: in turn one for each rank, for rows in order would go to one rank alone, and all ranks would write to it. */
 struct RowsHere {
     real_t *rows;
     __device__ real_t *at(int r, int C) const {
         return rows + (size_t)r * C;
+    }
+    __device__ int dealt(int i, int N) const {
+        return i;
     }
 };
 struct RowsThere {
     PeerRows rows;
     __device__ real_t *at(int r, int C) const {
         return (real_t *)peers_row(&rows, r, C * sizeof(real_t));
+    }
+    __device__ int dealt(int i, int N) const {
+        int ranks = N / rows.places;
+        return i % ranks * rows.places + i / ranks;
     }
 };
 
@@ -137,6 +145,7 @@ __global__ static void __launch_bounds__(THREADS, ROWS == 1 ? 2 : BLOCKS_PER_SM)
     if (n >= N) {
         return;
     }
+    n = sums.dealt(n, N);
     row += (size_t)n * K;
     if (std::is_same<Rows, RowsThere>::value && rowless(row, K)) {
         return;

@@ -114,13 +114,33 @@ __device__ static inline void finish_store(const float (&sum)[COUNT], const Rows
     }
 }
 
-/* down and input to elsewhere: where the rows of a finished tile wait for the copy engine, which takes each to its
- * place while the group multiplies the next tile. Stores of the threads themselves would come in bursts that a link to
- * another card cannot take as fast, and the group would wait. 64 bytes between rows: neighbours meet other banks. */
+/* down and input to elsewhere: a group's rows of a finished tile, which wait in shared memory for the copy engine. They
+ * leave one by one while the group multiplies the next tile: all at once they would be more than a link to another card
+ * takes at a time, and the tiles that the same engine loads would wait behind them. Of a group's threads 0 to 63 have a
+ * row each. 64 bytes between rows: neighbours meet other banks. */
 template <int COLUMNS>
 struct Leaving {
     enum { STRIDE = COLUMNS * 2 + 64, GROUP_BYTES = 64 * STRIDE, BYTES = 2 * GROUP_BYTES };
+    uint32_t rows; /* of the group */
+    char *target;  /* of the thread's row; NULL: it has none that waits */
+    int bytes;     /* of a row */
+    int turn;      /* the stage of the next tile in which it leaves */
+
+    __device__ void leave(void) {
+        if (target) {
+            store_run(target, rows + threadIdx.x % GROUP * STRIDE, bytes);
+            store_commit();
+            target = NULL;
+        }
+    }
 };
+
+/* In the first three quarters of a tile's stages, so that the last row has left when the tile ends. */
+template <int COLUMNS>
+__device__ static inline Leaving<COLUMNS> leaving_open(uint32_t rows, int stages) {
+    int t = threadIdx.x % GROUP, group = threadIdx.x / GROUP - 1;
+    return {rows + group * Leaving<COLUMNS>::GROUP_BYTES, NULL, 0, t < 64 ? t * stages * 3 / 256 : -1};
+}
 
 /* Where row `row` of the tile's columns goes; NULL: nowhere. */
 __device__ static inline char *target_of(const RowsProduct &p, const Tile &tile, int row) {
@@ -129,13 +149,13 @@ __device__ static inline char *target_of(const RowsProduct &p, const Tile &tile,
     return entry < 0 ? NULL : (char *)peers_row(&p.to.rows, entry, p.width * sizeof(real_t)) + column;
 }
 
-/* leaving: the group's. Its threads 0 to 63 have a row each, and know its target. */
+/* target: of the thread's row. */
 template <int COLUMNS, int COUNT>
-__device__ static inline void finish_to(const float (&sum)[COUNT], uint32_t leaving, char *target, const RowsProduct &p,
-                                        const Tile &tile) {
+__device__ static inline void finish_to(const float (&sum)[COUNT], Leaving<COLUMNS> &leaving, char *target,
+                                        const RowsProduct &p, const Tile &tile) {
     enum { STRIDE = Leaving<COLUMNS>::STRIDE };
     int t = threadIdx.x % GROUP, group = threadIdx.x / GROUP;
-    uint32_t at = leaving + (t / 32 * 16 + t % 32 / 4) * STRIDE + t % 4 * 16;
+    uint32_t at = leaving.rows + (t / 32 * 16 + t % 32 / 4) * STRIDE + t % 4 * 16;
     store_wait_read();
     group_sync(group); /* the tile before has left */
 #pragma unroll
@@ -148,10 +168,8 @@ __device__ static inline void finish_to(const float (&sum)[COUNT], uint32_t leav
     }
     fence_async();
     group_sync(group);
-    if (t < 64 && target) {
-        store_run(target, leaving + t * STRIDE, min(COLUMNS, p.width - tile.column) * (int)sizeof(real_t));
-        store_commit();
-    }
+    leaving.target = target;
+    leaving.bytes = min(COLUMNS, p.width - tile.column) * (int)sizeof(real_t);
 }
 
 /* hidden: what a group reads of a for its own tile, 64 rows x 64 columns at a time, gate beside up (GELU: gate is all

@@ -145,15 +145,16 @@ __device__ static inline Turns turns_open(uint32_t barriers) {
     return Turns{barriers, (int)threadIdx.x / GROUP - 1, 0};
 }
 
-/* A multiplying warp group. leaving: where the rows of finish_to wait. `used` is empty[] of the stage before: its
+/* A multiplying warp group. rows_leaving: where those of finish_to wait. `used` is empty[] of the stage before: its
  * products are finished when at most the batch of this stage is not. */
 template <int FINISH, bool GELU, int ACROSS_B, bool INDEXED, int COLUMNS>
 __device__ static inline void multiply_tiles(RowsRing<FINISH, COLUMNS> ring, SavedBoxes saved, Turns turns,
-                                             uint32_t leaving, const int *first_tile, const CUtensorMap *saved_map,
+                                             uint32_t rows_leaving, const int *first_tile, const CUtensorMap *saved_map,
                                              const RowsProduct &p) {
     enum { ROWS = TILE_ROWS<FINISH>, TURNS = 128 / ROWS }; /* a group takes every TURNS-th tile */
     int group = (threadIdx.x - LOADERS) / GROUP, t = threadIdx.x % GROUP, step = gridDim.x / p.blocks;
     int tile_stages = (p.inner + DEEP - 1) / DEEP, part = TURNS == 1 ? group : 0; /* of the tile's rows */
+    Leaving<COLUMNS> leaving = leaving_open<COLUMNS>(rows_leaving, tile_stages);
     float sum[COLUMNS / 2];
     Tile tile = {0};
     int id = blockIdx.x / p.blocks;
@@ -182,6 +183,9 @@ __device__ static inline void multiply_tiles(RowsRing<FINISH, COLUMNS> ring, Sav
                 ring.release(used, t);
             }
             used = ring.empty();
+            if (FINISH == FINISH_TO && k == leaving.turn * DEEP) {
+                leaving.leave();
+            }
         }
         if (TURNS == 2) {
             turns.pass_on();
@@ -198,12 +202,13 @@ __device__ static inline void multiply_tiles(RowsRing<FINISH, COLUMNS> ring, Sav
         } else if (FINISH == FINISH_HIDDEN) {
             finish_hidden<GELU, COLUMNS>(sum, saved, saved_map, p, tile, row);
         } else if (FINISH == FINISH_TO) {
-            finish_to<COLUMNS>(sum, leaving + group * Leaving<COLUMNS>::GROUP_BYTES, target, p, tile);
+            finish_to<COLUMNS>(sum, leaving, target, p, tile);
         } else {
             finish_store(sum, p, tile, row);
         }
     }
     if (FINISH == FINISH_TO) {
+        leaving.leave();
         store_wait();
     }
 }

@@ -202,10 +202,7 @@ void peers_meet(Group group, bool beside, Stream *stream) {
     }
     for (int r = 0, polls = 0; r < comm_ranks(group); r++) {
         while ((int)(atomic_load_explicit(came_to(group, rank, r), memory_order_acquire) - meeting) < 0) {
-            CHECK(seconds_now() - begin < comm_patience(),
-                  "rank %d waited %g s for rank %d at %s: is it stopped or gone? The last checkpoint is whole",
-                  comm_rank(GROUP_WORLD), comm_patience(), comm_in_world(group, r), comm_where());
-            comm_rest(polls++);
+            comm_wait(comm_in_world(group, r), begin, polls++);
         }
     }
 }

@@ -334,7 +334,7 @@ ranks_running() {
     pgrep -P "$pid" -x "$(basename "$TRAIN")"
 }
 
-# A rank that is stopped: the others say for whom they waited, where, and end; the checkpoint before is whole.
+# A rank that is stopped: the others say where they waited, who is stopped, and end; the checkpoint before is whole.
 stopped_rank() {
     with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0 --save-every 20 "$@"
     "${MPIRUN[@]}" -n 4 "$TRAIN" "${arguments[@]}" --ep 4 --patience 1 >out 2>err &
@@ -342,11 +342,13 @@ stopped_rank() {
     wait_for run/checkpoint/manifest.json
     stopped=$(ranks_running | sed -n 3p)
     kill -STOP "$stopped"
-    (sleep 15 && kill -KILL "$stopped" 2>/dev/null) &
+    (sleep 30 && kill -KILL "$stopped" 2>/dev/null) &
+    killer=$!
     wait "$pid"
-    kill -KILL "$stopped" 2>/dev/null
-    check "nobody says for whom it waited" grep -qE '^moelab: rank [013] waited .* for rank 2 at step [0-9]+, ' err
-    grep -q 'for rank 2 at step' err || head -n 5 err
+    { kill -KILL "$stopped" "$killer"; wait "$killer"; } 2>/dev/null
+    local line='^moelab: rank [013] waited 1 s for rank [0-9] at step [0-9]+, .*, and rank 2 does not answer: '
+    check "nobody says who is stopped" grep -qE "$line" err
+    grep -qE "$line" err || head -n 5 err
     run "${SHAPE[@]}" --init-from run --out after --steps 1
     succeeds
 }

@@ -117,6 +117,7 @@ static inline void open_trip(Trip *t, const Shape *s, const Batch *b, const Way 
     *t = (Trip){.plan = {.N = s->T, .E = s->E, .K = s->k, .rows = plan_rows(s->T, s->E, s->k, 0, LAYOUT_COMPACT)}};
     ExchangeSize size = {0};
     configure(&t->config, s, way, o, room);
+    t->config.train.exchange_return = RETURN_RANK; /* no product is here that could store choices */
     reserve_plan(&t->plan, &t->arena);
     int rows = exchange_reserve(&t->exchange, &t->plan, t->plan.rows, &t->config, -1, &t->step, &size, &t->arena);
     exchange_reserve_scratch(&t->scratch, size, s->H, &t->arena);

@@ -16,6 +16,7 @@ enum {
 
 /* Called where ranks exist: the rank to print, and what ends the other ranks (NULL: nothing to end). An error on ranks
  * other than 0 waits a second or more, in which rank 0 ends them if it has the same to say. */
+enum { ERROR_PAUSE_MOST = 5 }; /* seconds */
 void check_set_rank(int rank, void (*end_all_ranks)(int exit_code));
 
 #if defined(__GNUC__)

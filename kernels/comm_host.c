@@ -1,5 +1,5 @@
 /* Ranks that find each other and talk on the host, through MPI, or one rank alone. A message is never awaited in MPI
- * itself, which would wait forever, but polled for.
+ * itself, which would wait forever, but polled for (comm_wait.c).
  *
  * Every call is cut into transfers, at most one for each other rank and direction:
  *
@@ -15,11 +15,9 @@
  */
 #include "comm.h"
 
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #ifdef USE_MPI
 #include <mpi.h>
@@ -51,46 +49,6 @@ static Digest *answers; /* (ranks) one of each rank; owned, NULL where nothing s
 static int local_rank = 0, local_ranks = 1; /* of the ranks on this machine */
 
 static CommCount counted;
-
-/* ---- what the line says about a rank that is waited for */
-
-static double patience = 600;
-static int64_t at_step = 0;
-static int at_layer = -1;
-static const char *at_part = "the start";
-
-void comm_at(int64_t step, int layer, const char *part) {
-    at_step = step;
-    at_layer = layer;
-    at_part = part;
-}
-
-void comm_set_patience(double seconds) {
-    patience = seconds;
-}
-
-double comm_patience(void) {
-    return patience;
-}
-
-const char *comm_where(void) {
-    static char text[128];
-    char layer[32] = "";
-    if (at_layer >= 0) {
-        snprintf(layer, sizeof layer, ", layer %d", at_layer);
-    }
-    snprintf(text, sizeof text, "step %lld%s, %s", (long long)at_step, layer, at_part);
-    return text;
-}
-
-void comm_rest(int polls_in_vain) {
-    enum { POLLS_AWAKE = 1000, SLEEP_MICROSECONDS = 50 };
-    if (polls_in_vain < POLLS_AWAKE) {
-        sched_yield();
-    } else {
-        usleep(SLEEP_MICROSECONDS);
-    }
-}
 
 /* ---- transfers */
 
@@ -195,10 +153,7 @@ void comm_finish_transfers(int tag) {
         }
         polls_in_vain = moved ? 0 : polls_in_vain + 1;
         if (!moved) {
-            CHECK(seconds_now() - begin < patience,
-                  "rank %d waited %g s for rank %d at %s: is it stopped or gone? The last checkpoint is whole",
-                  groups[GROUP_WORLD].rank, patience, waiting->rank, comm_where());
-            comm_rest(polls_in_vain);
+            comm_wait(waiting->rank, begin, polls_in_vain);
         }
     }
     transfer_count = 0;
@@ -210,6 +165,7 @@ static void end_all_ranks(int exit_code) {
 
 static void leave_others(void) {
     if (transfers) {
+        comm_wait_close();
         MPI_Finalize();
         free(transfers);
         transfers = NULL;
@@ -243,6 +199,7 @@ static void join_others(int started) {
     transfers = malloc(2 * (size_t)ranks * sizeof *transfers);
     answers = calloc((size_t)ranks, sizeof *answers);
     CHECK(transfers && answers, "out of memory for the messages of %d ranks: start fewer", ranks);
+    comm_wait_open(ranks);
 }
 
 #else /* one rank, which has nobody to send to */

@@ -1,6 +1,7 @@
 /* What is between the files of comm.h, and for no others:
  *
  *     comm_host.c    opens the ranks, and everything they say on the host
+ *     comm_wait.c    how they wait for each other
  *     comm.c         the calls on arrays (comm_gather, comm_sum, comm_exchange) where these lie in host memory
  *     comm.cu        the same on GPUs, instead of comm.c
  */
@@ -11,18 +12,25 @@
 
 #include "comm.h"
 
+/* ---- of comm_wait.c ---- */
+
+/* Between comm_open and comm_close; collective. */
+void comm_wait_open(int ranks);
+void comm_wait_close(void);
+
+/* "step 12, layer 2, dispatch". */
+const char *comm_where(void);
+
+/* What a rank does after each poll in vain for a rank of the world, or for its device, which waits for any: answers
+ * ranks that ask, lets others work, and ends all ranks with one line when the wait since `begin` (seconds_now) has
+ * outlasted the patience. */
+enum { ANY_RANK = -1 };
+void comm_wait(int waiting_for, double begin, int polls_in_vain);
+
 /* ---- of comm_host.c ---- */
 
 /* Of the group's rank r, the number in the world. */
 int comm_in_world(Group group, int r);
-
-/* "step 12, layer 2, dispatch", and the seconds that a rank waits at most. */
-const char *comm_where(void);
-double comm_patience(void);
-
-/* What a rank does after polls in vain for another. Ranks often share cores, so after the first ones it offers its core
- * to others, after later ones it sleeps. */
-void comm_rest(int polls_in_vain);
 
 typedef enum { CALL_GATHER, CALL_SUM, CALL_EXCHANGE, CALL_TO_FIRST } Call;
 

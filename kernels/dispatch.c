@@ -85,3 +85,13 @@ void combine_put(PeerRows to, const real_t *rows, const Plan *plan, bool weighte
         }
     }
 }
+
+void rows_put(RowTarget to, const real_t *rows, const int *offset, int E, int most, int C, Stream *stream) {
+    size_t bytes = sizeof(real_t) * C;
+#pragma omp parallel for
+    for (int r = offset[0]; r < offset[E]; r++) {
+        if (to.entry[r] >= 0) {
+            memcpy(peers_row(&to.rows, to.entry[r], bytes), rows + (size_t)r * C, bytes);
+        }
+    }
+}

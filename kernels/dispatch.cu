@@ -21,17 +21,25 @@ enum {
     BLOCKS_PER_SM = 3, /* of sums: a token's rows are waited for twice, for their index and for themselves */
 };
 
-/* Where a kernel writes its rows: one after the other, or in other ranks' memory. */
+/* Where a kernel writes its rows: one after the other, or in other ranks' memory; and which of N rows is the i-th to be
+ * written: in turn one for each rank, for rows in order would go to one rank alone, and all ranks would write to it. */
 struct RowsHere {
     real_t *rows;
     __device__ real_t *at(int r, int C) const {
         return rows + (size_t)r * C;
+    }
+    __device__ int dealt(int i, int N) const {
+        return i;
     }
 };
 struct RowsThere {
     PeerRows rows;
     __device__ real_t *at(int r, int C) const {
         return (real_t *)peers_row(&rows, r, C * sizeof(real_t));
+    }
+    __device__ int dealt(int i, int N) const {
+        int ranks = N / rows.places;
+        return i % ranks * rows.places + i / ranks;
     }
 };
 
@@ -137,6 +145,7 @@ __global__ static void __launch_bounds__(THREADS, ROWS == 1 ? 2 : BLOCKS_PER_SM)
     if (n >= N) {
         return;
     }
+    n = sums.dealt(n, N);
     row += (size_t)n * K;
     if (std::is_same<Rows, RowsThere>::value && rowless(row, K)) {
         return;
@@ -263,4 +272,38 @@ void dispatch_put(PeerRows to, const real_t *x, const Plan *plan, int C, Stream 
 void combine_put(PeerRows to, const real_t *rows, const Plan *plan, bool weighted, int C, Stream *stream) {
     gather_sum(RowsThere{to}, packs_fit((real_t *)to.of[0], C), rows, weighted ? plan->weight : NULL, plan, C, 0,
                cuda_stream(stream));
+}
+
+/* blockDim.y rows to a block, blockDim.x columns of each at a time. */
+template <bool PACKED>
+__global__ static void __launch_bounds__(THREADS)
+    rows_put_kernel(RowTarget to, const real_t *rows, const int *offset, int E, int C) {
+    enum { WIDTH = Column<PACKED>::WIDTH };
+    int r = blockIdx.x * blockDim.y + threadIdx.y;
+    int entry = r >= offset[0] && r < offset[E] ? to.entry[r] : -1;
+    if (entry < 0) {
+        return;
+    }
+    real_t *target = RowsThere{to.rows}.at(entry, C);
+    for (int i = threadIdx.x * WIDTH; i < C; i += blockDim.x * WIDTH) {
+        store_column<PACKED>(target + i, load_column<PACKED>(true, rows + (size_t)r * C + i));
+    }
+}
+
+template <bool PACKED>
+static void put_rows(RowTarget to, const real_t *rows, const int *offset, int E, int most, int C, cudaStream_t stream) {
+    dim3 block = token_block(C / Column<PACKED>::WIDTH, 4);
+    rows_put_kernel<PACKED><<<ceil_div(most, block.y), block, 0, stream>>>(to, rows, offset, E, C);
+    CUDA_LAUNCHED();
+}
+
+void rows_put(RowTarget to, const real_t *rows, const int *offset, int E, int most, int C, Stream *stream) {
+    if (most == 0) {
+        return;
+    }
+    if (packs_fit((real_t *)to.rows.of[0], C) && packs_fit(rows, C)) {
+        put_rows<true>(to, rows, offset, E, most, C, cuda_stream(stream));
+    } else {
+        put_rows<false>(to, rows, offset, E, most, C, cuda_stream(stream));
+    }
 }

@@ -43,4 +43,7 @@ void dispatch_copy(real_t *rows, const real_t *x, const Plan *plan, int C, Strea
 void dispatch_put(PeerRows to, const real_t *x, const Plan *plan, int C, Stream *stream);
 void combine_put(PeerRows to, const real_t *rows, const Plan *plan, bool weighted, int C, Stream *stream);
 
+/* Each of rows (rows,C) from offset[0] to offset[E], which is `most` at most, to a place of its own, if it has one. */
+void rows_put(RowTarget to, const real_t *rows, const int *offset, int E, int most, int C, Stream *stream);
+
 #endif

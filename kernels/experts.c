@@ -6,6 +6,7 @@
 #include <assert.h>
 
 #include "device.h"
+#include "dispatch.h"
 #include "tile.h"
 
 enum { LEAST_ROWS = 8 * TILE_ROWS, MOST_ROWS = 2 * TILE_BLOCK, WEIGHT_ROWS = TILE_BLOCK };
@@ -204,6 +205,23 @@ void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da
         }
         block_multiply(p_dx, C, p_da, A, 1, w1 + p.expert * A * C, C, 1, p.rows, C, A, add_dx);
     }
+}
+
+bool experts_store_rows(ExpertShape shape) {
+    return false;
+}
+
+void experts_forward_to(RowTarget to, real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
+                        const int *offset, ExpertShape shape, Stream *stream) {
+    experts_forward(y, a, h, x, w1, w2, offset, shape, 0, stream);
+    rows_put(to, y, offset, shape.E, shape.rows, experts_y_width(shape), stream);
+}
+
+void experts_backward_rows_to(RowTarget to, real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy,
+                              const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
+                              const int *offset, ExpertShape shape, Stream *stream) {
+    experts_backward_rows(dx, drow_weight, h, da, dy, a, row_weight, w1, w2, offset, shape, 0, stream);
+    rows_put(to, dx, offset, shape.E, shape.rows, shape.C, stream);
 }
 
 void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy_source,

@@ -8,6 +8,7 @@
 #include "cuda.cuh"
 
 extern "C" {
+#include "dispatch.h"
 #include "experts.h"
 }
 
@@ -79,6 +80,46 @@ void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da
     KernelPath path = choose_active_path(g, BITS(dx) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(a) | BITS(w1) | BITS(w2));
     BY(path, hidden(h, da, drow_weight, dy, a, row_weight, w2, g))
     BY(path, input(dx, da, w1, add_dx, g))
+}
+
+bool experts_store_rows(ExpertShape shape) {
+#ifdef REAL_BF16
+    Grouped g = {shape, NULL, NULL, 0};
+    return choose_active_path(g, 0) == PATH_WGMMA;
+#else
+    return false;
+#endif
+}
+
+void experts_forward_to(RowTarget to, real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
+                        const int *offset, ExpertShape shape, Stream *stream) {
+#ifdef REAL_BF16
+    Grouped g = {shape, offset, cuda_stream(stream), 0};
+    uintptr_t addresses = BITS(to.rows.of[0]) | BITS(a) | BITS(h) | BITS(x.x) | BITS(w1) | BITS(w2);
+    if (choose_active_path(g, addresses) == PATH_WGMMA) {
+        wgmma_up(a, h, x, w1, g);
+        wgmma_down_to(to, h, w2, g);
+        return;
+    }
+#endif
+    experts_forward(y, a, h, x, w1, w2, offset, shape, 0, stream);
+    rows_put(to, y, offset, shape.E, shape.rows, experts_y_width(shape), stream);
+}
+
+void experts_backward_rows_to(RowTarget to, real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy,
+                              const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
+                              const int *offset, ExpertShape shape, Stream *stream) {
+#ifdef REAL_BF16
+    Grouped g = {shape, offset, cuda_stream(stream), 0};
+    uintptr_t addresses = BITS(to.rows.of[0]) | BITS(h) | BITS(da) | BITS(dy.x) | BITS(a) | BITS(w1) | BITS(w2);
+    if (choose_active_path(g, addresses) == PATH_WGMMA) {
+        wgmma_hidden(h, da, drow_weight, dy, a, row_weight, w2, g);
+        wgmma_input_to(to, da, w1, g);
+        return;
+    }
+#endif
+    experts_backward_rows(dx, drow_weight, h, da, dy, a, row_weight, w1, w2, offset, shape, 0, stream);
+    rows_put(to, dx, offset, shape.E, shape.rows, shape.C, stream);
 }
 
 void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy, RowSource x,

@@ -16,6 +16,9 @@
 #ifndef KERNELS_EXPERTS_H
 #define KERNELS_EXPERTS_H
 
+#include <stdbool.h>
+
+#include "peers.h"
 #include "plan.h"
 
 typedef enum { ACT_SWIGLU, ACT_GELU, ACT_IDENTITY, ACT_SILU } Activation;
@@ -65,6 +68,17 @@ void experts_backward_rows(real_t *dx, acc_t *drow_weight, real_t *h, real_t *da
                            ExpertShape shape, int add_dx, Stream *stream);
 void experts_backward_weights(acc_t *dw1, acc_t *dw2, const real_t *h, const real_t *da, RowSource dy, RowSource x,
                               const int *offset, ExpertShape shape, int add_dw, Stream *stream);
+
+/* The same where the rows of y, or dx, are wanted elsewhere, such as in the memory of other ranks: each goes to its
+ * place of `to`, overwritten; y, or dx, (rows,C) is scratch. */
+void experts_forward_to(RowTarget to, real_t *y, real_t *a, real_t *h, RowSource x, const real_t *w1, const real_t *w2,
+                        const int *offset, ExpertShape shape, Stream *stream);
+void experts_backward_rows_to(RowTarget to, real_t *dx, acc_t *drow_weight, real_t *h, real_t *da, RowSource dy,
+                              const real_t *a, const acc_t *row_weight, const real_t *w1, const real_t *w2,
+                              const int *offset, ExpertShape shape, Stream *stream);
+
+/* Whether their products store the rows where they go, beside their other work. Otherwise they are made here first. */
+bool experts_store_rows(ExpertShape shape);
 
 /* Both. */
 static inline void experts_backward(real_t *dx, acc_t *drow_weight, acc_t *dw1, acc_t *dw2, real_t *h, real_t *da,

@@ -36,7 +36,9 @@ typedef struct {
     int add_parts; /* whether `hidden` adds to drow_weight */
 } Grouped;
 
-/* For PATH = wgmma, mma, plain (plain takes real_t of either type, the others bf16):
+/* wgmma_down and wgmma_input also come as wgmma_down_to and wgmma_input_to, which store each row at its target.
+ *
+ * For PATH = wgmma, mma, plain (plain takes real_t of either type, the others bf16):
  *
  * a (rows,A), h (rows,H) overwritten
  *     void PATH_up(real_t *a, real_t *h, RowSource x, const real_t *w1, Grouped g);

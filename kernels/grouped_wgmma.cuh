@@ -28,6 +28,11 @@
  * the tensor cores would wait. There the groups share no tile: each takes every second one, 64 rows, and one stores
  * while the other multiplies (Turns). What a group reads of a comes through two places of its own (SavedBoxes).
  *
+ * Rows for elsewhere. down and input can send each row to where it is wanted, such as another card's memory. There the
+ * groups put their tile into shared memory, and the copy engine takes the rows from it while they multiply the next
+ * (finish_to); the ring is a stage shorter for that. An expert's rows come by the card that they go to, so tiles are
+ * taken from all over the expert, in an order that stores to all cards alike (dealt_step).
+ *
  * Dealing out. Tiles of rows are alike, and block b takes the b-th, the (b + 132)-th, ... A tile of a weight gradient
  * takes as long as its expert has rows, so there the longest come first, and every second round is dealt backwards
  * (dealt in grouped_wgmma_weight.cuh).
@@ -45,7 +50,8 @@
  * The sum of an element runs over the inner width in ascending order, 16 at a time, into one register, whatever the
  * tile: a row's bits depend on nothing but the row.
  *
- * Called by experts.cu. Read next: wgmma.cuh, wgmma_ring.cuh, grouped_wgmma_rows.cuh, grouped_wgmma_weight.cuh. */
+ * Called by experts.cu. Read next: wgmma.cuh, wgmma_ring.cuh, grouped_wgmma_rows.cuh, grouped_wgmma_finish.cuh,
+ * grouped_wgmma_weight.cuh. */
 #ifndef KERNELS_GROUPED_WGMMA_CUH
 #define KERNELS_GROUPED_WGMMA_CUH
 
@@ -104,6 +110,16 @@ static void wgmma_down(real_t *y, const real_t *h, const real_t *w2, int add, Gr
     rows_product<FINISH_STORE, false, 0>(p, w2, g.shape.C, g);
 }
 
+/* The same, each row to its target. */
+static void wgmma_down_to(RowTarget to, const real_t *h, const real_t *w2, Grouped g) {
+    RowsProduct p = {};
+    p.a.x = h;
+    p.inner = g.shape.H;
+    p.width = g.shape.C;
+    p.to = to;
+    rows_product<FINISH_TO, false, 0>(p, w2, g.shape.C, g);
+}
+
 static void wgmma_hidden(real_t *h, real_t *da, acc_t *drow_weight, RowSource dy, const real_t *a,
                          const acc_t *row_weight, const real_t *w2, Grouped g) {
     RowsProduct p = {};
@@ -132,6 +148,15 @@ static void wgmma_input(real_t *dx, const real_t *da, const real_t *w1, int add,
     p.out = dx;
     p.add = add;
     rows_product<FINISH_STORE, false, 1>(p, w1, experts_a_width(g.shape), g);
+}
+
+static void wgmma_input_to(RowTarget to, const real_t *da, const real_t *w1, Grouped g) {
+    RowsProduct p = {};
+    p.a.x = da;
+    p.inner = experts_a_width(g.shape);
+    p.width = g.shape.C;
+    p.to = to;
+    rows_product<FINISH_TO, false, 1>(p, w1, experts_a_width(g.shape), g);
 }
 
 /* Wide tiles, unless narrow ones fill the card better. Time is counted in narrow tiles' time, of which a wide one takes

@@ -273,7 +273,7 @@ static __global__ void __launch_bounds__(WGMMA_THREADS, 1)
                           const __grid_constant__ WeightProduct p) {
 #ifdef HOPPER_CODE
     extern __shared__ char memory[];
-    Ring<COLUMNS> ring = ring_open<COLUMNS>(shared_address(memory), INDEXED ? LOADERS + 1 : 1, p.blocks);
+    Ring<COLUMNS> ring = ring_open<Ring<COLUMNS>>(shared_address(memory), INDEXED ? LOADERS + 1 : 1, p.blocks);
     int *order = reinterpret_cast<int *>(memory + (ring.base + ring.BYTES - shared_address(memory)));
     order_experts(order, p.offset, p.E);
     __syncthreads();

@@ -150,6 +150,14 @@ PeerRows peers_own_rows(void *from, int places, size_t row_bytes) {
     return rows;
 }
 
+PeerRows peers_homes(const void *to, int places) {
+    PeerRows rows = {.places = places};
+    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
+        rows.of[r] = (char *)peers_at(GROUP_EXPERTS, r, to);
+    }
+    return rows;
+}
+
 /* Each rank begins with another, so that none gets all at once. */
 void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, Stream *stream) {
     int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);
@@ -194,10 +202,7 @@ void peers_meet(Group group, bool beside, Stream *stream) {
     }
     for (int r = 0, polls = 0; r < comm_ranks(group); r++) {
         while ((int)(atomic_load_explicit(came_to(group, rank, r), memory_order_acquire) - meeting) < 0) {
-            CHECK(seconds_now() - begin < comm_patience(),
-                  "rank %d waited %g s for rank %d at %s: is it stopped or gone? The last checkpoint is whole",
-                  comm_rank(GROUP_WORLD), comm_patience(), comm_in_world(group, r), comm_where());
-            comm_rest(polls++);
+            comm_wait(comm_in_world(group, r), begin, polls++);
         }
     }
 }

@@ -150,6 +150,15 @@ PeerRows peers_own_rows(void *from, int places, size_t row_bytes) {
     return rows;
 }
 
+PeerRows peers_homes(const void *to, int places) {
+    PeerRows rows = {};
+    rows.places = places;
+    for (int r = 0; r < comm_ranks(GROUP_EXPERTS); r++) {
+        rows.of[r] = (char *)peers_at(GROUP_EXPERTS, r, to);
+    }
+    return rows;
+}
+
 /* Each rank begins with another, so that none gets all at once. */
 void peers_copy(PeerRows to, const void *from, size_t step, size_t row_bytes, Stream *stream) {
     int rank = comm_rank(GROUP_EXPERTS), ranks = comm_ranks(GROUP_EXPERTS);

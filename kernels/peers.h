@@ -61,6 +61,18 @@ __host__ __device__
     return rows->of[r / rows->places] + (size_t)(r % rows->places) * row_bytes;
 }
 
+/* Rows that have one place in all, whoever stores them: to (places, row_bytes) in each rank's memory. Row r is the
+ * (r % places)-th of rank r / places. */
+PeerRows peers_homes(const void *to, int places);
+
+/* Where each row of a plan (plan.h) goes, the other end of a RowSource: row r becomes row entry[r] of `rows`; -1: it
+ * goes nowhere. An expert's rows come in the order of the ranks that they go to; `rank` is this one. */
+typedef struct {
+    PeerRows rows;
+    const int *entry;
+    int ranks, rank;
+} RowTarget;
+
 /* Stores rows (ranks*places, row_bytes) of `from`; but for row r only if one of there (.., each), r's, is not -1, where
  * `there` is not NULL. row_bytes: a multiple of 4. */
 void peers_put(PeerRows to, const void *from, size_t row_bytes, const int *there, int each, Stream *stream);

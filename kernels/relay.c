@@ -41,6 +41,12 @@ void relay_places(Plan *out, PeerRows notes, const Plan *plan, int experts, Stre
     }
 }
 
+void relay_choices(Plan *back, const Plan *plan, Stream *stream) {
+    for (int i = 0; i < plan->N * plan->K; i++) {
+        back->row[i] = plan->row[i] < 0 ? -1 : i;
+    }
+}
+
 void relay_write(RelayNote *note, const Plan *out, const Plan *plan, int experts, int width, Stream *stream) {
     int K = plan->K;
     for (int r = 0; r < out->offset[out->E]; r++, note += width) {

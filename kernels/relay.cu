@@ -64,6 +64,19 @@ void relay_places(Plan *out, PeerRows notes, const Plan *plan, int experts, Stre
     CUDA_LAUNCHED();
 }
 
+__global__ static void rows_of_choices(int *row, Plan plan) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < plan.N * plan.K) {
+        row[i] = plan.row[i] < 0 ? -1 : i;
+    }
+}
+
+void relay_choices(Plan *back, const Plan *plan, Stream *stream) {
+    int blocks = ceil_div((int64_t)plan->N * plan->K, THREADS);
+    rows_of_choices<<<blocks, THREADS, 0, cuda_stream(stream)>>>(back->row, *plan);
+    CUDA_LAUNCHED();
+}
+
 __global__ static void write_notes(RelayNote *note, Plan out, Plan plan, int experts, int width) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, r = i / width;
     if (r >= out.offset[out.E]) {

@@ -37,6 +37,9 @@ void relay_ranks(Plan *out, const Plan *plan, int experts, int once, Stream *str
  * out: padded, with a capacity of N. */
 void relay_places(Plan *out, PeerRows notes, const Plan *plan, int experts, Stream *stream);
 
+/* back->row (N,K) of rows that come back one for each choice: entry i's is row i; -1 where it takes no part. */
+void relay_choices(Plan *back, const Plan *plan, Stream *stream);
+
 /* note (out->rows, width): of each row of `out`, built from relay_ranks. */
 void relay_write(RelayNote *note, const Plan *out, const Plan *plan, int experts, int width, Stream *stream);
 

@@ -117,6 +117,26 @@ __device__ static inline void copy_run(uint32_t to, const void *from, int bytes,
                  : "memory");
 }
 
+/* The same from shared memory, which must have passed fence_async(), to any memory that this card reaches; a thread's
+ * copies since the last commit are a group. */
+__device__ static inline void store_run(void *to, uint32_t from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ static inline void store_commit(void) {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* Until what the thread's groups store has been read; until it is there. */
+__device__ static inline void store_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ static inline void store_wait(void) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 /* Where 16-byte piece `piece` of row `row` lies in the swizzled tile at `tile`. */
 __device__ static inline uint32_t swizzled(uint32_t tile, int row, int piece) {
     return tile + row * 128 + (piece ^ row % 8) * 16;

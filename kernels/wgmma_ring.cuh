@@ -21,16 +21,16 @@ enum {
 #define ZERO_ROW 0xffffffffu
 
 /* The ring, at one of its stages. COLUMNS is the width of the tiles, ROWS their height: 128 where both multiplying
- * groups share a tile, 64 where they take turns; the ring is then smaller, to leave room for other buffers. The blocks
+ * groups share a tile, 64 where they take turns; KILOBYTES: smaller, to leave room for other buffers. The blocks
  * of a cluster, `blocks` of them (1 or 2), take neighbouring tiles of the same B, of which each loads its share for
  * all. */
-template <int COLUMNS, int ROWS = WGMMA_ROWS>
+template <int COLUMNS, int ROWS = WGMMA_ROWS, int KILOBYTES = 192>
 struct Ring {
     enum {
         A_BYTES = ROWS * DEEP * 2,
         B_BYTES = COLUMNS * DEEP * 2,
         STAGE_BYTES = A_BYTES + B_BYTES,
-        STAGES = (ROWS == 64 ? 160 : 192) * 1024 / STAGE_BYTES,
+        STAGES = KILOBYTES * 1024 / STAGE_BYTES,
         BYTES = STAGES * STAGE_BYTES + 2 * STAGES * 8,
     };
     uint32_t base; /* a multiple of 1024 */
@@ -80,13 +80,13 @@ struct Ring {
 };
 
 /* The block's ring at its first stage, the barriers ready once the cluster has met. */
-template <int COLUMNS, int ROWS = WGMMA_ROWS>
-__device__ static inline Ring<COLUMNS, ROWS> ring_open(uint32_t shared, int full_arrivals, uint32_t blocks) {
-    Ring<COLUMNS, ROWS> ring = {(shared + 1023) & ~1023u, 0, 0, cluster_rank(), blocks};
+template <class Ring>
+__device__ static inline Ring ring_open(uint32_t shared, int full_arrivals, uint32_t blocks) {
+    Ring ring = {(shared + 1023) & ~1023u, 0, 0, cluster_rank(), blocks};
     if (threadIdx.x == 0) {
         for (int i = 0; i < ring.STAGES; i++) {
             barrier_init(ring.full() + i * 8, full_arrivals);
-            barrier_init(ring.empty() + i * 8, ROWS / 64 * (int)blocks);
+            barrier_init(ring.empty() + i * 8, ring.A_BYTES / BOX_BYTES * (int)blocks);
         }
         barrier_init_fence();
     }

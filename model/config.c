@@ -172,6 +172,7 @@ static void reset_router(ModelConfig *model) {
     model->router_groups = fresh.router_groups;
     model->router_kept_groups = fresh.router_kept_groups;
     model->router_scale = fresh.router_scale;
+    model->soft_scale = fresh.soft_scale;
     model->chain_steps = fresh.chain_steps;
     model->chain_inner = fresh.chain_inner;
     model->chain_outer = fresh.chain_outer;

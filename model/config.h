@@ -23,6 +23,7 @@ typedef enum { FREEZE_NONE, FREEZE_EXPERTS, FREEZE_ROUTER, FREEZE_ALL_BUT_ROUTER
 typedef enum { PERFT_NONE, PERFT_R, PERFT_E, PERFT_D, PERFT_S } PerftKind;
 typedef enum { LORA_NONE, LORA_ATTENTION } LoraPlace;
 typedef enum { EXCHANGE_FLAT, EXCHANGE_BUCKETED, EXCHANGE_DEDUP, EXCHANGE_PADDED, EXCHANGE_P2P } ExchangeWay;
+typedef enum { RETURN_AUTO, RETURN_RANK, RETURN_CHOICE } ExchangeReturn;
 enum { EXCHANGE_MOST_PARTS = 8 };
 typedef enum { RECOMPUTE_NONE, RECOMPUTE_NORMS, RECOMPUTE_EXPERTS } Recompute;
 
@@ -46,6 +47,7 @@ typedef struct {
     int slots;     /* of each expert and group, soft routers */
     int router_groups, router_kept_groups;
     double router_scale;
+    double soft_scale;
     char force[CONFIG_TEXT];                               /* where the router "forced" sends tokens */
     int chain_steps, chain_inner, chain_outer, chain_norm; /* chain.h; auto until config_finish */
     double capacity_factor;                                /* 0: dropless */
@@ -85,6 +87,7 @@ typedef struct {
     /* parallel */
     int ep;
     int exchange;           /* ExchangeWay */
+    int exchange_return;    /* ExchangeReturn: what a row of p2p that comes back is */
     double patience;        /* seconds that a rank waits for another */
     int wire, wire_back;    /* WireType of the forward's rows, of the backward's */
     int exchange_chunks;    /* parts of a batch that travel one by one */

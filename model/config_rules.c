@@ -132,6 +132,8 @@ static void check_router_options(const Config *config) {
     }
     CHECK(router->plan == PLAN_SOFT || !config_given(config, "slots") || model->slots == 0,
           "--slots is for soft routers: with --router %s, --top-k sets the rows; drop it", router->name);
+    CHECK(router->has_logit_scale || !config_given(config, "soft-scale"),
+          "--soft-scale is for soft routers with learned mixtures, not %s: drop it", router->name);
     if (router->plan != PLAN_NONE) { /* the dense control takes the options of what it is compared with */
         CHECK(router->has_balance_loss || config->train.aux_coef == 0,
               "--aux-coef %g with --router %s: it has no balance loss to weigh; drop --aux-coef",

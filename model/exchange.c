@@ -96,6 +96,22 @@ static int rows_out(const Exchange *x, const Plan *plan, int per_rank) {
     return exchange_fixed_size(x->way) ? x->ranks * per_rank : plan->N * per_token;
 }
 
+/* Whether rows come back one for each choice. Where it is not asked for, it has to be cheaper: no more rows than ranks
+ * can return for a token, stored by the experts' product itself, with nothing left to do to them. */
+static bool returns_choices(const Plan *plan, const Config *config, int ranks) {
+    const ModelConfig *m = &config->model;
+    ExpertShape shape = {.E = m->experts / ranks, .C = m->dim, .H = m->expert_dim, .act = m->act};
+    bool cheaper = plan->K <= ranks && plan->slots == 0 && m->perft != PERFT_E && experts_store_rows(shape);
+    int asked = config->train.exchange_return;
+    return config->train.exchange == EXCHANGE_P2P && (asked == RETURN_CHOICE || (asked == RETURN_AUTO && cheaper));
+}
+
+/* Rows of a part that there is room for at home. */
+static size_t rows_at_home(const Exchange *x, const ExchangePart *part) {
+    size_t out = part->out.rows, choices = (size_t)part->plan.N * part->plan.K;
+    return x->by_choice && choices > out ? choices : out;
+}
+
 /* The sizes of the plans on both sides of the wire. */
 static void size_plans(const Exchange *x, ExchangePart *part, const Config *config) {
     const Plan *plan = &part->plan;
@@ -108,6 +124,7 @@ static void size_plans(const Exchange *x, ExchangePart *part, const Config *conf
     part->in = (Plan){.N = x->ranks * per_rank, .E = x->experts, .K = x->width};
     part->in.layout = config->model.layout == LAYOUT_BLOCK ? LAYOUT_BLOCK : LAYOUT_COMPACT;
     part->in.rows = plan_rows(part->in.N, x->experts, x->width, 0, part->in.layout);
+    part->back = (Plan){.N = plan->N, .K = plan->K};
 }
 
 /* The caller's. */
@@ -124,7 +141,7 @@ static void reserve_part(Exchange *x, int p, const Config *config, Arena *arena)
     int64_t tokens = x->plan->N;
     *part = (ExchangePart){.first = (int)(tokens * p / x->parts), .plan = *x->plan};
     part->plan.N = (int)(tokens * (p + 1) / x->parts) - part->first;
-    part->out_row = before ? before->out_row + before->out.rows : 0;
+    part->out_row = before ? before->out_row + rows_at_home(x, before) : 0;
     part->in_row = before ? before->in_row + before->in.N : 0;
     part->send = counts_of(x->ranks + 1);
     part->receive = counts_of(x->ranks + 1);
@@ -134,6 +151,10 @@ static void reserve_part(Exchange *x, int p, const Config *config, Arena *arena)
     size_plans(x, part, config);
     reserve_plan(&part->out, arena);
     reserve_plan(&part->in, arena);
+    if (x->by_choice) {
+        size_t choices = (size_t)part->plan.N * part->plan.K;
+        arena_reserve(arena, (void **)&part->back.row, choices * sizeof(int), MEMORY_ACTIVATIONS);
+    }
 }
 
 static void grow(size_t *size, size_t needed) {
@@ -142,11 +163,11 @@ static void grow(size_t *size, size_t needed) {
 
 /* What the parts need together. Returns the most rows that the experts get of one. */
 static int reserve_parts(Exchange *x, const Config *config, ExchangeSize *size, Arena *arena) {
-    size_t out_rows = 0, in_rows = 0, most = 0;
+    size_t home_rows = 0, in_rows = 0, most = 0;
     x->width = exchange_row_per_rank(x->way) ? x->plan->K : 1;
     for (int p = 0; p < x->parts; p++) {
         reserve_part(x, p, config, arena);
-        out_rows += x->part[p].out.rows;
+        home_rows += rows_at_home(x, &x->part[p]);
         in_rows += x->part[p].in.N;
         grow(&most, x->part[p].in.rows);
     }
@@ -155,9 +176,9 @@ static int reserve_parts(Exchange *x, const Config *config, ExchangeSize *size, 
     for (int leg = 0; leg < 2; leg++) {
         grow(&size->row_bytes, x->wire[leg] == WIRE_SAME ? 0 : wire_row_bytes(x->wire[leg], x->C));
     }
-    grow(&size->out_rows, out_rows);
+    grow(&size->home_rows, home_rows);
     grow(&size->in_rows, in_rows);
-    grow(&size->out_notes, out_rows * x->width);
+    grow(&size->out_notes, home_rows * x->width);
     grow(&size->in_notes, in_rows * x->width);
     return (int)most;
 }
@@ -187,6 +208,7 @@ int exchange_reserve(Exchange *x, Plan *plan, int plan_rows, const Config *confi
         return plan_rows;
     }
     arena->shared |= x->way == EXCHANGE_P2P;
+    x->by_choice = returns_choices(plan, config, ranks);
     if (plan->slots > 0) {
         x->slots = (Plan){.N = plan_rows, .E = E, .K = 1, .rows = plan_rows};
         reserve_plan(&x->slots, arena);
@@ -209,11 +231,11 @@ void exchange_free(Exchange *x) {
 void exchange_reserve_scratch(ExchangeScratch *scratch, ExchangeSize size, int C, Arena *arena) {
     if (comm_ranks(GROUP_EXPERTS) > 1) {
         size_t row = C * sizeof(real_t);
-        arena_reserve(arena, (void **)&scratch->home, size.out_rows * row, MEMORY_ACTIVATIONS);
+        arena_reserve(arena, (void **)&scratch->home, size.home_rows * row, MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->arrived, size.in_rows * row, MEMORY_ACTIVATIONS);
         arena_reserve(arena, (void **)&scratch->made, size.in_rows * row, MEMORY_ACTIVATIONS);
         if (size.row_bytes > 0) {
-            arena_reserve(arena, &scratch->home_wire, size.out_rows * size.row_bytes, MEMORY_ACTIVATIONS);
+            arena_reserve(arena, &scratch->home_wire, size.home_rows * size.row_bytes, MEMORY_ACTIVATIONS);
             arena_reserve(arena, &scratch->arrived_wire, size.in_rows * size.row_bytes, MEMORY_ACTIVATIONS);
         }
         arena_reserve(arena, (void **)&scratch->home_note, size.out_notes * sizeof(RelayNote), MEMORY_ACTIVATIONS);

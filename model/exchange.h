@@ -27,7 +27,10 @@
  *                and counted (--exchange-rows; --exchange-margin takes the first batch for a measure)
  *     p2p        as dedup, but nothing is sent: the dispatch and the combine themselves store each row in the memory of
  *                the rank that it is for (kernels/peers.h), where every token of every rank has a place. Nobody counts.
- *                Beside the experts' work all places are copied, whether there is a row in them or not
+ *                Beside the experts' work all places are copied, whether there is a row in them or not. Back comes
+ *                such a sum, or a row for each choice (--exchange-return), which is weighted and added up at home, as
+ *                on one rank: more rows, but as the experts make them, so on Hopper their product itself stores each
+ *                of its rows at home, while it multiplies others
  *
  * What is said about the rows travels once, in the forward (relay.h); the way back and the backward need nothing. By
  * linearity the backward of the way there is the way back, and the other way round; the gate's gradient comes back as
@@ -58,6 +61,7 @@ typedef struct {
     int first;              /* of the layer's tokens; plan.N follow */
     Plan plan;              /* what the router chose for them, in its arrays */
     Plan out, in;           /* of the rows that leave, of those that have arrived */
+    Plan back;              /* of those that come back, one for each choice: row and weight alone */
     size_t out_row, in_row; /* the part's first one of the rows that leave, and of those that arrive, of all parts */
     /* (ranks+1) host, owned: the part's first row for, and from, each rank of the group; and that rank's first row
      * from, and for, this one */
@@ -73,6 +77,7 @@ typedef struct {
     int width;           /* notes with each row (relay.h) */
     double margin;       /* of padded messages: --exchange-margin until their size is found, then 0 */
     bool beside;         /* whether rows travel beside the work on others, not in turn with it */
+    bool by_choice;      /* with p2p: whether a row comes back for each choice, not for each rank */
     WireType wire[2];    /* of rows in the forward, and in the backward */
     int layer;           /* this and the step: for the line of a rank that waits in vain */
     const int64_t *step; /* optimizer steps done */
@@ -89,7 +94,7 @@ typedef struct {
 
 /* Buffers that all layers take turns in; NULL with one rank. */
 typedef struct {
-    real_t *home, *arrived;                /* (out rows, C), (in rows, C) */
+    real_t *home, *arrived;                /* (out rows, or those that come back, C), (in rows, C) */
     real_t *made;                          /* (in rows, C) what is made of those that arrived, to go back */
     void *home_wire, *arrived_wire;        /* the same, packed; NULL where rows travel as they are */
     RelayNote *home_note, *arrived_note;   /* (out rows, width), (in rows, width) */
@@ -98,7 +103,7 @@ typedef struct {
 
 /* What the layers need of those. */
 typedef struct {
-    size_t out_rows, in_rows, out_notes, in_notes;
+    size_t home_rows, in_rows, out_notes, in_notes;
     size_t row_bytes; /* on the wire, the most; 0: as they are */
     bool copies;      /* whether some way writes out the experts' rows, on every device */
 } ExchangeSize;
@@ -143,11 +148,15 @@ const Plan *exchange_measured(const Exchange *exchange);
  *
  * Rows are found where exchange_dispatch says, in `to` (rows, C) if they are written out; made (rows, C) may be
  * overwritten by the next part. keep: for exchange_dispatch_again, which does without the wire. y is the weighted sum
- * of what the experts made of each token. */
+ * of what the experts made of each token.
+ *
+ * Where exchange_target says so, the experts may store what they make of a part's rows where it tells them to, after
+ * exchange_dispatch of the same direction; `made`, or drows below, is then NULL. */
 void exchange_dispatch_begin(const Exchange *exchange, ExchangeScratch *scratch, const real_t *tokens, bool keep,
                              Profile *profile, Stream *stream);
 RowSource exchange_dispatch(const Exchange *exchange, int part, ExchangeScratch *scratch, real_t *to,
                             const real_t *tokens, bool keep, Profile *profile, Stream *stream);
+bool exchange_target(RowTarget *to, const Exchange *exchange, int part, const ExchangeScratch *scratch, bool forward);
 RowSource exchange_dispatch_again(const Exchange *exchange, int part, real_t *to, const real_t *tokens,
                                   Profile *profile, Stream *stream);
 void exchange_combine(const Exchange *exchange, int part, ExchangeScratch *scratch, real_t *y, const real_t *made,

@@ -59,12 +59,15 @@ static void plan_leaving(Exchange *x, ExchangeScratch *scratch, Stream *stream) 
         ExchangePart *part = &x->part[p];
         size_t first = (size_t)part->first * x->plan->K;
         part->plan.expert = x->plan->expert + first;
-        part->plan.weight = part->out.weight = x->plan->weight + first;
+        part->plan.weight = part->out.weight = part->back.weight = x->plan->weight + first;
         part->plan.row = x->plan->row + first;
         if (x->way == EXCHANGE_P2P) {
             End far = exchange_far_notes(x, part, scratch->arrived_note, sizeof(RelayNote));
             PeerRows notes = exchange_places(part, far, x->width * sizeof(RelayNote));
             relay_places(&part->out, notes, &part->plan, x->experts, stream);
+            if (x->by_choice) {
+                relay_choices(&part->back, &part->plan, stream);
+            }
         } else {
             relay_ranks(&part->out, &part->plan, x->experts, exchange_row_per_rank(x->way), stream);
             plan_build(&part->out, stream);

@@ -104,10 +104,41 @@ static void sum_rows(real_t *to, const real_t *rows, const Plan *plan, bool weig
     }
 }
 
+bool exchange_target(RowTarget *to, const Exchange *x, int p, const ExchangeScratch *scratch, bool forward) {
+    int leg = forward ? FORWARD : BACKWARD;
+    if (!exchange_travels(x) || !exchange_by_choice(x, leg)) {
+        return false;
+    }
+    const ExchangePart *part = &x->part[p];
+    End home = exchange_home(x, part, scratch, x->wire[leg]);
+    to->rows = peers_homes(home.rows, part->plan.N * part->plan.K);
+    to->entry = part->in.entry; /* of what arrived: (source, token), choice */
+    to->ranks = x->ranks;
+    to->rank = comm_rank(GROUP_EXPERTS);
+    return true;
+}
+
+/* The experts' rows of a part, each to where its choice is; NULL: they are there. In turn with other work, so there is
+ * no mark to wait for. */
+static void send_choices_back(const Exchange *x, int p, ExchangeScratch *scratch, const real_t *rows, int leg,
+                              const char *what, Profile *profile, Stream *stream) {
+    const Plan *in = &x->part[p].in;
+    RowTarget to;
+    profile_stage(profile, STAGE_EXCHANGE, stream);
+    comm_at(*x->step, x->layer, what);
+    if (rows && exchange_target(&to, x, p, scratch, leg == FORWARD)) {
+        rows_put(to, rows, in->offset, in->E, in->rows, x->C, stream);
+    }
+}
+
 /* Sums of experts' rows (weighted or not) of the rows that came in part p, and these on their way back. alone: whether
  * nothing is left to do beside that. */
 static void send_back(const Exchange *x, int p, ExchangeScratch *scratch, const real_t *rows, bool weighted, bool alone,
                       int leg, const char *what, Profile *profile, Stream *stream) {
+    if (exchange_by_choice(x, leg)) {
+        send_choices_back(x, p, scratch, rows, leg, what, profile, stream);
+        return;
+    }
     const ExchangePart *part = &x->part[p];
     WireType type = x->wire[leg];
     size_t row_bytes = wire_row_bytes(type, x->C), of_rank = part->out.capacity * row_bytes;
@@ -134,9 +165,12 @@ static void send_back(const Exchange *x, int p, ExchangeScratch *scratch, const 
     stream_mark(part->moved, exchange_stream(x, stream));
 }
 
-/* to (N,C), of all tokens, = the sums, weighted or not, of the rows that came back, added to it or not. */
-static void sum_returned(const Exchange *x, ExchangeScratch *scratch, real_t *to, bool weighted, int accumulate,
-                         int leg, Stage stage, Profile *profile, Stream *stream) {
+/* to (N,C), of all tokens, = the sums of the rows that came back, added to it or not. In the forward what is a row for
+ * each choice is weighted here. */
+static void sum_returned(const Exchange *x, ExchangeScratch *scratch, real_t *to, int accumulate, int leg, Stage stage,
+                         Profile *profile, Stream *stream) {
+    bool by_choice = exchange_by_choice(x, leg);
+    bool weighted = leg == FORWARD && (by_choice || !exchange_row_per_rank(x->way));
     profile_stage(profile, STAGE_EXCHANGE, stream);
     for (int p = 0; x->way == EXCHANGE_P2P && p < x->parts; p++) {
         stream_wait(stream, x->part[p].moved);
@@ -150,7 +184,7 @@ static void sum_returned(const Exchange *x, ExchangeScratch *scratch, real_t *to
         stream_wait(stream, part->moved);
         profile_stage(profile, stage, stream);
         exchange_unpack(x, home, x->wire[leg], stream);
-        sum_rows(tokens, home.rows, &part->out, weighted, accumulate, x->C, stream);
+        sum_rows(tokens, home.rows, by_choice ? &part->back : &part->out, weighted, accumulate, x->C, stream);
     }
 }
 
@@ -168,7 +202,7 @@ void exchange_combine(const Exchange *x, int p, ExchangeScratch *scratch, real_t
 
 void exchange_combine_end(const Exchange *x, ExchangeScratch *scratch, real_t *y, Profile *profile, Stream *stream) {
     if (exchange_travels(x)) {
-        sum_returned(x, scratch, y, !exchange_row_per_rank(x->way), 0, FORWARD, STAGE_COMBINE, profile, stream);
+        sum_returned(x, scratch, y, 0, FORWARD, STAGE_COMBINE, profile, stream);
     }
 }
 
@@ -209,7 +243,7 @@ void exchange_backward_end(const Exchange *x, ExchangeScratch *scratch, real_t *
     if (!exchange_travels(x)) {
         return;
     }
-    sum_returned(x, scratch, dx, false, accumulate, BACKWARD, STAGE_DISPATCH, profile, stream);
+    sum_returned(x, scratch, dx, accumulate, BACKWARD, STAGE_DISPATCH, profile, stream);
     if (x->way != EXCHANGE_P2P) {                                /* which has met */
         comm_exchanged(GROUP_EXPERTS, scratch->arrived, stream); /* dW1 and dW2 have read it since the rows went back */
     }

@@ -28,6 +28,11 @@ static inline bool exchange_stores(const Exchange *x, WireType type) {
     return x->way == EXCHANGE_P2P && type == WIRE_SAME;
 }
 
+/* Whether what comes back on this leg is a row for each choice. */
+static inline bool exchange_by_choice(const Exchange *x, int leg) {
+    return x->by_choice && exchange_stores(x, x->wire[leg]);
+}
+
 /* Numbers that each rank tells all others: its demand, and unless sizes are fixed its rows of each part for each rank.
  */
 static inline int exchange_told(const Exchange *x) {

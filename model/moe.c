@@ -53,18 +53,26 @@ static real_t *kept_by_adapters(const MoeLayer *moe, int part) {
     return moe->adapters.kept + (size_t)part * moe->adapters.shape.rows * moe->adapters.shape.H;
 }
 
-/* What the experts, and the adapters in them, make of a part's rows. */
-static void rows_forward(MoeLayer *moe, int part, MoeScratch *scratch, real_t *made, RowSource rows, Profile *profile,
-                         Stream *stream) {
+/* What the experts, and the adapters in them, make of a part's rows: `made`, or NULL where it is with those who wait
+ * for it. */
+static const real_t *rows_forward(MoeLayer *moe, int part, MoeScratch *scratch, real_t *made, RowSource rows,
+                                  Profile *profile, Stream *stream) {
     const Adapter *adapters = &moe->adapters;
     const int *offset = exchange_experts(&moe->exchange, part)->offset;
+    RowTarget to;
     profile_stage(profile, STAGE_EXPERTS, stream);
+    if (adapters->shape.H == 0 && exchange_target(&to, &moe->exchange, part, &scratch->exchange, true)) {
+        experts_forward_to(to, made, a_of(kept_a(moe, part), scratch), scratch->h, rows, moe->w1, moe->w2, offset,
+                           moe->experts, stream);
+        return NULL;
+    }
     experts_forward(made, a_of(kept_a(moe, part), scratch), scratch->h, rows, moe->w1, moe->w2, offset, moe->experts, 0,
                     stream);
     if (adapters->shape.H > 0) {
         experts_forward(made, kept_by_adapters(moe, part), scratch->h, rows, adapters->a, adapters->b, offset,
                         adapters->shape, 1, stream);
     }
+    return made;
 }
 
 /* y from x by way of a sparse plan. */
@@ -75,8 +83,8 @@ static void sparse_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const 
     exchange_dispatch_begin(exchange, wire, x, true, profile, stream);
     for (int p = 0; p < exchange->parts; p++) {
         RowSource rows = exchange_dispatch(exchange, p, wire, scratch->in_rows, x, true, profile, stream);
-        rows_forward(moe, p, scratch, scratch->out_rows, rows, profile, stream);
-        exchange_combine(exchange, p, wire, y, scratch->out_rows, profile, stream);
+        const real_t *made = rows_forward(moe, p, scratch, scratch->out_rows, rows, profile, stream);
+        exchange_combine(exchange, p, wire, y, made, profile, stream);
     }
     exchange_combine_end(exchange, wire, y, profile, stream);
 }
@@ -97,8 +105,8 @@ static void soft_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const re
     soft_dispatch_forward(slots, x, &moe->plan, moe->C, stream);
     exchange_dispatch_begin(exchange, wire, slots, true, profile, stream);
     RowSource rows = exchange_dispatch(exchange, 0, wire, scratch->in_rows, slots, true, profile, stream);
-    rows_forward(moe, 0, scratch, made, rows, profile, stream);
-    exchange_combine(exchange, 0, wire, moe->out_rows, made, profile, stream);
+    const real_t *here = rows_forward(moe, 0, scratch, made, rows, profile, stream);
+    exchange_combine(exchange, 0, wire, moe->out_rows, here, profile, stream);
     exchange_combine_end(exchange, wire, moe->out_rows, profile, stream);
     soft_combine_forward(y, moe->out_rows, &moe->plan, moe->C, 0, stream);
 }
@@ -135,20 +143,28 @@ void moe_forward(MoeLayer *moe, MoeScratch *scratch, real_t *y, const real_t *x,
 }
 
 /* The gradients inside the experts, of one part's rows: first scratch->din_rows, and drow_weight where there are
- * weights; then dw1 and dw2, which the parts add up. rows: what the experts read. */
-static void rows_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
-                          const acc_t *row_weight, Profile *profile, Stream *stream) {
+ * weights; then dw1 and dw2, which the parts add up. rows: what the experts read. Returns as rows_forward. */
+static const real_t *rows_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
+                                   const acc_t *row_weight, Profile *profile, Stream *stream) {
     const int *offset = exchange_experts(&moe->exchange, part)->offset;
     profile_stage(profile, STAGE_EXPERTS, stream);
     const real_t *a = a_again(kept_a(moe, part), scratch, rows, moe->w1, offset, moe->experts, stream);
-    experts_backward_rows(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, scratch->h, scratch->da, dy_rows,
-                          a, row_weight, moe->w1, moe->w2, offset, moe->experts, 0, stream);
     const Adapter *adapters = &moe->adapters;
+    acc_t *drow_weight = row_weight ? scratch->drow_weight : NULL;
+    RowTarget to;
+    if (adapters->shape.H == 0 && exchange_target(&to, &moe->exchange, part, &scratch->exchange, false)) {
+        experts_backward_rows_to(to, scratch->din_rows, drow_weight, scratch->h, scratch->da, dy_rows, a, row_weight,
+                                 moe->w1, moe->w2, offset, moe->experts, stream);
+        return NULL;
+    }
+    experts_backward_rows(scratch->din_rows, drow_weight, scratch->h, scratch->da, dy_rows, a, row_weight, moe->w1,
+                          moe->w2, offset, moe->experts, 0, stream);
     if (adapters->shape.H > 0) { /* their experts are frozen and need h and da no more */
-        experts_backward_rows(scratch->din_rows, row_weight ? scratch->drow_weight : NULL, scratch->h, scratch->da,
-                              dy_rows, kept_by_adapters(moe, part), row_weight, adapters->a, adapters->b, offset,
+        experts_backward_rows(scratch->din_rows, drow_weight, scratch->h, scratch->da, dy_rows,
+                              kept_by_adapters(moe, part), row_weight, adapters->a, adapters->b, offset,
                               adapters->shape, 1, stream);
     }
+    return scratch->din_rows;
 }
 
 static void weights_backward(MoeLayer *moe, int part, MoeScratch *scratch, RowSource dy_rows, RowSource rows,
@@ -181,8 +197,8 @@ static void soft_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, const 
     real_t *slots = slots_in(scratch, scratch->in_rows);
     soft_dispatch_forward(slots, x, plan, moe->C, stream); /* again: cheaper than keeping it for every layer */
     RowSource rows = exchange_dispatch_again(exchange, 0, scratch->in_rows, slots, profile, stream);
-    rows_backward(moe, 0, scratch, dy_rows, rows, NULL, profile, stream);
-    exchange_backward(exchange, 0, wire, dslots, NULL, scratch->din_rows, NULL, 0, profile, stream);
+    const real_t *din = rows_backward(moe, 0, scratch, dy_rows, rows, NULL, profile, stream);
+    exchange_backward(exchange, 0, wire, dslots, NULL, din, NULL, 0, profile, stream);
     weights_backward(moe, 0, scratch, dy_rows, rows, add_dw, profile, stream);
     exchange_backward_end(exchange, wire, dslots, NULL, 0, profile, stream);
     soft_dispatch_backward(dx, scratch->dmix, dslots, x, plan, moe->C, moe->shared.H > 0, stream);
@@ -199,9 +215,9 @@ static void sparse_backward(MoeLayer *moe, MoeScratch *scratch, real_t *dx, cons
     for (int p = 0; p < exchange->parts; p++) {
         RowSource dy_rows = exchange_dispatch(exchange, p, wire, scratch->dy_rows, dy, false, profile, stream);
         RowSource rows = exchange_dispatch_again(exchange, p, scratch->in_rows, x, profile, stream);
-        rows_backward(moe, p, scratch, dy_rows, rows, exchange_experts(exchange, p)->row_weight, profile, stream);
-        exchange_backward(exchange, p, wire, dx, scratch->dweight, scratch->din_rows, scratch->drow_weight, add_dx,
-                          profile, stream);
+        const acc_t *row_weight = exchange_experts(exchange, p)->row_weight;
+        const real_t *din = rows_backward(moe, p, scratch, dy_rows, rows, row_weight, profile, stream);
+        exchange_backward(exchange, p, wire, dx, scratch->dweight, din, scratch->drow_weight, add_dx, profile, stream);
         weights_backward(moe, p, scratch, dy_rows, rows, add_dw, profile, stream);
     }
     exchange_backward_end(exchange, wire, dx, scratch->dweight, add_dx, profile, stream);

@@ -104,6 +104,7 @@ typedef struct Router {
     int chain_default;
     double aux_default, z_default;     /* coefficients where the user gives none; 0: there is no such loss ... */
     bool has_balance_loss, has_z_loss; /* ... unless it is only off */
+    bool has_logit_scale;              /* whether --soft-scale means anything to it */
 
     /* Refuses options that make no sense with it, one line each (NULL: any). */
     void (*check)(const Config *config);

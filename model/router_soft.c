@@ -6,6 +6,9 @@
  *
  * Everything has a gradient and every expert works equally much; nothing is dropped and nothing has to be balanced.
  *
+ * The products of unit vectors in C dimensions are about 1/sqrt(C), so with the paper's first s = 1 both mixtures begin
+ * all but uniform, and s grows by a learning rate a step: a short run needs a larger --soft-scale, such as sqrt(C).
+ *
  *   soft         tokens mix within their sequence: y depends on later tokens, so a language model with it reads the
  *                answer (--allow-leak). Valid with --objective mlm.
  *   soft-batch   tokens mix with those at the same position of the other sequences (Mixture of Tokens): causal within a
@@ -46,7 +49,7 @@ static void check(const Config *config) {
 
 static void tensors(TensorList *list, const ModelConfig *model, int layer, const char *prefix) {
     tensors_add(list, TENSOR_ROUTER, layer, 0.02, model->experts * model->slots, model->dim, 0, "%s.phi", prefix);
-    tensors_add(list, TENSOR_ROUTER, layer, -1, 1, 0, 0, "%s.scale", prefix);
+    tensors_add(list, TENSOR_ROUTER, layer, -model->soft_scale, 1, 0, 0, "%s.scale", prefix);
 }
 
 static void reserve(RouterPass *p, Arena *arena) {
@@ -84,6 +87,7 @@ const Router router_soft = {
     .plan = PLAN_SOFT,
     .sees_future = true,
     .learned = true,
+    .has_logit_scale = true,
     .renorm_default = 1,
     .check = check,
     .tensors = tensors,
@@ -100,6 +104,7 @@ const Router router_soft_batch = {
     .sees_batch = true,
     .across = true,
     .learned = true,
+    .has_logit_scale = true,
     .renorm_default = 1,
     .check = check,
     .tensors = tensors,
@@ -115,6 +120,7 @@ const Router router_soft_uniform = {
     .plan = PLAN_SOFT,
     .sees_future = true,
     .learned = true,
+    .has_logit_scale = true,
     .renorm_default = 1,
     .check = check,
     .tensors = tensors,
@@ -130,6 +136,7 @@ const Router router_uniform_soft = {
     .plan = PLAN_SOFT,
     .sees_future = true,
     .learned = true,
+    .has_logit_scale = true,
     .renorm_default = 1,
     .check = check,
     .tensors = tensors,

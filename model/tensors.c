@@ -105,7 +105,7 @@ void tensors_init(const TensorList *list, acc_t *host, uint64_t seed) {
         }
 #pragma omp parallel for
         for (size_t i = 0; i < tensor->count; i++) {
-            value[i] = (acc_t)(std < 0 ? 1.0 : std * random_normal(key, tensor->first + i));
+            value[i] = (acc_t)(std < 0 ? -std : std * random_normal(key, tensor->first + i));
         }
     }
 }

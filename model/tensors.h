@@ -28,7 +28,7 @@ typedef struct {
     size_t offset; /* first element in the flat buffers; a multiple of 16 */
     TensorKind kind;
     int layer;             /* -1: outside the layers */
-    double init_std;       /* normal(0, std); 0: zeros; < 0: ones */
+    double init_std;       /* normal(0, std); 0: zeros; < 0: the constant -init_std */
     bool decay;            /* weight decay: two or more dimensions */
     bool adapter;          /* fine-tuning adds it to a model (adapter.h): it may be absent where weights come from */
     bool frozen;           /* nothing trains it (freeze.h) */

@@ -1,9 +1,10 @@
 /* Ranks that store in each other's memory (kernels/peers.h), of comm_ranks.c: rounds of rows with a meeting each, what
- * all are told, copies of all places, and sums where they lie. Read next: check_rounds, peers. */
+ * all are told, copies of all places, rows of experts, and sums where they lie. Read next: check_rounds, peers. */
 #ifndef TESTS_COMM_PEERS_H
 #define TESTS_COMM_PEERS_H
 
 #include "../kernels/peers.h"
+#include "comm_experts.h"
 #include "rank_arrays.h"
 
 /* An allocation large enough to be one of its own on a GPU; two areas of it take turns. */
@@ -190,6 +191,8 @@ static inline void peers(int rounds) {
             check_copy(memory, 1 + 4 * i, row_bytes[i], false);
             check_copy(memory, 1 + 4 * i, row_bytes[i], true);
         }
+        check_experts(memory, 5);
+        check_experts(memory, 700);
         for (Group group = 0; group < GROUP_COUNT; group++) {
             check_open_sum(memory, group, 7, 0);
             check_open_sum(memory, group, 100003, 0);

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../kernels/comm_parts.h"
 #include "comm_peers.h"
 
 /* ---- gather */
@@ -245,6 +246,63 @@ static void asleep_at_meeting(int sleeper) {
     device_wait(NULL);
 }
 
+/* The last `sleepers` ranks are asleep; the others wait as ranks with a GPU do, which do not know for whom. */
+static void asleep_for_any(int sleepers) {
+    comm_set_patience(2);
+    comm_at(12, 2, "dispatch");
+    if (comm_rank(GROUP_WORLD) >= comm_ranks(GROUP_WORLD) - sleepers) {
+        sleep(60);
+    }
+    for (double begin = seconds_now();;) {
+        comm_wait(ANY_RANK, begin, 0);
+    }
+}
+
+/* Ranks wait in a chain, each in a group of two: 0 from the start for 1, which comes late, and 1 for 3, which is
+ * stopped. The first whose patience ends is rank 0. */
+static void chain(int at_meeting) {
+    const size_t count = 100;
+    acc_t *x = device_allocate(count * sizeof *x);
+    CHECK(x, "out of memory on the device");
+    form(2);
+    open_peers();
+    for (int late = 0; late < 2; late++) { /* in the second round, for GPUs are connected in the first */
+        if (late) {
+            comm_barrier();
+            comm_set_patience(2);
+            comm_at(12, 2, "dispatch");
+            if (comm_rank(GROUP_WORLD) == 3) {
+                raise(SIGSTOP);
+            }
+            sleep(comm_rank(GROUP_WORLD) == 1);
+        }
+        for (Group group = GROUP_REPLICAS; group >= GROUP_EXPERTS; group--) {
+            if (late && group == GROUP_REPLICAS && comm_rank(GROUP_EXPERTS) == 0) {
+                continue;
+            }
+            if (at_meeting) {
+                peers_meet(group, false, NULL);
+            } else {
+                comm_sum(group, x, count, NULL);
+            }
+            device_wait(NULL);
+        }
+    }
+}
+
+/* Ranks 0 and 1 each expect a row of the other, and none is sent. */
+static void each_for_other(int unused) {
+    char *from = device_allocate(64), *to = device_allocate(64);
+    int none[] = {0, 0, 0}, of_other[] = {0, comm_rank(GROUP_WORLD), 1}, one_each[] = {0, 1, 2};
+    comm_exchange(GROUP_WORLD, to, one_each, from, one_each, NULL, 8, NULL); /* connects GPUs */
+    device_wait(NULL);
+    comm_barrier();
+    comm_set_patience(1);
+    comm_at(7, -1, "combine");
+    comm_exchange(GROUP_WORLD, to, of_other, from, none, NULL, 8, NULL);
+    device_wait(NULL);
+}
+
 /* Rank 1 sends `sent` rows of 8 bytes to rank 0, which expects 2. */
 static void two_expected(int sent) {
     char *from = device_allocate(64), *to = device_allocate(64);
@@ -306,6 +364,9 @@ static const struct {
     {"peers", peers},
     {"asleep", asleep},
     {"asleep_at_meeting", asleep_at_meeting},
+    {"asleep_for_any", asleep_for_any},
+    {"chain", chain},
+    {"each_for_other", each_for_other},
     {"two_expected", two_expected},
     {"none_expected", none_expected},
     {"differ", differ},

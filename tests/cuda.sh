@@ -77,7 +77,7 @@ start parity_fp32 parity parity_cuda_fp32 ""
 start parity_bf16 parity parity_cuda "--round bf16"
 start bits_fp32 "$folder/parity_cuda_fp32" bits
 start bits_bf16 "$folder/parity_cuda" bits
-several="attention experts moe_layer moe_layer_block moe_layer_picked"
+several="attention experts experts_home moe_layer moe_layer_block moe_layer_picked"
 for path in mma plain; do
     start parity_$path parity parity_cuda "--round bf16 $several" "--path $path"
     # shellcheck disable=SC2086  # words
@@ -97,7 +97,7 @@ if command -v compute-sanitizer >/dev/null; then
         start $tool sanitizer $tool parity_cuda --round bf16 --small
     done
     for tool in memcheck racecheck synccheck; do
-        start ${tool}_wide sanitizer $tool parity_cuda --round bf16 experts moe_layer attention gate matmul
+        start ${tool}_wide sanitizer $tool parity_cuda --round bf16 experts experts_home moe_layer attention gate matmul
     done
     start memcheck_fp32 sanitizer memcheck parity_cuda_fp32 --small
 else

@@ -40,6 +40,7 @@ typedef struct {
     bool fixed;        /* messages are of one size, --exchange-rows if given: what does not fit is dropped */
     bool messages;     /* rows are sent; else stored where they are for, which nobody counts */
     int parts;         /* --exchange-chunks; 0: not in parts */
+    bool by_choice;    /* what comes back as it is stored is a row for each choice all the same */
 } Way;
 
 /* Which experts a token may choose, and which tokens choose. */

@@ -114,10 +114,10 @@ static inline void poison_scratch(Layers *layers) {
     ExchangeScratch *wire = &layers->wire;
     size_t row = layers->H * sizeof(real_t);
     poison_experts(layers);
-    overwrite(wire->home, 0xff, size->out_rows * row);
+    overwrite(wire->home, 0xff, size->home_rows * row);
     overwrite(wire->arrived, 0xff, size->in_rows * row);
     overwrite(wire->made, 0xff, size->in_rows * row);
-    overwrite(wire->home_wire, 0xff, size->out_rows * size->row_bytes);
+    overwrite(wire->home_wire, 0xff, size->home_rows * size->row_bytes);
     overwrite(wire->arrived_wire, 0xff, size->in_rows * size->row_bytes);
     overwrite(wire->home_note, 0x7f, size->out_notes * sizeof(RelayNote));
     overwrite(wire->arrived_note, 0x7f, size->in_notes * sizeof(RelayNote));

@@ -35,6 +35,7 @@ static const Way ways[] = {
     {"--exchange dedup", .row_per_rank = true, .fixed = false, .messages = true},
     {"--exchange padded", .row_per_rank = false, .fixed = true, .messages = true},
     {"--exchange p2p", .row_per_rank = true, .fixed = false, .messages = false},
+    {"--exchange p2p --exchange-return choice", .row_per_rank = true, .by_choice = true},
     {"--exchange flat --exchange-chunks 2", .messages = true, .parts = 2},
     {"--exchange flat --exchange-chunks 3", .messages = true, .parts = 3},
     {"--exchange bucketed --exchange-chunks 2", .messages = true, .parts = 2},
@@ -44,6 +45,8 @@ static const Way ways[] = {
     {"--exchange p2p --exchange-chunks 2", .row_per_rank = true, .parts = 2},
     {"--exchange p2p --exchange-chunks 3", .row_per_rank = true, .parts = 3},
     {"--exchange p2p --exchange-chunks 3 --overlap 0", .row_per_rank = true, .parts = 3},
+    {"--exchange p2p --exchange-return choice --exchange-chunks 3", .row_per_rank = true, .by_choice = true,
+     .parts = 3},
 };
 
 /* Every type on either leg, and never the same on both, so that one taken for the other is found. Ranks that hold all

@@ -65,18 +65,23 @@ static inline void check_oracle(const Layer *layer) {
     free(y);
 }
 
+/* Whether what comes back on a leg are rows of choices, not sums of them. */
+static inline bool choices_return(const Layer *layer, Leg leg) {
+    bool by_choice = layer->way->by_choice && wire_on(layer, leg) == WIRE_SAME;
+    return !layer->way->row_per_rank || by_choice || !exchange_travels(&layer->exchange);
+}
+
 /* The bits of one rank, where they are promised: everywhere with a row for each choice, whose roundings by the wire one
  * rank can do as well; with a row per rank, which is a sum, where nothing is rounded. */
 static inline void check_alone(Layers *layers, Layer *layer) {
     const Shape *s = &layer->shape;
     size_t numbers = (size_t)s->N * s->H, entries = (size_t)s->N * s->K;
-    bool same_rows = !layer->way->row_per_rank || !exchange_travels(&layer->exchange);
     layer_alone(layers, layer);
     same_bits("dweight", layer->dweight, layer->alone_dweight, entries);
-    if (same_rows || sums_exactly(layer, FORWARD)) {
+    if (choices_return(layer, FORWARD) || sums_exactly(layer, FORWARD)) {
         same_bits("y", layer->y, layer->alone_y, numbers);
     }
-    if (same_rows || sums_exactly(layer, BACKWARD)) {
+    if (choices_return(layer, BACKWARD) || sums_exactly(layer, BACKWARD)) {
         same_bits("dx", layer->dx, layer->alone_dx, numbers);
     }
 }

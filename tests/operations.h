@@ -2,13 +2,14 @@
  * against differences, test_determinism.c against itself, parity.c against another device and a clock.
  *
  * To add an operation: make, forward, backward in the operations_*.h of its kind (dense; gates: noisy, sigmoid; soft
- * mixtures; plain: without a gradient; moe: the rest of a MoE layer) and one row here.
+ * mixtures; plain: without a gradient; home: rows that go elsewhere; moe: the rest of a MoE layer) and one row here.
  */
 #ifndef TESTS_OPERATIONS_H
 #define TESTS_OPERATIONS_H
 
 #include "operations_dense.h"
 #include "operations_gates.h"
+#include "operations_home.h"
 #include "operations_moe.h"
 #include "operations_plain.h"
 #include "operations_soft.h"
@@ -209,6 +210,21 @@ static inline const Operation *operation_at(size_t i) {
                   {3300, 256, 2048, 8, 1, SKEW_EMPTY, 1, 0, 0},
                   {3000, 256, 2048, 8, 0, SKEW_ONE, 1, 0, 0},
                   {700, 1400, 64, 3, 0, SKEW_EMPTY, 1, 0, 1}}},
+        {"experts_home", "N C E K capacity layout drop skew H act ranks", make_home, home_case_forward,
+         home_case_backward, .prepare = given_plan_prepare,
+         .shapes = {{6, 5, 3, 2, [HOME_H] = 4, 0, 1},
+                    {6, 5, 3, 2, 0, LAYOUT_PADDED, [HOME_H] = 3, 1, 2},
+                    {6, 3, 4, 4, 0, LAYOUT_BLOCK, 0, SKEW_NONE, 5, 0, 3},
+                    {6, 4, 3, 2, 0, LAYOUT_COMPACT, 0, SKEW_EMPTY, 3, 0, 6},
+                    {4, 8, 3, 1, 0, LAYOUT_COMPACT, 0, SKEW_ONE, 3, 1, 2}},
+         .large = {{777, 65, 8, 2, [HOME_H] = 97, 0, 3}, {776, 64, 8, 3, 0, LAYOUT_BLOCK, 0, SKEW_EMPTY, 96, 1, 4}},
+         .fast = {{512, 128, 8, 2, [HOME_H] = 256, 0, 4},
+                  {1000, 64, 4, 2, 0, LAYOUT_BLOCK, 0, SKEW_ONE, 72, 1, 1},
+                  {300, 200, 8, 3, 0, LAYOUT_PADDED, 0, SKEW_NONE, 64, 0, 3},
+                  {1, 128, 8, 8, [HOME_H] = 64, 0, 1},
+                  {640, 192, 64, 1, 0, LAYOUT_COMPACT, 0, SKEW_EMPTY, 128, 1, 2},
+                  {2200, 1000, 4, 2, 0, LAYOUT_COMPACT, 0, SKEW_EMPTY, 64, 1, 2},
+                  {3200, 768, 8, 2, [HOME_H] = 64, 0, 16}}},
         {"cross_entropy", "N V every", make_cross_entropy, cross_entropy_case_forward, cross_entropy_case_backward,
          .shapes = {{7, 5, 1}, {1, 2, 1}, {3, 65, 1}, {5, 1, 1}, {7, 5, 3}}, .zero = {[3] = "logits"},
          .large = {{777, 257, 1}, {777, 257, 5}}, .fast = {{257, 1024, 1}, {8, 50304, 1}, {333, 512, 3}}},

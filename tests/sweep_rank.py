@@ -31,6 +31,7 @@ def run(arm, seed, loss, rate=0.004, **fields):
 
 def timing(arm, ms, **fields):
     return dict({"kind": "timing", "sweep": "s", "size": "small", "budget": "tokens", "arm": arm, "ms": ms,
+                 "weights": "trained",
                  "tokens_per_step": 256, "tok_s": 256 / ms * 1e3, "flops_per_token": 3e6, "peak_flops": 1e12,
                  "peak_from": "a table", "device": CPU, "others_busy": 0.0}, **fields)
 

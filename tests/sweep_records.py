@@ -25,14 +25,14 @@ RUN = dict(PROVENANCE, rate=float, phase=TEXT, steps=int, tokens=int, train_seco
 KINDS = {"run": RUN,
          "before": dict(RUN, rate=NULL),
          "failed": dict(PROVENANCE, rate=float, phase=TEXT, why=TEXT),
-         "timing": dict(PROVENANCE, ms=NUMBER, ms_p95=NUMBER, tok_s=NUMBER, tokens_per_step=int, steps=int,
-                        warmup_steps=int, stages_ms=MAP, peak_flops=NUMBER + (NULL,), peak_from=TEXT,
-                        others_busy=NUMBER + (NULL,)),
+         "timing": dict(PROVENANCE, weights=TEXT, rate=float, ms=NUMBER, ms_p95=NUMBER, tok_s=NUMBER,
+                        tokens_per_step=int, steps=int, warmup_steps=int, stages_ms=MAP,
+                        peak_flops=NUMBER + (NULL,), peak_from=TEXT, others_busy=NUMBER + (NULL,)),
          "recipe": {"ts": TEXT, "sweep": TEXT, "question": TEXT, "expect": TEXT, "baseline": TEXT, "budget": TEXT,
                     "seeds": LIST, "rates": MAP, "rate_seeds": int, "sizes": LIST, "arms": LIST, "text": TEXT}}
 CLOCKS = {"ts", "ms", "ms_p95", "tok_s", "stages_ms", "others_busy", "train_seconds", "peak_bytes", "command",
           "peak_flops", "peak_from"}
-PATHS = {"out", "init_from"}
+PATHS = {"out", "init_from", "resume"}
 
 
 def read(path):

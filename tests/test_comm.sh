@@ -85,17 +85,71 @@ test_huge_message() {
 
 # ---- who is waited for
 
+# one_line_beside PATTERN COUNT ARGUMENT...: ranks that end so, in a folder of their own beside those of other calls,
+# for they do little but wait. GPUs take one call after the other. wait_for_all sees to all of them.
+one_line_beside() {
+    local folder
+    folder=$(mktemp -d -p .)
+    (
+        cd "$folder" && ranks "${@:2}"
+        one_line "$1"
+        exit "$failed"
+    ) &
+    ! has_gpus || wait_for_all
+}
+
+wait_for_all() {
+    for job in $(jobs -p); do
+        wait "$job" || failed=1
+    done
+}
+
 test_patience() {
     needs_several || return
-    local where='at step 12, layer 2, dispatch: is (it|one) stopped or gone\? The last checkpoint is whole'
+    local where='at step 12, layer 2, dispatch, and' why='is it stopped or gone\? The last checkpoint is whole'
     local last="rank $LAST" first="rank 0"
     ! has_gpus || last="the other ranks" first=$last # a GPU does not know for whom it waits
     for mode in asleep asleep_at_meeting; do
-        ranks "$MOST" $mode $LAST
-        one_line "rank 0 waited 2 s for $last $where"
-        ranks "$MOST" $mode 0
-        one_line "rank 1 waited 2 s for $first $where"
+        one_line_beside "rank 0 waited 2 s for $last $where rank $LAST does not answer: $why" "$MOST" $mode $LAST
+        one_line_beside "rank 1 waited 2 s for $first $where rank 0 does not answer: $why" "$MOST" $mode 0
     done
+    wait_for_all
+}
+
+# The rank for which a rank waits may itself wait: who is named in the end is the one that is stopped.
+test_chain_of_waiting_ranks() {
+    needs_several || return
+    if [ "$MOST" -lt 4 ]; then
+        skip "fewer than four ranks"
+        return
+    fi
+    local whom="rank 1"
+    ! has_gpus || whom="the other ranks"
+    for at_meeting in 0 1; do
+        one_line_beside "rank 0 waited 2 s for $whom at step 12, layer 2, dispatch, and rank 3 does not answer: is it" \
+            4 chain $at_meeting
+    done
+    wait_for_all
+}
+
+test_wait_for_any() {
+    needs_several || return
+    local where="rank 0 waited 2 s for the other ranks at step 12, layer 2, dispatch, and"
+    one_line_beside "$where all ranks answer: does a device hang, or have they gone apart" "$MOST" asleep_for_any 0
+    one_line_beside "$where rank $LAST does not answer: is it stopped or gone" "$MOST" asleep_for_any 1
+    if [ "$MOST" -gt 2 ]; then
+        one_line_beside "$where rank $((MOST - 2)) and 1 more do not answer: is one stopped or gone" \
+            "$MOST" asleep_for_any 2
+    fi
+    wait_for_all
+}
+
+test_ranks_that_wait_for_each_other() {
+    needs_several || return
+    local whom="rank 1" why="ranks wait for each other: have they gone apart"
+    ! has_gpus || whom="the other ranks" why="all ranks answer: does a device hang, or have they gone apart"
+    ranks 2 each_for_other
+    one_line "rank 0 waited 1 s for $whom at step 7, combine, and $why"
 }
 
 test_killed_rank() {
@@ -167,7 +221,7 @@ test_built_without_mpi() {
         skip "compiled for the CPU alone"
         return
     fi
-    local kernels=("$SOURCE"/kernels/{comm,comm_host,check,checksum,arena,device,peers}.c)
+    local kernels=("$SOURCE"/kernels/{comm,comm_host,comm_wait,check,checksum,arena,device,dispatch,experts,peers}.c)
     check "does not compile" "$CC" -std=gnu11 "$SOURCE/tests/comm_ranks.c" "${kernels[@]}" -lm -o comm_ranks
     PROGRAM=$PWD/comm_ranks
     ranks 2 results

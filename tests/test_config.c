@@ -206,7 +206,8 @@ static void test_stable_names(void **state) {
         "router_kept_groups router_scale force chain_inner chain_outer chain_norm bias_rate threshold_rate "
         "threshold_warmup dump_routing head_dim init_from upcycle export_gguf choices choices_most graph "
         "domains recompute exchange exchange_rows wire wire_back patience exchange_chunks overlap peer_memory "
-        "exchange_margin perft perft_count perft_top_k perft_rank perft_act perft_scale perft_aux_coef lora";
+        "exchange_margin soft_scale exchange_return "
+        "perft perft_count perft_top_k perft_rank perft_act perft_scale perft_aux_coef lora";
     char copy[1024];
     Config config;
     config_defaults(&config);
@@ -248,9 +249,11 @@ static void test_options_reach_their_fields(void **state) {
     assert_int_equal(config.train.freeze, FREEZE_EXPERTS);
     parse(&config,
           "--objective mlm --mask-share 0.3 --slots 3 --router-groups 4 --router-kept-groups 2 --router-scale 2.5"
-          " --force zipf:1.2 --chain-steps 3 --chain-inner 0 --chain-outer 1 --chain-norm 1 --dump-routing t.bin");
+          " --soft-scale 8 --force zipf:1.2 --chain-steps 3 --chain-inner 0 --chain-outer 1 --chain-norm 1 "
+          "--dump-routing t.bin");
     assert_int_equal(config.model.objective, OBJECTIVE_MLM);
     assert_true(config.train.mask_share == 0.3 && config.model.router_scale == 2.5);
+    assert_true(config.model.soft_scale == 8);
     assert_int_equal(config.model.slots, 3);
     assert_int_equal(config.model.router_groups, 4);
     assert_int_equal(config.model.router_kept_groups, 2);

@@ -244,6 +244,53 @@ static void test_combine_put(void **state) {
     assert_true(without > 20);
 }
 
+/* Rows of experts go back one by one, each to its choice at the rank that it came from; what no choice has stays. */
+static void test_rows_put(void **state) {
+    static const int widths[] = {1, 16, 37};
+    int padding = 0, without = 0;
+    for (int i = 0; i < 3 * SHAPES; i++) {
+        Shape s = shapes[i / 3];
+        int C = widths[i % 3], places = s.N * s.K;
+        s.N *= s.ranks; /* here a token is a row that has arrived from some rank */
+        Case c = {.seed = (uint64_t)i};
+        const Plan *in = router_plan(&c, &s, true);
+        Memories homes = memories_of(&c, s.ranks, places, C * sizeof(real_t));
+        real_t *rows = case_normal(&c, (size_t)in->rows * C);
+        RowTarget to = {rows_of(&homes), in->entry, s.ranks, 0};
+        rows_put(to, rows, in->offset, in->E, in->rows, C, NULL);
+        for (int entry = 0; entry < s.N * s.K; entry++) {
+            assert_row(&homes, entry, in->row[entry] < 0 ? NULL : rows + (size_t)in->row[entry] * C);
+            without += in->row[entry] < 0;
+        }
+        memset(homes.of[0], UNTOUCHED, places * homes.row_bytes); /* once more, but for a row that is padding */
+        int first = in->offset[0] < in->offset[in->E] ? in->entry[0] : -1;
+        if (first >= 0 && first < places) {
+            in->entry[0] = -1;
+            rows_put(to, rows, in->offset, in->E, in->rows, C, NULL);
+            assert_row(&homes, first, NULL);
+            padding++;
+        }
+        assert_guards(&homes);
+        case_free(&c);
+    }
+    assert_true(without > 20 && padding > 5);
+}
+
+/* A row for each choice that takes part, in the order of the choices. */
+static void test_choices(void **state) {
+    for (int i = 0; i < 2 * SHAPES; i++) {
+        const Shape *s = &shapes[i / 2];
+        Case c = {.seed = (uint64_t)i};
+        const Plan *plan = router_plan(&c, s, i % 2);
+        Plan back = {.N = s->N, .K = s->K, .row = case_ints(&c, (size_t)s->N * s->K)};
+        relay_choices(&back, plan, NULL);
+        for (int j = 0; j < s->N * s->K; j++) {
+            assert_int_equal(back.row[j], plan->row[j] < 0 ? -1 : j);
+        }
+        case_free(&c);
+    }
+}
+
 /* ---- one rank that opens its memory to itself */
 
 static char *open_alone(void) {
@@ -273,6 +320,9 @@ static void test_reach(void **state) {
     PeerRows rows = peers_rows(memory + 64, 5, 24);
     assert_int_equal(rows.places, 5);
     assert_ptr_equal(peers_row(&rows, 3, 24), memory + 64 + 3 * 24);
+    rows = peers_homes(memory + 64, 5);
+    assert_int_equal(rows.places, 5);
+    assert_ptr_equal(peers_row(&rows, 4, 24), memory + 64 + 4 * 24);
     peers_meet(GROUP_EXPERTS, false, NULL);
     close_alone(memory);
 }
@@ -374,6 +424,7 @@ int main(void) {
         cmocka_unit_test(test_one_at_a_time), /* first: a process forks best before it has threads */
         cmocka_unit_test(test_places),        cmocka_unit_test(test_places_by_hand),
         cmocka_unit_test(test_dispatch_put),  cmocka_unit_test(test_combine_put),
+        cmocka_unit_test(test_rows_put),      cmocka_unit_test(test_choices),
         cmocka_unit_test(test_reach),         cmocka_unit_test(test_put),
         cmocka_unit_test(test_put_all),       cmocka_unit_test(test_copy),
     };

@@ -115,6 +115,26 @@ test_every_way_of_exchange() {
     done
 }
 
+# Every choice comes back as it was made: the bits of `flat`, in whichever group, with several of a token's experts on a
+# rank, in parts that are not alike and in slices.
+test_p2p_that_returns_choices() {
+    local ways=("2 2" "4 2" "4 4") kinds=("" "--top-k 5" "--top-k 1 --act gelu" "--top-k 8 --shared-experts 1")
+    kinds+=("--exchange-chunks 3 --top-k 3" "--grad-accum 2 --recompute experts" "--expert-dim 20")
+    kinds+=("--router coe --chain-steps 2" "--router soft --allow-leak" "--perft e --perft-rank 4" "--layout block")
+    for kind in "${kinds[@]}"; do
+        for way in "${ways[@]}"; do
+            for exchange in flat "p2p --exchange-return choice"; do
+                # shellcheck disable=SC2086  # words without blanks
+                on ${way% *} "${SHAPE[@]}" $kind --ep ${way#* } --exchange $exchange --out "${exchange%% *}"
+                succeeds
+            done
+            same_state flat p2p
+            rm -rf flat p2p
+        done
+        ways=("4 2")
+    done
+}
+
 # More choices than ranks: several of a token's experts are on one rank.
 test_many_choices() {
     WAYS=("4 2")
@@ -314,7 +334,7 @@ ranks_running() {
     pgrep -P "$pid" -x "$(basename "$TRAIN")"
 }
 
-# A rank that is stopped: the others say for whom they waited, where, and end; the checkpoint before is whole.
+# A rank that is stopped: the others say where they waited, who is stopped, and end; the checkpoint before is whole.
 stopped_rank() {
     with_defaults "${SHAPE[@]}" --steps 100000 --eval-every 0 --save-every 20 "$@"
     "${MPIRUN[@]}" -n 4 "$TRAIN" "${arguments[@]}" --ep 4 --patience 1 >out 2>err &
@@ -322,11 +342,13 @@ stopped_rank() {
     wait_for run/checkpoint/manifest.json
     stopped=$(ranks_running | sed -n 3p)
     kill -STOP "$stopped"
-    (sleep 15 && kill -KILL "$stopped" 2>/dev/null) &
+    (sleep 30 && kill -KILL "$stopped" 2>/dev/null) &
+    killer=$!
     wait "$pid"
-    kill -KILL "$stopped" 2>/dev/null
-    check "nobody says for whom it waited" grep -qE '^moelab: rank [013] waited .* for rank 2 at step [0-9]+, ' err
-    grep -q 'for rank 2 at step' err || head -n 5 err
+    { kill -KILL "$stopped" "$killer"; wait "$killer"; } 2>/dev/null
+    local line='^moelab: rank [013] waited 1 s for rank [0-9] at step [0-9]+, .*, and rank 2 does not answer: '
+    check "nobody says who is stopped" grep -qE "$line" err
+    grep -qE "$line" err || head -n 5 err
     run "${SHAPE[@]}" --init-from run --out after --steps 1
     succeeds
 }

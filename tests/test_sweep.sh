@@ -24,7 +24,10 @@ test_a_sweep() {
     has 'all(r["rate"] == min((x["val_loss"], x["rate"]) for x in of("run") if x["phase"] == "rates" and
         (x["size"], x["arm"]) == (r["size"], r["arm"]))[1] for r in of("run") if r["seed"] > 1)'
     has 'all(r["config"]["dim"] == {"tiny": 16, "wide": 24}[r["size"]] for r in of("run"))'
-    has 'all(r["steps"] == 8 and r["warmup_steps"] == 10 and r["config"]["steps"] == 18 for r in of("timing"))'
+    has 'all(r["steps"] == 8 and r["warmup_steps"] == 10 and r["config"]["steps"] == 6 + 18 for r in of("timing"))'
+    has 'all(r["weights"] == "trained" and r["seed"] == 1 for r in of("timing"))'
+    has 'all(r["config"]["resume"].endswith("runs/%(size)s/%(arm)s/%(rate)g-1" % r) for r in of("timing"))'
+    check "checkpoints are left" test -z "$(find folder -name checkpoint)"
     has 'all(r["side_by_side"] == 2 and r["device"].endswith("(1 thread, AVX2)") == ("AVX2" in r["device"])
         for r in of("run"))'
     check "a checkpoint is left" test -z "$(find folder -name checkpoint)"
@@ -77,6 +80,9 @@ test_a_dry_run() {
     sweep demo.sweep --dry-run
     succeeds
     check "runs of two rates: $(cat out)" grep -qE '^tiny +topk +5 +6 +192 ' out
+    recipe "options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 60 --warmup 50"
+    sweep demo.sweep --dry-run # a warm-up longer than what is timed
+    succeeds
     for recipe in "$EXPERIMENTS"/recipes/*.sweep; do
         check "recipe $recipe" python3 -c "import sys; sys.path[:0] = ['$EXPERIMENTS/sweeping', '$EXPERIMENTS']
 import sweep_recipe; sweep_recipe.read(sys.argv[1])" "$recipe"
@@ -104,11 +110,51 @@ test_budgets() {
     sweep_refused "demo.sweep:2: arm long of size tiny draws 224 tokens and the baseline 192"
 }
 
+# An arm is timed with the weights that training left, which are trained again where they are gone; `budget seconds`
+# must time before.
+test_timings_of_trained_weights() {
+    recipe "rates 4e-3 1e-3"
+    sweep demo.sweep --out folder --seeds 2,3 --no-timing
+    succeeds
+    sweep demo.sweep --out folder --seeds 2,3 --timing-steps 2
+    succeeds
+    has 'len(of("timing")) == 2 and all(r["weights"] == "trained" and r["seed"] == 2 for r in of("timing"))'
+    has 'all(r["config"]["resume"] == "folder/scratch/tiny-alone/trained" for r in of("timing"))'
+    sed -i 's/"weights":"trained",//' folder/results.jsonl
+    sweep demo.sweep --out folder --seeds 2,3 --timing-only --timing-steps 2
+    succeeds
+    has 'len(of("timing")) == 4 and of("timing")[-1]["weights"] == "trained"'
+    rm -r folder
+    recipe "budget seconds"
+    sweep demo.sweep --out folder --seeds 1 --timing-steps 2
+    succeeds
+    has 'len(of("timing")) == 2 and all(r["weights"] == "fresh" for r in of("timing"))'
+}
+
+# A line of an older program lacks the options that came since; they are as their defaults, or the run is made again.
+test_lines_of_an_older_program() {
+    recipe "seeds 1"
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    sed -i 's/"lora":"none",//' folder/results.jsonl
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    has 'len(of("run")) == 2'
+    recipe "seeds 1" "options --layers 1 --dim 16 --heads 2 --seq 16 --expert-dim 8 --batch 2 --steps 6 --z-coef 0.5"
+    rm -r folder
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    sed -i 's/"z_coef":0.5,//' folder/results.jsonl
+    sweep demo.sweep --out folder --no-timing
+    succeeds
+    has 'len(of("run")) == 4'
+}
+
 # Runs are told their GPU and their threads, no more at once than there are places, and timings are alone.
 test_places() {
     cat >seen <<SEEN
 #!/bin/bash
-[[ " \$* " != *" folder/runs"* ]] || runs=1
+[[ " \$* " != *" --out folder/runs"* ]] || runs=1
 [[ " \$* " != *"--log-every 1 "* ]] || timing=1
 echo "begin \${runs:-0} \${timing:-0} \$CUDA_VISIBLE_DEVICES \$OMP_NUM_THREADS \$OMP_WAIT_POLICY" >>places
 "$TRAIN" "\$@"

@@ -175,6 +175,8 @@ def speed(comparison, arm):
         comparison.refuse(f"The speed of {arm.name} is not printed: {flops / 1e12:.4g} TFLOP/s is above the "
                           f"{peak / 1e12:.4g} of the device ({timing.get('peak_from')}).")
         return None, None
+    if timing.get("weights") != "trained":
+        comparison.note_of(arm.name, "Timed with fresh weights, whose load of experts is not that of trained ones: {}.")
     on_cpu = re.search(r"\d+ threads?, ", str(timing.get("device")))
     if on_cpu and (timing.get("others_busy") or 0) > 0.5:
         comparison.note_of(f"{arm.name} ({timing['others_busy']:.1f})",

@@ -58,6 +58,9 @@ class Control:
 
     def work(self):
         timed = not self.options.no_timing
+        if self.recipe.budget != "seconds":
+            self.plan.scale_steps({})
+            self.losses, _ = self.plan.finished(self.records)
         if self.recipe.budget == "seconds" or self.options.timing_only:
             self.time_arms(measure=timed)
         if not self.options.timing_only:
@@ -111,6 +114,7 @@ class Control:
                 raise sweep_recipe.RecipeError(f"{self.recipe.where('arm', arm)}: arm {arm} of size {size}: "
                                                f"{self.program[-1]} says: {probe}")
         self.plan.probes.update(found)
+        self.plan.defaults = self.prober(self.plan.sizes[0], self.slots[0], "0").probe([])["config"]
         if len(self.probes) > known:
             self.folder.write_probes(self.probes)
         unequal = self.plan.unequal_tokens()
@@ -141,16 +145,28 @@ class Control:
 
     # ---- timing
 
-    def times(self):
-        """ms of a step by (size, arm), of timings that are of the arms as they are."""
+    def times(self, trained=False):
+        """ms of a step by (size, arm), of timings that are of the arms as they are; trained: of trained weights."""
         _, _, timings = result_lines.sort_out(self.records)
         found = {}
         for size in self.plan.sizes:
             for arm in self.recipe.arms:
                 record = timings.get((self.recipe.name, size, self.recipe.budget, arm))
+                if trained and record and record.get("weights") != "trained":
+                    continue
                 if record and (size, arm) in self.plan.probes and sweep_timing.is_current(self.plan, record, size, arm):
                     found[size, arm] = record["ms"]
         return found
+
+    def trained(self, prober, run):
+        """(folder, steps) of the run, trained once more where its checkpoint is gone; None: there is no such run."""
+        if run is None:
+            return None
+        folder = run.folder
+        if not os.path.exists(os.path.join(folder, "checkpoint", "manifest.json")):
+            folder = os.path.join(prober.scratch, "trained")
+            prober.run(prober.resolve(sweep_recipe.merge_options(run.options, sweep_timing.QUIET)), folder)
+        return folder, run.steps
 
     def time_arms(self, measure=True):
         known, slot = self.times(), self.alone()
@@ -159,18 +175,21 @@ class Control:
             arms = [self.recipe.baseline] + [arm for arm in arms if arm != self.recipe.baseline]
         for size in self.plan.sizes:
             for arm in arms:
-                if (size, arm) in known:
+                run = None if self.recipe.budget == "seconds" else self.plan.timed_run(size, arm, self.losses)
+                if (size, arm) in (self.times(trained=True) if run else known):
                     continue
                 if not measure:
                     raise sweep_folder.FolderError(f"budget seconds needs the time of a step of {arm}: leave "
                                                    "--no-timing out")
                 prober = self.prober(size, slot, "alone")
                 try:
-                    record = sweep_timing.measure(self.plan, prober, size, arm, self.options.timing_steps)
+                    record = sweep_timing.measure(self.plan, prober, size, arm, self.options.timing_steps,
+                                                  self.trained(prober, run))
                 except sweep_probe.ProbeError as error:
                     self.fail(("timing", size, arm), f"timing of {size} {arm}: {error}")
                     continue
                 self.keep(record)
+                self.tidy()
                 beside = record["others_busy"]
                 disturbed = f" (other processes kept {beside:.1f} cores busy)" if (beside or 0) > 0.5 else ""
                 self.folder.say(f"timing {size} {arm}: {record['ms']:.4g} ms a step, {record['tok_s']:.0f} tokens/s"
@@ -215,14 +234,17 @@ class Control:
             raise
 
     def tidy(self):
-        """Removes checkpoints that a killed sweep left with finished runs."""
-        for run in self.plan.wanted(self.losses):
-            if sweep_plan.key(run) in self.losses:
-                self.remove_checkpoint(run)
+        """Removes checkpoints of finished runs but for those that a timing will go on from."""
+        timed = self.times(trained=True)
+        for run in self.plan.wanted(self.losses) if not self.options.keep_runs else []:
+            best = self.plan.best(run.size, run.arm, self.losses)
+            awaited = run.seed == self.plan.first_seed() and best in (None, run.rate) and \
+                (run.size, run.arm) not in timed and self.times_trained()
+            if sweep_plan.key(run) in self.losses and not awaited:
+                shutil.rmtree(os.path.join(run.folder, "checkpoint"), ignore_errors=True)
 
-    def remove_checkpoint(self, run):
-        if run.kind == "run" and not self.options.keep_runs:
-            shutil.rmtree(os.path.join(run.folder, "checkpoint"), ignore_errors=True)
+    def times_trained(self):
+        return not self.options.no_timing and self.recipe.budget != "seconds"
 
     def start_ready(self):
         """Starts what can start until the slots are full. A run found finished in its directory needs none."""
@@ -310,11 +332,11 @@ class Control:
         if why:
             record.update(kind="failed", why=why)
         self.keep(record)
-        self.remove_checkpoint(run)
         if run.kind == "before":
             self.folder.say(f"{run.name()}, which others start from, is trained")
             return
         self.losses, _ = self.plan.finished(self.records)
+        self.tidy()
         outcome = f"diverged: {why}" if why else f"{record['val_loss']:.4f} nats, {record['train_seconds'] or 0:.0f} s"
         total = len(self.plan.wanted(self.losses)) + len(self.plan.unknown(self.losses))
         self.folder.say(f"{len(self.losses)}/{total}  {run.name()}: {outcome}{self.time_left()}")

@@ -59,6 +59,7 @@ class Plan:
         self.sizes = sizes or list(recipe.sizes)
         self.seeds = seeds or list(recipe.seeds)
         self.probes = {}  # (size, arm) -> what sweep_probe found
+        self.defaults = {}  # the configuration of ./train without options
         self.steps = {}  # (size, arm) -> steps of its runs
 
     # ---- options and steps
@@ -71,7 +72,7 @@ class Plan:
         return options
 
     def first_options(self, size, arm):
-        """At the first rate with the first seed: for probes and timings."""
+        """At the first rate with the first seed: for probes, and timings of fresh weights."""
         rate, seed = self.recipe.rates_of(size)[0], self.recipe.seeds[0]
         return sweep_recipe.merge_options(self.options(size, arm), [("--lr", sweep_recipe.rate_text(rate)),
                                                                     ("--seed", str(seed))])
@@ -125,6 +126,15 @@ class Plan:
 
     # ---- runs
 
+    def first_seed(self):
+        return next((seed for seed in self.recipe.seeds if seed in self.seeds), self.seeds[0])
+
+    def timed_run(self, size, arm, losses):
+        """The run whose weights the arm is timed with; None where it is not known or diverged."""
+        rate = self.best(size, arm, losses)
+        run = None if rate is None or (size, arm) not in self.steps else self.run(size, arm, rate, self.first_seed())
+        return run if run and math.isfinite(losses.get(key(run), math.inf)) else None
+
     def run(self, size, arm, rate, seed):
         several = len(self.recipe.rates_of(size)) > 1
         phase = "rates" if several and seed in self.recipe.seeds[:self.recipe.rate_seeds] else "seeds"
@@ -162,8 +172,13 @@ class Plan:
         if run.kind == "before":  # no probe says what all its options amount to: those that are given have to be there
             return all(is_value(config[name], text) for name, text in given.items()
                        if name in config and name != "init_from")
-        expected = self.probes[run.size, run.arm]["config"]
-        return all(config.get(name) == value for name, value in expected.items() if name not in FREE)
+        return self.agrees(config, self.probes[run.size, run.arm]["config"], FREE)
+
+    def agrees(self, config, expected, free):
+        """Whether a configuration is the expected one but for the names in `free`. What a record does not have is an
+        option that ./train did not have yet, which is as its default."""
+        return all(config.get(name, self.defaults.get(name)) == value for name, value in expected.items()
+                   if name not in free)
 
     def finished(self, records):
         """(losses, stale): the validation loss by key of every finished run, infinity for what diverged; and the

@@ -81,7 +81,7 @@ class Prober:
         options = sweep_recipe.merge_options(options, [("--steps", steps), ("--eval-every", "0")])
         if timed:
             options = sweep_recipe.merge_options(options, [("--log-every", "1"), ("--eval-batches", "1"),
-                                                           ("--save-every", "0")])
+                                                           ("--save-every", "0"), ("--warmup", "1")])
         wanted = {before: self.befores[before] for before in sweep_recipe.befores_named(options)}
         threads = self.environment.get("OMP_NUM_THREADS") if timed else None
         key = json.dumps([self.identity(), options, wanted, threads])

@@ -1,7 +1,11 @@
-"""The speed of an arm, alone on its device: a short run with nothing beside it, and a second one for its stages.
+"""The speed of an arm, alone on its device: some steps with nothing beside them, and some more for its stages.
 
-A line of kind "timing" has, beside the provenance of run_record.py: sweep, size, arm, budget; steps measured and
-warmup_steps left out before them; ms (median of a step) and ms_p95; tokens_per_step and tok_s, by the median;
+They go on from where the arm's first seed ended at the arm's own rate, since the load of the experts, which training
+changes, changes the time of a step. Under the budget `seconds` the times are needed before anything is trained.
+
+A line of kind "timing" has, beside the provenance of run_record.py: sweep, size, arm, budget; weights ("trained", or
+"fresh" as they were drawn; older lines have none, and were fresh); steps measured and warmup_steps left out before
+them; ms (median of a step) and ms_p95; tokens_per_step and tok_s, by the median;
 stages_ms, what each stage of the MoE layer takes of a step when all are timed (null where the trainer does not say);
 peak_flops and peak_from, the most this device could do (peaks.py); others_busy, the cores' worth of work that other
 processes did meanwhile, null where the system does not tell. Evaluation is no part of a step's ms.
@@ -24,19 +28,24 @@ WARMUP = 10
 PROFILED = 20
 
 
-def timing_options(plan, size, arm, steps):
-    return sweep_recipe.merge_options(plan.first_options(size, arm), [
-        ("--steps", str(WARMUP + steps)), ("--eval-every", "0"), ("--eval-batches", "1"), ("--log-every", "1"),
-        ("--save-every", "0"), ("--warmup", "1")])
+QUIET = [("--eval-every", "0"), ("--eval-batches", "1"), ("--log-every", "1"), ("--save-every", "0")]
+
+
+def timing_options(plan, size, arm, steps, trained=None):
+    """trained: (folder, steps) of a finished run to go on from; None: from fresh weights."""
+    if trained:
+        folder, done = trained
+        return [("--resume", folder), ("--steps", str(done + steps))] + QUIET
+    return sweep_recipe.merge_options(plan.first_options(size, arm),
+                                      [("--steps", str(steps)), ("--warmup", "1")] + QUIET)
 
 
 def is_current(plan, record, size, arm):
     """Whether a timing is of this arm as the program now has it."""
     expected = plan.probes[size, arm]["config"]
-    free = {"lr", "seed", "steps", "out", "init_from", "warmup", "eval_every", "eval_batches", "log_every",
+    free = {"lr", "seed", "steps", "out", "init_from", "resume", "warmup", "eval_every", "eval_batches", "log_every",
             "save_every", "profile"}
-    config = record.get("config") or {}
-    return all(config.get(name) == value for name, value in expected.items() if name not in free)
+    return plan.agrees(record.get("config") or {}, expected, free)
 
 
 def busy_seconds():
@@ -77,26 +86,28 @@ def read_stages(output, ms):
     return stages or None
 
 
-def measure(plan, prober, size, arm, steps):
-    """The record of a timing. Nothing else of the sweep may run meanwhile."""
-    options = timing_options(plan, size, arm, steps)
-    resolved = prober.resolve(options)
+def measure(plan, prober, size, arm, steps, trained=None):
+    """The record of a timing. Nothing else of the sweep may run meanwhile. trained: as of timing_options."""
+    options = timing_options(plan, size, arm, WARMUP + steps, trained)
+    begin = trained[1] if trained else 0
     folder = os.path.join(prober.scratch, "timing")
+    resolved = prober.resolve(options)
     busy, ours, began = busy_seconds(), child_seconds(), time.monotonic()
     log, _ = prober.run(resolved, folder)
     seconds = time.monotonic() - began
     others = None
     if busy is not None:
         others = max(0.0, (busy_seconds() - busy - (child_seconds() - ours)) / seconds)
-    measured = [s["ms"] for s in log.steps if s["step"] > WARMUP and run_record.is_number(s.get("ms"))]
+    measured = [s["ms"] for s in log.steps if s["step"] > begin + WARMUP and run_record.is_number(s.get("ms"))]
     if not measured:
         raise sweep_probe.ProbeError("the log has no time of a step")
-    profile_options = sweep_recipe.merge_options(resolved, [("--steps", str(PROFILED)), ("--profile", None)])
-    profiled, output = prober.run(profile_options, folder)
+    profiled, output = prober.run(
+        prober.resolve(timing_options(plan, size, arm, PROFILED, trained)) + [("--profile", None)], folder)
     ms = statistics.median(measured)
     tokens = log.header["config"]["batch"] * log.header["config"]["seq"]
     record = {"kind": "timing", "sweep": plan.recipe.name, "size": size, "arm": arm, "budget": plan.recipe.budget,
-              "seed": plan.recipe.seeds[0], "rate": plan.recipe.rates_of(size)[0]}
+              "seed": log.header["config"]["seed"], "rate": log.header["config"]["lr"],
+              "weights": "trained" if trained else "fresh"}
     record.update(run_record.provenance(log.header))
     peak, peak_from = peaks.of_device(record["device"])
     record.update(

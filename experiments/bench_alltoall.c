@@ -234,48 +234,13 @@ typedef struct {
     double bytes, messages, exchanges, waits;
 } Traffic;
 
-/* Rows that are there, of rows (ranks, places): those of other ranks. */
-static double rows_of_others(const int *there, int each, int places) {
-    int ranks = comm_ranks(GROUP_WORLD), me = comm_rank(GROUP_WORLD);
-    size_t count = (size_t)ranks * places * each;
-    int *host = malloc(count * sizeof *host);
-    double rows = 0;
-    CHECK(host, "out of memory for %zu places", count);
-    host_from_device(host, there, count * sizeof *host, NULL);
-    for (int r = 0; r < ranks * places; r++) {
-        bool any = false;
-        for (int j = 0; j < each; j++) {
-            any |= host[(size_t)r * each + j] >= 0;
-        }
-        rows += any && r / places != me;
-    }
-    free(host);
-    return rows;
-}
-
-/* Bytes that p2p stores on other ranks, which nobody sends or counts, from the plans of the last call: rows there and
- * back; before them the demand, and notes for all places; or after them the weights' gradients of the rows. */
-static double stored_bytes(const Trip *t, bool gradient) {
-    const Exchange *x = &t->exchange;
-    const ExchangePart *part = &x->part[0];
-    if (!exchange_travels(x) || x->way != EXCHANGE_P2P) {
-        return 0;
-    }
-    int places = part->out.capacity, others = x->ranks - 1;
-    double leave = rows_of_others(part->out.entry, 1, places),
-           returned = rows_of_others(part->in.row, x->width, places);
-    double rows = (leave + returned) * wire_row_bytes(x->wire[gradient], x->C);
-    double notes = (double)others * places * x->width * sizeof(RelayNote) + (double)others * x->E * sizeof(int);
-    return rows + (gradient ? returned * x->width * sizeof(acc_t) : notes);
-}
-
 static Traffic count_traffic(Call *call, bool gradient, Trip *t) {
     CommCount before = comm_count();
     int64_t waits = device_waits();
     call(t, NULL);
     CommCount after = comm_count();
-    Traffic traffic = {after.bytes - before.bytes + stored_bytes(t, gradient), after.messages - before.messages,
-                       after.calls - before.calls, device_waits() - waits};
+    Traffic traffic = {after.bytes - before.bytes + exchange_stored(&t->exchange, gradient),
+                       after.messages - before.messages, after.calls - before.calls, device_waits() - waits};
     largest_of_ranks((double *)&traffic, sizeof traffic / sizeof(double));
     return traffic;
 }

@@ -205,6 +205,18 @@ static void print_profile(const Profile *profile) {
     }
 }
 
+/* What p2p stores in place of sending it. */
+static void print_stored(const TrainConfig *t, const Transformer *model) {
+    double bytes = 0;
+    for (int i = 0; i < model->moe_count; i++) {
+        bytes += exchange_stored(&model->moes[i]->exchange, false) + exchange_stored(&model->moes[i]->exchange, true);
+    }
+    if (bytes > 0) {
+        printf("stored   %.1f MiB by rank 0 in the memory of other ranks, in a step with the last batch's choices\n",
+               bytes * t->grad_accum / 1048576.0);
+    }
+}
+
 void console_end(const Config *config, const Transformer *model, const Arena *arena, const Profile *profile,
                  const Progress *at) {
     const TrainConfig *t = &config->train;
@@ -220,6 +232,7 @@ void console_end(const Config *config, const Transformer *model, const Arena *ar
         CommCount sent = comm_count();
         printf("sent     %.1f MiB in %lld messages, by rank 0, to other ranks\n", sent.bytes / 1048576.0,
                (long long)sent.messages);
+        print_stored(t, model);
     }
     print_memory(arena, "peak", device_peak_memory());
     printf("report   %s/report.html\n", t->out);

@@ -178,4 +178,8 @@ void exchange_backward(const Exchange *exchange, int part, ExchangeScratch *scra
 void exchange_backward_end(const Exchange *exchange, ExchangeScratch *scratch, real_t *dx, acc_t *dweight,
                            int accumulate, Profile *profile, Stream *stream);
 
+/* Bytes that this rank stores in the memory of others with p2p, which sends no messages that could be counted: in the
+ * forward of the last call's tokens, or in its backward. Rows and what is said of them. Waits for the device. */
+double exchange_stored(const Exchange *exchange, bool backward);
+
 #endif

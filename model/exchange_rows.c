@@ -1,5 +1,8 @@
 /* Rows to their experts and back, forward and backward. Read exchange_dispatch_begin, then send_back and sum_returned:
  * the rest says which leg it is. Called by moe.c. */
+#include <stdlib.h>
+
+#include "../kernels/check.h"
 #include "../kernels/comm.h"
 #include "../kernels/dispatch.h"
 #include "../kernels/permute.h"
@@ -254,4 +257,47 @@ void exchange_backward_end(const Exchange *x, ExchangeScratch *scratch, real_t *
         relay_weight_backward(dweight + (size_t)part->first * x->plan->K, (acc_t *)home.wire, &part->out, &part->plan,
                               x->experts, x->width, stream);
     }
+}
+
+/* ---- what p2p stores */
+
+/* Rows (ranks, places) of other ranks in which one of the `each` numbers is not -1; or, one by one, those numbers. */
+static double rows_of_others(const Exchange *x, const int *there, int each, int places, bool one_by_one) {
+    int me = comm_rank(GROUP_EXPERTS);
+    size_t count = (size_t)x->ranks * places * each;
+    int *host = malloc(count * sizeof *host);
+    double rows = 0;
+    CHECK(host, "out of memory for %zu places", count);
+    host_from_device(host, there, count * sizeof *host, NULL);
+    for (int r = 0; r < x->ranks * places; r++) {
+        int found = 0;
+        for (int j = 0; j < each; j++) {
+            found += host[(size_t)r * each + j] >= 0;
+        }
+        rows += r / places == me ? 0 : one_by_one ? found : found > 0;
+    }
+    free(host);
+    return rows;
+}
+
+double exchange_stored(const Exchange *x, bool backward) {
+    int leg = backward ? BACKWARD : FORWARD, others = x->ranks - 1;
+    WireType type = x->wire[leg];
+    double bytes = backward ? 0 : (double)others * x->E * sizeof(int); /* the demand */
+    if (x->way != EXCHANGE_P2P || !exchange_travels(x)) {
+        return 0;
+    }
+    for (int p = 0; p < x->parts; p++) {
+        const ExchangePart *part = &x->part[p];
+        bool alone = !backward && p == x->parts - 1;
+        int places = part->out.capacity;
+        double all = (double)others * places, leave = rows_of_others(x, part->out.entry, 1, places, false),
+               held = rows_of_others(x, part->in.row, x->width, places, false),
+               choices = rows_of_others(x, part->in.row, x->width, places, true);
+        double there = carrier_of(x, part, type, p == 0) == BY_COPIES ? all : leave;
+        double back = exchange_by_choice(x, leg) ? choices : carrier_of(x, part, type, alone) == BY_COPIES ? all : held;
+        double notes = backward ? held * sizeof(acc_t) : all * sizeof(RelayNote);
+        bytes += (there + back) * wire_row_bytes(type, x->C) + notes * x->width;
+    }
+    return bytes;
 }

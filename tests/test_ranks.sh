@@ -299,6 +299,20 @@ test_says_who_has_what() {
     check "a line came more than once" test "$(grep -c '^model ' out)" = 1
 }
 
+# Every token goes to both ranks. There 256 rows of 64 numbers, and back as many, or four times as many (a row for each
+# choice), in the forward and in the backward; 8 bytes for each choice there and 4 back; 4 layers.
+test_says_what_p2p_stores() {
+    for way in "rank 1.1" "choice 2.6"; do
+        # shellcheck disable=SC2086  # words
+        set -- $way
+        on 2 --layers 4 --dim 64 --heads 2 --seq 64 --batch 8 --experts 8 --top-k 8 --expert-dim 16 --ep 2 --steps 1 \
+            --warmup 1 --eval-every 0 --eval-batches 1 --exchange p2p --exchange-return "$1" --out "$1"
+        succeeds
+        check "stored" grep -q "^stored   $2 MiB by rank 0 " out
+        grep '^stored' out
+    done
+}
+
 # refused_on RANKS PATTERN OPTION...: one line, all ranks end.
 refused_on() {
     local ranks=$1 pattern=$2

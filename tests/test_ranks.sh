@@ -275,10 +275,12 @@ test_samples_and_exports_are_the_same() {
     succeeds
     samples out >samples_four
     check "samples differ" cmp samples_one samples_four
-    on_resumed 2 four --ep 2 --exchange p2p --sample 20 --temperature 0
-    succeeds
-    samples out >samples_p2p
-    check "samples with p2p differ" cmp samples_one samples_p2p
+    for way in rank choice; do
+        on_resumed 2 four --ep 2 --exchange p2p --exchange-return $way --sample 20 --temperature 0
+        succeeds
+        samples out >samples_p2p
+        check "samples with p2p, $way, differ" cmp samples_one samples_p2p
+    done
     check "exports differ" cmp hf_one/model.safetensors hf_four/model.safetensors
 }
 

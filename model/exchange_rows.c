@@ -283,7 +283,8 @@ static double rows_of_others(const Exchange *x, const int *there, int each, int 
 double exchange_stored(const Exchange *x, bool backward) {
     int leg = backward ? BACKWARD : FORWARD, others = x->ranks - 1;
     WireType type = x->wire[leg];
-    double bytes = backward ? 0 : (double)others * x->E * sizeof(int); /* the demand */
+    bool tells = !backward && comm_ranks(GROUP_WORLD) == x->ranks; /* the demand, which else goes by messages */
+    double bytes = tells ? (double)others * x->E * sizeof(int) : 0;
     if (x->way != EXCHANGE_P2P || !exchange_travels(x)) {
         return 0;
     }
